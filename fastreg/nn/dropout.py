@@ -1,0 +1,5 @@
+import torch
+
+
+class Dropout(torch.nn.Dropout):
+    """Placeholder while the house is built."""
