@@ -7,5 +7,6 @@
 __version__ = "0.1.0"
 
 from fastreg import functional, nn, random
+from fastreg.nn.dropout import mc_dropout
 
-__all__ = ["functional", "nn", "random"]
+__all__ = ["functional", "mc_dropout", "nn", "random"]

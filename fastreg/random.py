@@ -1,0 +1,158 @@
+"""The random numbers of fastreg, stated in PyTorch: what every mask and every noise value must equal.
+
+The generator is Philox4x32-10 (Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+A stream is named by a 64-bit ``seed``, the key, and a 64-bit ``offset``, the upper half of the counter; the lower
+half counts blocks of elements. Element i of a tensor is the i-th in dense memory order. It receives
+
+    uniform   the 16-bit lane i % 8 of block i // 8 (a block's four words, low halves first)
+    normal    value i % 4 of block i // 4: words (0, 1) and (2, 3) give two Box-Muller pairs
+
+so a random number depends on seed, offset and element alone, not on device, dtype, tile or kernel. Dropout drops
+where lane < t, t = round(p 2^16), and scales what it keeps by 2^16 / (2^16 - t): the mean is exact for the
+probability applied, which differs from p by at most 2^-17.
+
+The Triton kernels (``kernels/philox.py``) equal this file bit for bit, normals up to the rounding of log, sin, cos.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Generator, Tensor
+
+LANE_VALUES = 1 << 16
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WORD = 0xFFFFFFFF
+
+
+class Stream(NamedTuple):
+    """The name of a random stream: what a kernel needs to draw a mask, and the backward pass to draw it again.
+
+    seed: an int, or an int64 tensor of one element on the device of the data (CUDA graphs, torch.compile).
+    offset: an int.
+    """
+
+    seed: int | Tensor
+    offset: int = 0
+
+
+def philox4x32(counter, key, rounds: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The Philox4x32 bijection on 32-bit words held in int64 tensors (or ints) of any one shape.
+
+    Args:
+        counter: four words, each an int64 tensor with values in [0, 2^32), broadcast together.
+        key: two words.
+        rounds: 10 is the published recommendation.
+
+    Returns: four words of random bits.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(rounds):
+        # int64 products wrap modulo 2^64, so they hold all 64 bits of the unsigned product.
+        product_0 = c0 * _MULTIPLIERS[0]
+        product_1 = c2 * _MULTIPLIERS[1]
+        c0, c1, c2, c3 = (
+            (product_1 >> 32 & _WORD) ^ c1 ^ k0,
+            product_1 & _WORD,
+            (product_0 >> 32 & _WORD) ^ c3 ^ k1,
+            product_0 & _WORD,
+        )
+        k0 = (k0 + _WEYL[0]) & _WORD
+        k1 = (k1 + _WEYL[1]) & _WORD
+    return c0, c1, c2, c3
+
+
+def words(block: Tensor, stream: Stream) -> Tensor:
+    """The four random words of each block: int64 ``[*block.shape, 4]`` with values in [0, 2^32)."""
+    seed, offset = stream
+    counter = (block & _WORD, block >> 32 & _WORD, offset & _WORD, offset >> 32 & _WORD)
+    return torch.stack(torch.broadcast_tensors(*philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD))), dim=-1)
+
+
+def lanes(element: Tensor, stream: Stream) -> Tensor:
+    """The 16-bit lane of each element index (int64, any shape): int64 in [0, 2^16)."""
+    word = words(element >> 3, stream).gather(-1, (element >> 1 & 3).unsqueeze(-1)).squeeze(-1)
+    return word >> (element & 1) * 16 & 0xFFFF
+
+
+def threshold(p: float) -> int:
+    """The t for which dropping where lane < t is closest to probability ``p``: round(p 2^16)."""
+    return round(p * LANE_VALUES)
+
+
+def keep_mask(size, p: float, stream: Stream, device=None) -> Tensor:
+    """The dropout mask of a contiguous tensor: bool, True where an element is kept (probability 1 - p)."""
+    count = math.prod(size)
+    first_block = torch.arange((count + 7) // 8, device=device)
+    bits = words(first_block, stream)
+    drawn = torch.stack((bits & 0xFFFF, bits >> 16), dim=-1).flatten()[:count]
+    return (drawn >= threshold(p)).view(size)
+
+
+def normal(size, stream: Stream, *, dtype: torch.dtype = torch.float32, device=None) -> Tensor:
+    """Standard normals by the transform of Box and Muller (1958), computed in fp64 and rounded to ``dtype``."""
+    count = math.prod(size)
+    bits = words(torch.arange((count + 3) // 4, device=device), stream)
+    uniform = (bits[:, 0::2].double() + 0.5) / 2**32
+    angle_word = bits[:, 1::2]
+    angle = torch.where(angle_word < 2**31, angle_word, angle_word - 2**32).double() * (math.pi / 2**31)
+    radius = (-2 * uniform.log()).sqrt()
+    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
+    return pairs.flatten()[:count].view(size).to(dtype)
+
+
+def stream(device: torch.device, seed: int | Tensor | None = None, generator: Generator | None = None) -> Stream:
+    """The stream of one random operation on ``device``.
+
+    An explicit ``seed`` (an int, or an int64 tensor of one element on ``device``) is used as it is. Otherwise
+    the stream is drawn from ``generator``, or from torch's default generator of the device, and advances it:
+    ``torch.manual_seed``, activation checkpointing and CUDA-graph replay act on it as on ``torch.nn.Dropout``.
+    """
+    if seed is not None:
+        if generator is not None:
+            raise ValueError("seed and generator exclude each other: give one of them")
+        return Stream(_checked_seed(seed, device))
+    if device.type == "cuda" and not _must_stay_on_device():
+        # No kernel and no synchronization: CUDA generators are counter-based and count on the host.
+        generator = generator or torch.cuda.default_generators[_index(device)]
+        offset = generator.get_offset()
+        generator.set_offset(offset + 4)
+        # torch's own kernels draw from Philox under the raw seed: another key keeps our streams apart from theirs.
+        return Stream(_signed(generator.initial_seed() ^ 0x6661737472656721), offset)
+    drawn = torch.randint(0, 2**63 - 1, (1,), generator=generator, device=device)
+    return Stream(drawn if _must_stay_on_device() else int(drawn))
+
+
+def _must_stay_on_device() -> bool:
+    """Whether the seed has to be a tensor: a graph must draw a new one at every replay."""
+    return torch.compiler.is_compiling() or (
+        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _signed(value: int) -> int:
+    """A 64-bit pattern as the signed number with the same bits."""
+    value &= 2**64 - 1
+    return value - 2**64 if value >= 2**63 else value
+
+
+def _checked_seed(seed: int | Tensor, device: torch.device) -> int | Tensor:
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device.type != device.type:
+            raise ValueError(
+                f"a seed tensor has to be int64 with one element on {device}, "
+                f"but got {seed.dtype} with {seed.numel()} elements on {seed.device}"
+            )
+        return seed
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed has to be an int or an int64 tensor, but got {type(seed).__name__}")
+    if not -(2**63) <= seed < 2**64:
+        raise ValueError(f"seed has to fit in 64 bits, but got {seed}")
+    return _signed(seed)

@@ -1,5 +1,21 @@
 """Modules, drop-in for ``torch.nn``: every class is a subclass of torch's own where torch has one."""
 
-from fastreg.nn.dropout import Dropout
+from fastreg.nn.dropout import (
+    AlphaDropout,
+    DropPath,
+    Dropout,
+    Dropout1d,
+    Dropout2d,
+    Dropout3d,
+    FeatureAlphaDropout,
+)
 
-__all__ = ["Dropout"]
+__all__ = [
+    "AlphaDropout",
+    "DropPath",
+    "Dropout",
+    "Dropout1d",
+    "Dropout2d",
+    "Dropout3d",
+    "FeatureAlphaDropout",
+]

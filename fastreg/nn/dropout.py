@@ -1,5 +1,121 @@
+"""Dropout layers: torch's classes with the fused forms of ``fastreg.functional.dropout`` as further abilities."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+from torch import Tensor
+
+from fastreg.ops import dropout as ops
 
 
-class Dropout(torch.nn.Dropout):
-    """Placeholder while the house is built."""
+class _Fused:
+    """What all dropout layers of fastreg add to torch's: ``activation=``, ``inverted=``, and fused inputs."""
+
+    _function = None
+
+    def __init__(
+        self, p: float = 0.5, inplace: bool = False, *, activation: str | None = None, inverted: bool = True
+    ) -> None:
+        super().__init__(p, inplace)
+        if activation is not None and activation not in ops.ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ops.ACTIVATIONS)}")
+        self.activation = activation
+        self.inverted = inverted
+
+    def forward(self, input: Tensor, *, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+        """D(activation(input + bias)) + residual: see :func:`fastreg.functional.dropout`."""
+        return type(self)._function(
+            input,
+            self.p,
+            self.training,
+            self.inplace,
+            bias=bias,
+            activation=self.activation,
+            residual=residual,
+            **({} if self.inverted else {"inverted": False}),
+        )
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.activation is not None:
+            text += f", activation={self.activation}"
+        if not self.inverted:
+            text += ", inverted=False"
+        return text
+
+
+class Dropout(_Fused, torch.nn.Dropout):
+    """Zeroes elements with probability ``p`` in training. See also :class:`torch.nn.Dropout`.
+
+    Args:
+        p: probability of dropping.
+        inplace: write into the input.
+        activation: applied before the dropout, in the same pass: a name of ``fastreg.ops.dropout.ACTIVATIONS``.
+        inverted: False scales by 1 - p in evaluation instead of 1 / (1 - p) in training.
+
+    ``forward(input, *, bias=None, residual=None)``: shapes as in :func:`fastreg.functional.dropout`.
+    """
+
+    _function = staticmethod(ops.dropout)
+
+
+class Dropout1d(_Fused, torch.nn.Dropout1d):
+    """Zeroes channels of ``[N, C, L]`` or ``[C, L]``. See :class:`Dropout` and :class:`torch.nn.Dropout1d`."""
+
+    _function = staticmethod(ops.dropout1d)
+
+
+class Dropout2d(_Fused, torch.nn.Dropout2d):
+    """Zeroes channels of ``[N, C, H, W]``. See :class:`Dropout` and :class:`torch.nn.Dropout2d`."""
+
+    _function = staticmethod(ops.dropout2d)
+
+
+class Dropout3d(_Fused, torch.nn.Dropout3d):
+    """Zeroes channels of ``[N, C, D, H, W]`` or ``[C, D, H, W]``. See :class:`Dropout`."""
+
+    _function = staticmethod(ops.dropout3d)
+
+
+class AlphaDropout(_Fused, torch.nn.AlphaDropout):
+    """Dropout that keeps mean and variance for SELU networks. See :class:`torch.nn.AlphaDropout`."""
+
+    _function = staticmethod(ops.alpha_dropout)
+
+
+class FeatureAlphaDropout(_Fused, torch.nn.FeatureAlphaDropout):
+    """Alpha dropout of channels. See :class:`torch.nn.FeatureAlphaDropout`."""
+
+    _function = staticmethod(ops.feature_alpha_dropout)
+
+
+class DropPath(_Fused, torch.nn.modules.dropout._DropoutNd):
+    """Zeroes whole samples: stochastic depth. torch has no such layer; ``DropPath(p)(branch, residual=x)``."""
+
+    _function = staticmethod(ops.drop_path)
+
+
+# What their training flag governs is dropout and nothing else.
+_DROPOUT_LAYERS = (torch.nn.modules.dropout._DropoutNd, torch.nn.MultiheadAttention, torch.nn.RNNBase)
+
+
+@contextmanager
+def mc_dropout(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Monte-Carlo dropout: inside, ``model`` is in evaluation mode, but its dropout layers stay random.
+
+        with fastreg.mc_dropout(model):
+            samples = torch.stack([model(x) for _ in range(100)])
+        mean, variance = samples.mean(0), samples.var(0)
+
+    Takes torch's dropout layers as well as ours, and the dropout inside attention and recurrent layers. Every
+    module's mode is as before when the block ends. Source: Gal and Ghahramani 2016 (arXiv 1506.02142).
+    """
+    modes = {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = isinstance(module, _DROPOUT_LAYERS)
+        yield model
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

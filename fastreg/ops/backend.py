@@ -1,0 +1,56 @@
+"""Where an operation runs: on the Triton kernels, or on ATen."""
+
+import functools
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+HAS_TRITON = importlib.util.find_spec("triton") is not None and torch.version.hip is None
+"""Triton is installed, for NVIDIA GPUs (the kernels hold PTX instructions)."""
+
+INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
+"""Triton's interpreter runs the kernels, on CPU tensors: how they are tested without a GPU."""
+
+OLDEST_CAPABILITY = (8, 0)  # Ampere: bf16, and the min/max that keep NaN
+
+_KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def runs_kernels(x: Tensor) -> bool:
+    """Whether ``x`` goes to the Triton kernels.
+
+    Everything else goes to ATen, with the same function: CPU tensors, dtypes ATen refuses or promotes, tensor
+    subclasses (DTensor, FakeTensor), and tensors inside ``torch.func`` transforms or forward-mode AD, where ATen
+    brings the batching and tangent rules.
+    """
+    if not HAS_TRITON or x.dtype not in _KERNEL_DTYPES:
+        return False
+    if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
+        return False
+    if torch.compiler.is_compiling():
+        return True
+    return (
+        type(x) in (Tensor, torch.nn.Parameter)
+        and not torch._C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and (INTERPRETED or _capable(x.device.index))
+    )
+
+
+def choose(x: Tensor) -> str:
+    """The name of the backend for ``x``: "triton" or "aten"."""
+    return "triton" if runs_kernels(x) else "aten"
+
+
+@functools.cache
+def _capable(index: int) -> bool:
+    return torch.cuda.get_device_capability(index) >= OLDEST_CAPABILITY
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors the device has; an H100's number for the interpreter."""
+    return 132 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count

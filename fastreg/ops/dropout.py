@@ -1,0 +1,649 @@
+"""Dropout in all its forms, fused with bias, activation and residual: y = D(f(x + bias)) + residual.
+
+Every form is one function, ``_dropout``, on two backends: the Triton kernels of ``kernels/dropout.py`` (CUDA) and
+the definition in ATen (CPU, ``torch.func`` transforms, second derivatives). Neither stores a mask.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+
+from fastreg import random
+from fastreg.ops import backend
+from fastreg.ops.layout import Tiling, dense, dense_strides, tiling, with_strides
+from fastreg.random import LANE_VALUES, Stream
+
+if backend.HAS_TRITON:
+    import triton
+
+    from fastreg.kernels import dropout as kernels
+
+ACTIVATIONS = {
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "gelu": F.gelu,
+    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "elu": F.elu,
+    "mish": F.mish,
+    "hardswish": F.hardswish,
+}
+"""What ``activation=`` may name, and its definition: torch's function with torch's default parameters."""
+
+ALPHA = -1.7580993408473766  # what alpha dropout drops to: -lambda alpha of SELU
+
+ATEN_BELOW = 1 << 18
+"""Plain dropout of fewer elements goes to ATen: its kernel then takes about the time of its launch, so there is
+nothing to gain, and a launch of ours costs more on the host. (An estimate, to be replaced by a measurement.)"""
+
+
+class _Form(NamedTuple):
+    """What distinguishes one dropout from another: y = D(f(x + bias)) + residual."""
+
+    threshold: int  # drop where lane < threshold; 0 drops nothing
+    scale: float
+    kept_shift: float | None = None
+    dropped_value: float | None = None
+    mask_dims: int = 0  # one draw an element (0), a sample (1: first dimension) or a channel (2: first two)
+    bias_dim: int | None = None
+    activation: str | None = None
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether the backward pass needs the input: only an activation does."""
+        return self.activation is not None
+
+
+# --- the definition, in ATen ------------------------------------------------------------------------------
+
+
+def _before_mask(x: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    if bias is not None:
+        x = x + bias.to(x.dtype)
+    return x if activation is None else ACTIVATIONS[activation](x)
+
+
+def _mask(size: torch.Size, stride: tuple[int, ...], form: _Form, stream: Stream, device) -> Tensor:
+    """The keep mask of a tensor with these dense strides, broadcast to it: elements count in memory order."""
+    if form.mask_dims:
+        drawn = random.lanes(torch.arange(size[: form.mask_dims].numel(), device=device), stream)
+        drawn = drawn.view(*size[: form.mask_dims], *[1] * (len(size) - form.mask_dims))
+    else:
+        drawn = random.lanes(torch.arange(size.numel(), device=device), stream).as_strided(size, stride)
+    return drawn >= form.threshold
+
+
+def _masked(v: Tensor, keep: Tensor | None, form: _Form) -> Tensor:
+    if form.kept_shift is not None:
+        return torch.where(keep, v * form.scale + form.kept_shift, form.dropped_value)
+    if keep is not None:
+        v = torch.where(keep, v, 0.0)
+    return v if form.scale == 1 else v * form.scale
+
+
+def _definition(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, stream: Stream | None, form: _Form
+) -> Tensor:
+    keep = _mask(x.shape, dense_strides(x), form, stream, x.device) if form.threshold else None
+    y = _masked(_before_mask(x, bias, form.activation), keep, form)
+    return y if residual is None else y + residual
+
+
+# --- the launch -------------------------------------------------------------------------------------------
+
+
+class _Launch(NamedTuple):
+    """The tile of a program, and the arguments that all kernels share."""
+
+    rows: int  # blocks
+    columns: int  # blocks
+    arguments: dict
+
+
+def _prepare(x: Tensor, tiles: Tiling, stream: Stream, form: _Form, rows_of_tile: int | None = None) -> _Launch:
+    """Tiles of 4,096 elements, 32 a thread, where there are enough of them to fill a GPU, else of 1,024.
+
+    A tile is as wide as a warp group's 16-byte accesses: then a thread holds whole columns, and a sum over the
+    rows needs no other thread.
+    """
+    vector = 16 // x.element_size()
+    if tiles.rows is not None:
+        while tiles.columns % vector:
+            vector //= 2
+    size = 4096 if x.numel() >= 1 << 20 and vector > 1 else 1024
+    if tiles.rows is None:
+        block_rows, block_columns = 1, size
+    else:
+        block_columns = max(vector, min(triton.next_power_of_2(tiles.columns), 128 * vector))
+        block_rows = rows_of_tile or max(1, size // block_columns)
+    in_tensor = isinstance(stream.seed, Tensor)
+    arguments = {
+        "seed_ptr": stream.seed if in_tensor else None,
+        "seed": 0 if in_tensor else stream.seed,
+        "offset": stream.offset,
+        "threshold": form.threshold,
+        "scale": form.scale,
+        "rows": tiles.rows,
+        "vectors": tiles.columns // vector,
+        "mask_repeat": tiles.mask_repeat,
+        "bias_size": tiles.bias_size,
+        "MASK": tiles.mask if form.threshold else None,
+        "ACTIVATION": form.activation,
+        "BLOCK_ROWS": block_rows,
+        "BLOCK_COLUMNS": block_columns,
+        "VECTOR": vector,
+        "num_warps": 4,
+    }
+    row_blocks = triton.cdiv(tiles.rows or 1, block_rows)
+    # One block at least: it takes the elements behind the last whole vector.
+    return _Launch(row_blocks, max(1, triton.cdiv(tiles.columns // vector * vector, block_columns)), arguments)
+
+
+def _tail(tiles: Tiling, launch: _Launch) -> dict:
+    """The elements behind the last whole vector of a single row, and how the bias runs."""
+    tail = tiles.columns % launch.arguments["VECTOR"]
+    return {"tail": tail, "RAGGED": tail > 0, "BIAS": tiles.bias, "bias_repeat": tiles.bias_repeat}
+
+
+def _tiled(x: Tensor, form: _Form) -> tuple[Tensor, Tiling]:
+    """``x`` in a dense layout that the kernels can tile (itself wherever possible), and the tiling."""
+    x = dense(x)
+    tiles = tiling(x, form.mask_dims, form.bias_dim)
+    if tiles is None:
+        x = x.contiguous()
+        tiles = tiling(x, form.mask_dims, form.bias_dim)
+    return x, tiles
+
+
+def _launch_forward(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, stream: Stream, form: _Form, out: Tensor | None = None
+) -> Tensor:
+    """Runs the forward kernel. ``out``: where to write, ``x`` itself or None."""
+    result = torch.empty_like(x, dtype=_result_dtype(x, residual)) if out is None else out
+    if x.numel() == 0:
+        return result
+    laid_out, tiles = _tiled(x, form)
+    y = result if result.stride() == laid_out.stride() else torch.empty_like(laid_out, dtype=result.dtype)
+    launch = _prepare(laid_out, tiles, stream, form)
+    with _on_device_of(x):
+        kernels.forward[(launch.rows * launch.columns,)](
+            x_ptr=laid_out,
+            bias_ptr=None if bias is None else bias.contiguous(),
+            residual_ptr=None if residual is None else with_strides(residual, laid_out.stride()),
+            y_ptr=y,
+            kept_shift=form.kept_shift,
+            dropped_value=form.dropped_value,
+            **_tail(tiles, launch),
+            **launch.arguments,
+        )
+    return result if y is result else result.copy_(y)
+
+
+def _launch_backward(
+    dy: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    stream: Stream,
+    form: _Form,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Runs the backward kernel.
+
+    x, bias: what forward had, where the activation needs them.  stride, dtype: of forward's x, made dense.
+    Returns dx in that layout and dtype and, if needed, the bias gradient: fp32 (fp64) [bias size].
+    """
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    result = torch.empty_strided(dy.shape, stride, dtype=dtype, device=dy.device)
+    if dy.numel() == 0:
+        return result, torch.zeros(dy.shape[form.bias_dim], dtype=sums, device=dy.device) if needs_bias else None
+    # The mask counts elements in the memory order of the forward pass, whatever the strides of dy.
+    dx, tiles = _tiled(result, form)
+    tensors = {
+        "dy_ptr": with_strides(dy, dx.stride()),
+        "x_ptr": None if x is None else with_strides(x, dx.stride()),
+        "bias_ptr": None if bias is None else bias.contiguous(),
+        "dx_ptr": dx,
+    }
+    bias_gradient = None
+    with _on_device_of(dy):
+        if needs_bias and tiles.bias == "columns":
+            launch = _prepare(dx, tiles, stream, form, rows_of_tile=4)
+            # Eight tiles a program, so that the partial sums are a small part of the traffic, but no more programs
+            # than eight on each multiprocessor.
+            programs = 8 * backend.multiprocessors(dy.device) // launch.columns
+            programs = max(1, min(programs, triton.cdiv(launch.rows, 8)))
+            partial = torch.empty(programs, tiles.columns, dtype=sums, device=dy.device)
+            kernels.backward_bias_columns[(programs, launch.columns)](
+                **tensors, partial_ptr=partial, **launch.arguments
+            )
+            bias_gradient = partial.sum(0)
+        else:
+            launch = _prepare(dx, tiles, stream, form)
+            partial = None
+            if needs_bias:
+                partial = torch.empty(tiles.rows, launch.columns, dtype=sums, device=dy.device)
+            kernels.backward[(launch.rows * launch.columns,)](
+                **tensors, partial_ptr=partial, **_tail(tiles, launch), **launch.arguments
+            )
+            if needs_bias:
+                bias_gradient = partial.view(-1, tiles.bias_size, tiles.bias_repeat * launch.columns).sum((0, 2))
+    return (result if dx is result else result.copy_(dx)), bias_gradient
+
+
+def _result_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
+    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+
+
+def _on_device_of(x: Tensor):
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
+
+
+# --- autograd, eager --------------------------------------------------------------------------------------
+
+
+class _Dropout(torch.autograd.Function):
+    """The eager path to the kernels. Saves the stream, and the input only where the activation needs it."""
+
+    @staticmethod
+    def forward(ctx, x, bias, residual, seed, offset, form, inplace):
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.stride, ctx.dtype = dense_strides(x), x.dtype
+        ctx.form, ctx.offset = form, offset
+        ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        seed_tensor = seed if isinstance(seed, Tensor) else None
+        ctx.seed = seed if seed_tensor is None else None
+        ctx.save_for_backward(*((x, bias) if form.keeps_input else (None, None)), seed_tensor)
+        return _launch_forward(x, bias, residual, Stream(seed, offset), form, out=x if inplace else None)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, bias, seed = ctx.saved_tensors
+        stream = Stream(ctx.seed if seed is None else seed, ctx.offset)
+        needs_x, needs_bias, needs_residual = ctx.needs_input_grad[:3]
+        dx = dbias = dresidual = None
+        if needs_x or needs_bias:
+            if torch.is_grad_enabled():
+                dx, dbias = _differentiable_backward(dy, x, bias, stream, ctx.form, ctx.stride, ctx.dtype, needs_bias)
+            else:
+                dx, dbias = _launch_backward(dy, x, bias, stream, ctx.form, ctx.stride, ctx.dtype, needs_bias)
+            if needs_bias:
+                shape, dtype = ctx.bias_like
+                dbias = dbias.view(shape).to(dtype)
+        if needs_residual:
+            dresidual = dy.to(ctx.residual_dtype)
+        return dx, dbias, dresidual, None, None, None, None
+
+
+def _differentiable_backward(dy, x, bias, stream, form, stride, dtype, needs_bias):
+    """``_launch_backward`` in ATen, for second derivatives (create_graph=True)."""
+    keep = _mask(dy.shape, stride, form, stream, dy.device) if form.threshold else None
+    dx = _masked(dy.to(dtype), keep, form._replace(kept_shift=None))
+    if form.activation is not None:
+        v = x if bias is None else x + bias.to(x.dtype)
+        (dx,) = torch.autograd.grad(ACTIVATIONS[form.activation](v), v, dx, create_graph=True)
+    if not needs_bias:
+        return dx, None
+    return dx, dx.sum([d for d in range(dx.dim()) if d != form.bias_dim])
+
+
+# --- registered operators, for torch.compile --------------------------------------------------------------
+# Dynamo meets these; an eager call does not pay for the dispatcher.
+
+
+@torch.library.custom_op("fastreg::dropout", mutates_args=())
+def _dropout_op(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    seed: Tensor,
+    threshold: int,
+    scale: float,
+    kept_shift: float | None,
+    dropped_value: float | None,
+    mask_dims: int,
+    bias_dim: int | None,
+    activation: str | None,
+) -> Tensor:
+    form = _Form(threshold, scale, kept_shift, dropped_value, mask_dims, bias_dim, activation)
+    return _launch_forward(x, bias, residual, Stream(seed), form)
+
+
+@_dropout_op.register_fake
+def _(x, bias, residual, seed, *form):
+    return torch.empty_like(x, dtype=_result_dtype(x, residual))
+
+
+@torch.library.custom_op("fastreg::dropout_backward", mutates_args=())
+def _dropout_backward_op(
+    dy: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    seed: Tensor,
+    stride: Sequence[int],
+    dtype: torch.dtype,
+    needs_bias: bool,
+    threshold: int,
+    scale: float,
+    mask_dims: int,
+    bias_dim: int | None,
+    activation: str | None,
+) -> tuple[Tensor, Tensor]:
+    form = _Form(threshold, scale, None, None, mask_dims, bias_dim, activation)
+    dx, dbias = _launch_backward(dy, x, bias, Stream(seed), form, tuple(stride), dtype, needs_bias)
+    return dx, dy.new_empty(0) if dbias is None else dbias
+
+
+@_dropout_backward_op.register_fake
+def _(dy, x, bias, seed, stride, dtype, needs_bias, threshold, scale, mask_dims, bias_dim, activation):
+    dx = torch.empty_strided(dy.shape, stride, dtype=dtype, device=dy.device)
+    if not needs_bias:
+        return dx, dy.new_empty(0)
+    sums = torch.float64 if dtype == torch.float64 else torch.float32
+    return dx, dy.new_empty(dy.shape[bias_dim], dtype=sums)
+
+
+def _save_for_compiled_backward(ctx, inputs, output):
+    x, bias, residual, seed, *fields = inputs
+    ctx.form = form = _Form(*fields)
+    ctx.save_for_backward(*((x, bias) if form.keeps_input else (None, None)), seed)
+    ctx.stride, ctx.dtype = torch.empty_like(x).stride(), x.dtype
+    ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _compiled_backward(ctx, dy):
+    x, bias, seed = ctx.saved_tensors
+    form = ctx.form
+    needs_x, needs_bias, needs_residual = ctx.needs_input_grad[:3]
+    dx = dbias = None
+    if needs_x or needs_bias:
+        dx, dbias = _dropout_backward_op(
+            dy, x, bias, seed, ctx.stride, ctx.dtype, needs_bias,
+            form.threshold, form.scale, form.mask_dims, form.bias_dim, form.activation,
+        )  # fmt: skip
+        if needs_bias:
+            shape, dtype = ctx.bias_like
+            dbias = dbias.view(shape).to(dtype)
+    return (
+        dx,
+        dbias if needs_bias else None,
+        dy.to(ctx.residual_dtype) if needs_residual else None,
+        *[None] * (1 + len(form)),
+    )
+
+
+_dropout_op.register_autograd(_compiled_backward, setup_context=_save_for_compiled_backward)
+
+
+# --- one function behind all public ones ------------------------------------------------------------------
+
+
+def _dropout(
+    input: Tensor,
+    p: float,
+    training: bool,
+    inplace: bool,
+    aten: Callable[[Tensor, float, bool, bool], Tensor],
+    *,
+    mask_dims: int = 0,
+    alpha: bool = False,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    inverted: bool = True,
+    seed: int | Tensor | None = None,
+    generator: Generator | None = None,
+) -> Tensor:
+    """aten: torch's own function for the plain, unseeded form: (input, p, training, inplace) -> output."""
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    plain = bias is None and activation is None and residual is None
+    ours = backend.runs_kernels(input)
+    seeded = seed is not None or generator is not None
+    if plain and inverted and not seeded and p < 1 and not (ours and _worth_a_launch(input)):
+        return aten(input, p, training, inplace)
+
+    form = _form(p, training, inverted, alpha)._replace(mask_dims=mask_dims, activation=activation)
+    if plain and form.threshold == 0 and form.scale == 1:
+        return aten(input, p, False, inplace)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+    bias, form = _checked_bias(input, bias, form)
+    _check_residual(input, residual)
+    if inplace:
+        _check_inplace(input, bias, residual, activation)
+
+    stream = None
+    if form.threshold == LANE_VALUES:
+        stream, ours = Stream(0), False  # everything is dropped: nothing to draw, and nothing to read
+    elif form.threshold and (ours or seeded):
+        stream = random.stream(input.device, seed, generator)
+    if ours:
+        return _on_kernels(input, bias, residual, stream or Stream(0), form, inplace)
+    if stream is None and form.threshold:
+        y = aten(_before_mask(input, bias, activation), p, training, False)
+        y = y if inverted else y * (1 - p)
+        y = y if residual is None else y + residual
+    else:
+        y = _definition(input, bias, residual, stream, form)
+    return input.copy_(y) if inplace else y
+
+
+def _on_kernels(input, bias, residual, stream, form, inplace):
+    if not torch.compiler.is_compiling():
+        return _Dropout.apply(input, bias, residual, *stream, form, inplace)
+    seed = stream.seed
+    if not isinstance(seed, Tensor):
+        seed = torch.full((1,), seed, dtype=torch.int64, device=input.device)
+    y = _dropout_op(input, bias, residual, seed, *form)
+    return input.copy_(y) if inplace else y
+
+
+def _worth_a_launch(input: Tensor) -> bool:
+    return torch.compiler.is_compiling() or not input.is_cuda or input.numel() >= ATEN_BELOW
+
+
+def _form(p: float, training: bool, inverted: bool, alpha: bool) -> _Form:
+    threshold = random.threshold(p)
+    kept = (LANE_VALUES - threshold) / LANE_VALUES
+    if not training:
+        return _Form(0, 1.0 if inverted else kept)
+    if threshold in (0, LANE_VALUES) or not inverted:
+        return _Form(threshold, 1.0)
+    if not alpha:
+        return _Form(threshold, 1 / kept)
+    scale = 1 / math.sqrt((ALPHA**2 * (1 - kept) + 1) * kept)
+    shift = -scale * ALPHA * (1 - kept)
+    return _Form(threshold, scale, shift, scale * ALPHA + shift)
+
+
+def _checked_bias(input: Tensor, bias: Tensor | None, form: _Form) -> tuple[Tensor | None, _Form]:
+    """The bias, and the form with the one dimension of ``input`` that it varies along."""
+    if bias is None:
+        return None, form
+    if bias.device != input.device:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, "
+            f"but got the input on {input.device} and the bias on {bias.device}"
+        )
+    sizes = (1,) * (input.dim() - bias.dim()) + tuple(bias.shape)
+    varying = [d for d, size in enumerate(sizes) if size != 1]
+    if bias.dim() > input.dim() or len(varying) > 1 or any(sizes[d] != input.shape[d] for d in varying):
+        raise ValueError(
+            "the bias has to be broadcastable to the input and vary along one dimension of it, "
+            f"but got a bias of shape {tuple(bias.shape)} for an input of shape {tuple(input.shape)}"
+        )
+    if not varying:
+        # A single value is a bias along the last dimension, whatever that is.
+        if input.dim() == 0:
+            return None, form
+        bias = bias.reshape(1).expand(input.shape[-1])
+        varying = [input.dim() - 1]
+    return bias, form._replace(bias_dim=varying[0])
+
+
+def _check_residual(input: Tensor, residual: Tensor | None) -> None:
+    if residual is None:
+        return
+    if residual.shape != input.shape:
+        raise ValueError(
+            "the residual has to have the shape of the input, "
+            f"but got {tuple(residual.shape)} for an input of shape {tuple(input.shape)}"
+        )
+    if residual.device != input.device:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, "
+            f"but got the input on {input.device} and the residual on {residual.device}"
+        )
+
+
+def _check_inplace(input: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None) -> None:
+    if torch.is_grad_enabled():
+        if input.requires_grad and input.is_leaf:
+            raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+        if activation is not None and (input.requires_grad or (bias is not None and bias.requires_grad)):
+            raise RuntimeError(
+                f"inplace=True is not possible with activation={activation!r}: "
+                "its gradient needs the input, which would be overwritten"
+            )
+    if _result_dtype(input, residual) != input.dtype:
+        raise RuntimeError(
+            f"inplace=True is not possible with a residual of {residual.dtype}: the result does not fit {input.dtype}"
+        )
+
+
+# --- public functions -------------------------------------------------------------------------------------
+
+
+def dropout(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    inverted: bool = True,
+    seed: int | Tensor | None = None,
+    generator: Generator | None = None,
+) -> Tensor:
+    r"""Randomly zeroes elements of ``activation(input + bias)``, then adds ``residual``: one pass each way.
+
+    In training every element is zeroed with probability ``p`` and the others are scaled by 1 / (1 - p); otherwise
+    nothing is dropped. Drop-in for :func:`torch.nn.functional.dropout`. No mask is stored: the backward pass draws
+    it again, and only an ``activation`` makes it keep the input.
+
+    Args:
+        input: floating point, any shape and strides. The result has its layout.
+        p: probability of dropping, in [0, 1]. Applied to 2^-17, and the scale follows what is applied.
+        training: apply dropout if True.
+        inplace: write the result into ``input``. Refused where the gradient needs the input.
+        bias: broadcastable to the input and varying along one dimension: ``[features]`` behind a linear layer,
+            ``[channels, 1, 1]`` behind a convolution.
+        activation: one of ``ACTIVATIONS``, with torch's default parameters.
+        residual: shape of the input. The result has the promoted dtype of both.
+        inverted: False is the first form in the literature: nothing is scaled in training, and everything by
+            1 - p otherwise.
+        seed: int, or int64 tensor of one element: the mask is then that of :mod:`fastreg.random` on every device.
+        generator: draws the seed, instead of torch's default generator.
+
+    Raises:
+        ValueError: p outside [0, 1]; unknown activation; bias or residual that do not fit; seed and generator.
+        RuntimeError: in-place where that is not possible; tensors on several devices.
+
+    Source: Hinton et al. 2012 (arXiv 1207.0580); Srivastava et al. 2014 (JMLR 15), whose section 10 scales in training.
+    """
+    return _dropout(
+        input, p, training, inplace, F.dropout,
+        bias=bias, activation=activation, residual=residual, inverted=inverted, seed=seed, generator=generator,
+    )  # fmt: skip
+
+
+def dropout1d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **fused) -> Tensor:
+    """Zeroes whole channels of ``[N, C, L]`` or ``[C, L]``, each with probability ``p``, one draw a channel.
+
+    Dropped channels are not read. ``fused``: the keyword arguments of :func:`dropout`.
+    Drop-in for :func:`torch.nn.functional.dropout1d`. Source: Tompson et al. 2015 (SpatialDropout, arXiv 1411.4280).
+    """
+    return _channel_dropout(input, p, training, inplace, F.dropout1d, input.dim() == 2, input.dim() == 3, fused)
+
+
+def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **fused) -> Tensor:
+    """Zeroes whole channels of ``[N, C, H, W]``. As :func:`dropout1d`; ``[N, C, L]`` is taken with torch's warning."""
+    return _channel_dropout(input, p, training, inplace, F.dropout2d, False, input.dim() == 4, fused)
+
+
+def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **fused) -> Tensor:
+    """Zeroes whole channels of ``[N, C, D, H, W]`` or ``[C, D, H, W]``. As :func:`dropout1d`."""
+    unbatched = input.dim() != 5
+    return _channel_dropout(input, p, training, inplace, F.dropout3d, unbatched, input.dim() in (4, 5), fused)
+
+
+def _channel_dropout(input, p, training, inplace, aten, unbatched, expected, fused):
+    if not expected:
+        # torch's own warning or error about the rank, from torch: on a tensor without data.
+        aten(torch.empty(input.shape, device="meta"), 0.5, False)
+    if not unbatched:
+        return _dropout(input, p, training, inplace, aten, mask_dims=2, **fused)
+    if fused.get("residual") is not None:
+        fused["residual"] = fused["residual"].unsqueeze(0)
+    y = _dropout(input.unsqueeze(0), p, training, inplace, _squeezed(aten), mask_dims=2, **fused)
+    return input if inplace else y.squeeze(0)
+
+
+def _squeezed(aten):
+    return lambda input, *arguments: aten(input.squeeze(0), *arguments).unsqueeze(0)
+
+
+def alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False, **fused) -> Tensor:
+    """Drops elements to the negative saturation of SELU and rescales, so that mean 0 and variance 1 stay.
+
+    ``fused``: the keyword arguments of :func:`dropout` but ``inverted``. Drop-in for
+    :func:`torch.nn.functional.alpha_dropout`. Source: Klambauer et al. 2017 (arXiv 1706.02515).
+    """
+    return _dropout(input, p, training, inplace, F.alpha_dropout, alpha=True, **_without_inverted(fused))
+
+
+def feature_alpha_dropout(
+    input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False, **fused
+) -> Tensor:
+    """:func:`alpha_dropout` of whole channels of ``[N, C, ...]``. Drop-in for torch's ``feature_alpha_dropout``."""
+    fused = _without_inverted(fused)
+    return _dropout(input, p, training, inplace, F.feature_alpha_dropout, mask_dims=2, alpha=True, **fused)
+
+
+def _without_inverted(fused: dict) -> dict:
+    if "inverted" in fused:
+        raise TypeError("alpha dropout has one form only: it takes no argument 'inverted'")
+    return fused
+
+
+def drop_path(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **fused) -> Tensor:
+    """Zeroes whole samples of ``[N, ...]``, each with probability ``p``: the branch of a residual network.
+
+    ``drop_path(branch, p, residual=x)`` is the whole block's end, x + D(branch), in one pass; what is dropped is not
+    read. ``fused``: the keyword arguments of :func:`dropout`.
+    Source: Huang et al. 2016, "Deep Networks with Stochastic Depth" (arXiv 1603.09382); Larsson et al. 2017.
+    """
+    return _dropout(input, p, training, inplace, _aten_drop_path, mask_dims=1, **fused)
+
+
+def _aten_drop_path(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
+    if not training or p == 0:
+        return input
+    keep = input.new_empty(input.shape[:1] + (1,) * (input.dim() - 1)).bernoulli_(1 - p).div_(1 - p)
+    return input.mul_(keep) if inplace else input * keep

@@ -1,0 +1,90 @@
+"""Tensors in memory order: how an operation on a tensor of any rank becomes a kernel on rows of columns."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def memory_order(x: Tensor) -> list[int] | None:
+    """The dimensions of size other than 1 from the outermost in memory to the innermost, or None: not dense."""
+    size, stride = x.shape, x.stride()
+    order = sorted((d for d in range(x.dim()) if size[d] != 1), key=lambda d: stride[d], reverse=True)
+    expected = 1
+    for d in reversed(order):
+        if stride[d] != expected:
+            return None
+        expected *= size[d]
+    return order
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the memory of ``x`` has neither gaps nor overlaps."""
+    return x.is_contiguous() or memory_order(x) is not None
+
+
+def dense(x: Tensor) -> Tensor:
+    """``x`` itself where it is dense, else a dense copy in the order of its strides."""
+    return x if is_dense(x) else torch.empty_like(x).copy_(x)
+
+
+def dense_strides(x: Tensor) -> tuple[int, ...]:
+    """The strides of ``dense(x)``."""
+    return x.stride() if is_dense(x) else torch.empty_like(x, device="meta").stride()
+
+
+def with_strides(x: Tensor, stride: tuple[int, ...]) -> Tensor:
+    """``x`` laid out with the given dense strides: itself, or a copy."""
+    if x.stride() == stride:
+        return x
+    return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
+
+
+class Tiling(NamedTuple):
+    """A dense tensor as ``rows`` x ``columns`` in memory order, and what its mask and its bias vary along."""
+
+    rows: int | None  # None: all is one row
+    columns: int
+    mask: str = "element"  # "element": one lane an element of rows / mask_repeat x columns; "row": one a row
+    mask_repeat: int = 1  # rows that share a row of the mask
+    bias: str | None = None  # "columns" or "rows"
+    bias_repeat: int = 1  # rows that share a bias, where it varies along the rows
+    bias_size: int = 1
+
+
+def tiling(x: Tensor, mask_dims: int, bias_dim: int | None) -> Tiling | None:
+    """How to tile the dense tensor ``x``, or None if its layout mixes what has to stay together.
+
+    mask_dims: the mask varies along all dimensions (0), the first (1: samples) or the first two (2: channels).
+    bias_dim: the dimension the bias varies along, or None.
+    """
+    count = x.numel()
+    masked = count
+    order = memory_order(x)
+    channels_last = False
+    if mask_dims > 0:
+        masked = x.shape[:mask_dims].numel()
+        leading = [d for d in range(mask_dims) if x.shape[d] != 1]
+        if order[: len(leading)] != leading:
+            samples_first = x.shape[0] == 1 or order[0] == 0
+            channels_last = mask_dims == 2 and samples_first and order[-1] == 1
+            if not channels_last:
+                return None
+    if bias_dim is None:
+        if masked == count:
+            return Tiling(None, count)
+        columns = x.shape[1] if channels_last else count // masked
+        bias = {}
+    elif x.stride(bias_dim) == 1:
+        columns = x.shape[bias_dim]
+        bias = {"bias": "columns", "bias_size": columns}
+    else:
+        columns = min(x.stride(bias_dim), count // masked)
+        bias = {"bias": "rows", "bias_repeat": x.stride(bias_dim) // columns, "bias_size": x.shape[bias_dim]}
+    rows = count // columns
+    if masked == count:
+        return Tiling(rows, columns, **bias)
+    if channels_last:
+        # The mask is a tensor (samples, channels): every position of a sample takes the same row of it.
+        return Tiling(rows, columns, "element", rows // x.shape[0], **bias) if bias_dim in (None, 1) else None
+    return Tiling(rows, columns, "row", rows // masked, **bias)

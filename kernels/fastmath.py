@@ -1,0 +1,76 @@
+"""Elementary functions at the hardware's own speed.
+
+Each is one instruction of the special-function unit (16 results per clock and multiprocessor, an eighth of
+the fp32 rate), flushing denormals. The plain Triton forms of exp2, log2, division, sin and cos wrap the same
+instruction in range handling of up to a hundred instructions that our arguments never need.
+
+fp64 tensors, and the interpreter (which has no inline assembly), take the plain form.
+
+Maximum errors, from the PTX ISA: ex2 2 ulp, lg2 2^-22 absolute near 1 and 2 ulp elsewhere, rcp 1 ulp,
+sqrt 2^-23 relative, sin and cos 2^-20.5 absolute on [-pi, pi], tanh 2^-11 relative.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+
+@triton.jit
+def exp2(x):
+    if INTERPRETED or x.dtype == tl.float64:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def log2(x):
+    if INTERPRETED or x.dtype == tl.float64:
+        return tl.log2(x)
+    else:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def reciprocal(x):
+    if INTERPRETED or x.dtype == tl.float64:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def sqrt(x):
+    if INTERPRETED or x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def sin(x):
+    if INTERPRETED or x.dtype == tl.float64:
+        return tl.sin(x)
+    else:
+        return tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def cos(x):
+    if INTERPRETED or x.dtype == tl.float64:
+        return tl.cos(x)
+    else:
+        return tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
+def upcast(x):
+    """fp16, bf16 and fp32 to fp32; fp64 stays. The first operation on every loaded value: the interpreter
+    computes on the bit patterns of bf16."""
+    if x.dtype == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32)
