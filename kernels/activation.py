@@ -1,8 +1,8 @@
 """Activations and their derivatives, for fusion into any kernel that already holds the value in a register.
 
-``forward(v, NAME, PRECISE)`` is f(v); ``backward(g, v, NAME, PRECISE)`` is g f'(v). ``v`` is fp32 (fp64 for fp64
-tensors); parameters are torch's defaults (leaky_relu 0.01, elu 1). PRECISE is for 32-bit storage: without it,
-terms below a quarter of a unit in the last place of fp16 are left out.
+``forward(v, NAME, STORED)`` is f(v); ``backward(g, v, NAME, STORED)`` is g f'(v). ``v`` is fp32 (fp64 for fp64
+tensors); parameters are torch's defaults (leaky_relu 0.01, elu 1). STORED is the dtype v was loaded from: terms far
+below its rounding are left out.
 
 Cost: a bf16 forward that reads and writes one tensor has about 38 issue slots an element before arithmetic,
 not memory, sets its time, and dropout takes 13 of them; so each function is written for the fewest
@@ -31,15 +31,15 @@ def _sigmoid(v):
 
 
 @triton.jit
-def _normal_tail(v, PRECISE: tl.constexpr):
+def _normal_tail(v, STORED: tl.constexpr):
     """Phi(-|v|), the upper tail of the standard normal.
 
     Its logarithm is smooth: log2 Phi(-a) = -1 + a P(a), with P a minimax polynomial on [0, 5.5], fitted with
-    P(a) falling for every larger a. So one exp2 gives the tail to 2e-7 (PRECISE) or 5e-6 RELATIVE error, where
-    1 - erf cancels; torch's fp32 gelu(-5) has lost a fifth of its value.
+    P(a) falling for every larger a. So one exp2 gives the tail with a RELATIVE error of 1e-6 (fp32), 6e-6 (fp16)
+    or 3e-4 (bf16, a seventh of its rounding), where 1 - erf cancels: torch's fp32 gelu(-5) has lost a fifth.
     """
     a = tl.minimum(tl.abs(v), 16.0)
-    if PRECISE:
+    if STORED.primitive_bitwidth > 16:
         p = tl.fma(a, -1.87017601e-08, 5.88439832e-07)
         p = tl.fma(a, p, -7.94592597e-06)
         p = tl.fma(a, p, 5.80986816e-05)
@@ -49,13 +49,18 @@ def _normal_tail(v, PRECISE: tl.constexpr):
         p = tl.fma(a, p, -0.052566722)
         p = tl.fma(a, p, -0.459180146)
         p = tl.fma(a, p, -1.15110838)
-    else:
+    elif STORED == tl.float16:
         p = tl.fma(a, -1.73511467e-06, 5.97440376e-05)
         p = tl.fma(a, p, -0.000916867808)
         p = tl.fma(a, p, 0.00845726859)
         p = tl.fma(a, p, -0.0538610406)
         p = tl.fma(a, p, -0.458561927)
         p = tl.fma(a, p, -1.15120995)
+    else:
+        p = tl.fma(a, -0.00024119651, 0.00498826755)
+        p = tl.fma(a, p, -0.0452387556)
+        p = tl.fma(a, p, -0.468181193)
+        p = tl.fma(a, p, -1.14767551)
     return a, exp2(tl.fma(a, p, -1.0))
 
 
@@ -65,21 +70,21 @@ def _relu(v):
 
 
 @triton.jit
-def _gelu(v, PRECISE: tl.constexpr):
+def _gelu(v, STORED: tl.constexpr):
     if v.dtype == tl.float64:
         return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
     else:
-        a, tail = _normal_tail(v, PRECISE)
+        a, tail = _normal_tail(v, STORED)
         return tl.fma(-a, tail, _relu(v))
 
 
 @triton.jit
-def _gelu_backward(g, v, PRECISE: tl.constexpr):
+def _gelu_backward(g, v, STORED: tl.constexpr):
     density = exp2(v * v * (-0.5 * LOG2_E) - 1.3257480647361593)  # log2 sqrt(2 pi)
     if v.dtype == tl.float64:
         cumulative = 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
     else:
-        _, tail = _normal_tail(v, PRECISE)
+        _, tail = _normal_tail(v, STORED)
         cumulative = tl.where(v > 0, 1.0 - tail, tail)
     return g * tl.fma(v, density, cumulative)
 
@@ -91,10 +96,10 @@ def _gelu_tanh_gate(v):
 
 
 @triton.jit
-def _tanh(v, PRECISE: tl.constexpr):
+def _tanh(v, STORED: tl.constexpr):
     # 1 - 2 / (1 + e^2v) is good to 1e-7 absolute: near 0, where that is not enough, tanh is its series.
     far = 1.0 - 2.0 * reciprocal(1.0 + exp2(v * (2.0 * LOG2_E)))
-    if PRECISE:
+    if STORED.primitive_bitwidth > 16:
         s = v * v
         near = v + v * s * (-0.3333333333333333 + s * (0.13333333333333333 + s * -0.05396825396825397))
         return tl.where(tl.abs(v) < (0.015 if v.dtype == tl.float64 else 0.2), near, far)
@@ -103,10 +108,10 @@ def _tanh(v, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def _expm1_negative(v, PRECISE: tl.constexpr):
+def _expm1_negative(v, STORED: tl.constexpr):
     """e^v - 1 for v <= 0."""
     far = _exp(v) - 1.0
-    if PRECISE:
+    if STORED.primitive_bitwidth > 16:
         near = v + v * v * (
             0.5 + v * (0.16666666666666666 + v * (0.041666666666666664 + v * 0.008333333333333333))
         )
@@ -124,13 +129,13 @@ def _mish_terms(v):
 
 
 @triton.jit
-def forward(v, NAME: tl.constexpr, PRECISE: tl.constexpr):
+def forward(v, NAME: tl.constexpr, STORED: tl.constexpr):
     if NAME == "relu":
         return _relu(v)
     elif NAME == "leaky_relu":
         return tl.where(v > 0, v, 0.01 * v)
     elif NAME == "gelu":
-        return _gelu(v, PRECISE)
+        return _gelu(v, STORED)
     elif NAME == "gelu_tanh":
         return v * _gelu_tanh_gate(v)
     elif NAME == "silu":
@@ -138,9 +143,9 @@ def forward(v, NAME: tl.constexpr, PRECISE: tl.constexpr):
     elif NAME == "sigmoid":
         return _sigmoid(v)
     elif NAME == "tanh":
-        return _tanh(v, PRECISE)
+        return _tanh(v, STORED)
     elif NAME == "elu":
-        return tl.where(v > 0, v, _expm1_negative(v, PRECISE))
+        return tl.where(v > 0, v, _expm1_negative(v, STORED))
     elif NAME == "mish":
         _, n, r = _mish_terms(v)
         return v * (n * r)
@@ -152,13 +157,13 @@ def forward(v, NAME: tl.constexpr, PRECISE: tl.constexpr):
 
 
 @triton.jit
-def backward(g, v, NAME: tl.constexpr, PRECISE: tl.constexpr):
+def backward(g, v, NAME: tl.constexpr, STORED: tl.constexpr):
     if NAME == "relu":
         return tl.where(v <= 0, 0.0, g)
     elif NAME == "leaky_relu":
         return tl.where(v > 0, g, 0.01 * g)
     elif NAME == "gelu":
-        return _gelu_backward(g, v, PRECISE)
+        return _gelu_backward(g, v, STORED)
     elif NAME == "gelu_tanh":
         s = _gelu_tanh_gate(v)
         slope = v * (TANH_GELU_C1 + 3.0 * TANH_GELU_C3 * v * v)  # -2 v u'(v) log2(e)
@@ -170,7 +175,7 @@ def backward(g, v, NAME: tl.constexpr, PRECISE: tl.constexpr):
         s = _sigmoid(v)
         return g * s * (1.0 - s)
     elif NAME == "tanh":
-        t = _tanh(v, PRECISE)
+        t = _tanh(v, STORED)
         return g * (1.0 - t * t)
     elif NAME == "elu":
         return tl.where(v > 0, g, g * _exp(v))

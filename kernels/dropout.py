@@ -34,17 +34,23 @@ from .philox import lanes
 
 
 @triton.jit
-def _tile(shape, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
-    """First row and first column of this program's tile, as 64-bit numbers."""
+def _tile(shape, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WIDE: tl.constexpr):
+    """First row and first column of this program's tile."""
     rows, columns, _, _, _ = shape
     block = tl.program_id(0)
     if rows is None:
-        return 0, block.to(tl.int64) * BLOCK_COLUMNS
+        return 0, _index(block, WIDE) * BLOCK_COLUMNS
     else:
-        column_blocks = tl.cdiv(columns, BLOCK_COLUMNS).to(tl.int32)  # see _whole_row
+        column_blocks = tl.cdiv(columns, BLOCK_COLUMNS).to(tl.int32)  # a division of 64 bits costs 70 instructions
         row_block = block // column_blocks
         column_block = block - row_block * column_blocks
-        return row_block.to(tl.int64) * BLOCK_ROWS, column_block.to(tl.int64) * BLOCK_COLUMNS
+        return _index(row_block, WIDE) * BLOCK_ROWS, _index(column_block, WIDE) * BLOCK_COLUMNS
+
+
+@triton.jit
+def _index(number, WIDE: tl.constexpr):
+    """An element count in the type of element indices: 64 bits only where the tensor needs them."""
+    return number.to(tl.int64) if WIDE else number
 
 
 @triton.jit
@@ -57,14 +63,8 @@ def _positions(first_row, first_column, shape, limit, BLOCK_ROWS: tl.constexpr, 
     if rows is None:
         return row, column, first_column, column, inside
     else:
-        element = row.to(tl.int64) * columns + column
+        element = row * columns + column
         return row, column, first_row * columns + first_column, element, inside & (first_row + row < rows)
-
-
-@triton.jit
-def _whole_row(first_row, row, rows):
-    """The row in the tensor, in 32 bits where the number of rows fits: divisions of 64 bits cost 70 instructions."""
-    return (first_row + row).to(rows.dtype)
 
 
 @triton.jit
@@ -77,22 +77,28 @@ def _keep(
     rows, columns, mask_repeat, _, _ = shape
     vector = first_column // VECTOR + tl.arange(0, BLOCK_COLUMNS // VECTOR)[None, :]
     if rows is not None:
-        mask_row = _whole_row(first_row, tl.arange(0, BLOCK_ROWS)[:, None], rows) // mask_repeat
-        vector += mask_row.to(tl.int64) * (columns // VECTOR)
+        mask_row = (first_row + tl.arange(0, BLOCK_ROWS)[:, None]) // mask_repeat
+        vector += mask_row * (columns // VECTOR)
     if MASK == "row":
-        drawn = tl.reshape(lanes(mask_row.to(tl.int64), seed, offset, 1), [BLOCK_ROWS, 1])
+        drawn = tl.reshape(lanes(mask_row, seed, offset, 1), [BLOCK_ROWS, 1])
     else:
         drawn = tl.reshape(lanes(vector, seed, offset, VECTOR), [BLOCK_ROWS, BLOCK_COLUMNS])
     return drawn >= (threshold.to(tl.uint32) << 16)
 
 
 @triton.jit
+def _constant(number, like):
+    """A number that came as fp64 in the dtype that the tile computes in."""
+    return tl.full([1, 1], number, like.dtype)
+
+
+@triton.jit
 def _add_bias(v, bias_ptr, first_row, row, first_column, column, shape, limit, BIAS: tl.constexpr):
-    rows, _, _, bias_repeat, bias_size = shape
+    _, _, _, bias_repeat, bias_size = shape
     if BIAS == "columns":
         bias = tl.load(bias_ptr + first_column + column, mask=first_column + column < limit, other=0.0)
     else:
-        bias = tl.load(bias_ptr + _whole_row(first_row, row, rows) // bias_repeat % bias_size)
+        bias = tl.load(bias_ptr + (first_row + row) // bias_repeat % bias_size)
     return v + upcast(bias).to(v.dtype)
 
 
@@ -114,18 +120,18 @@ def _forward_tile(
             wanted = inside & keep  # what is dropped is not read
 
     x = tl.load(x_ptr + first + element, mask=wanted, other=0.0)
-    PRECISE: tl.constexpr = x.dtype.primitive_bitwidth > 16
     v = upcast(x)
     if bias_ptr is not None:
         v = _add_bias(v, bias_ptr, first_row, row, first_column, column, shape, limit, BIAS)
-    y = activation.forward(v, ACTIVATION, PRECISE)
+    y = activation.forward(v, ACTIVATION, x.dtype)
     if kept_shift is not None:
-        y = tl.where(keep, y * tl.full([1, 1], scale, v.dtype) + tl.full([1, 1], kept_shift, v.dtype), tl.full([1, 1], dropped_value, v.dtype))
+        kept = y * _constant(scale, y) + _constant(kept_shift, y)
+        y = tl.where(keep, kept, _constant(dropped_value, y))
     else:
         if MASK is not None:
             # Selected before it is scaled: behind the product LLVM selects in 16 bits, which is twice the work.
             y = tl.where(keep, y, 0.0)
-        y *= tl.full([1, 1], scale, v.dtype)
+        y *= _constant(scale, y)
     if residual_ptr is not None:
         y += upcast(tl.load(residual_ptr + first + element, mask=inside, other=0.0)).to(v.dtype)
     tl.store(y_ptr + first + element, y.to(y_ptr.dtype.element_ty), mask=inside)
@@ -157,6 +163,7 @@ def forward(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
+    WIDE: tl.constexpr,  # 64-bit indices, for 2^31 elements and more
 ):
     """One tile a program; grid: (row blocks x column blocks,)."""
     if seed_ptr is not None:
@@ -165,9 +172,9 @@ def forward(
     draw = (seed, offset, threshold)
     constants = (scale, kept_shift, dropped_value)
     # Written as a product, so that the compiler sees that a vector is inside as a whole or not at all.
-    columns = vectors * VECTOR
+    columns = _index(vectors, WIDE) * VECTOR
     shape = (rows, columns, mask_repeat, bias_repeat, bias_size)
-    first_row, first_column = _tile(shape, BLOCK_ROWS, BLOCK_COLUMNS)
+    first_row, first_column = _tile(shape, BLOCK_ROWS, BLOCK_COLUMNS, WIDE)
     _forward_tile(
         tensors, draw, constants, first_row, first_column, shape, columns,
         MASK, BIAS, ACTIVATION, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR,
@@ -199,14 +206,13 @@ def _backward_tile(
     dx = upcast(tl.load(dy_ptr + first + element, mask=wanted, other=0.0))
     if x_ptr is not None:
         x = tl.load(x_ptr + first + element, mask=wanted, other=0.0)
-        PRECISE: tl.constexpr = x.dtype.primitive_bitwidth > 16
         v = upcast(x)
         if bias_ptr is not None:
             v = _add_bias(v, bias_ptr, first_row, row, first_column, column, shape, limit, BIAS)
-        dx = activation.backward(dx.to(v.dtype), v, ACTIVATION, PRECISE)
+        dx = activation.backward(dx.to(v.dtype), v, ACTIVATION, x.dtype)
     if MASK is not None:
         dx = tl.where(keep, dx, 0.0)  # behind the activation: a dropped NaN has no gradient
-    dx *= tl.full([1, 1], scale, dx.dtype)
+    dx *= _constant(scale, dx)
     tl.store(dx_ptr + first + element, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     return dx  # 0 outside the tensor, where dy was read as 0
 
@@ -236,15 +242,16 @@ def backward(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """dx = f'(x + bias) scale dy where kept, else 0. Arguments and grid as in ``forward``."""
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     tensors = (dy_ptr, x_ptr, bias_ptr, dx_ptr)
     draw = (seed, offset, threshold)
-    columns = vectors * VECTOR
+    columns = _index(vectors, WIDE) * VECTOR
     shape = (rows, columns, mask_repeat, bias_repeat, bias_size)
-    first_row, first_column = _tile(shape, BLOCK_ROWS, BLOCK_COLUMNS)
+    first_row, first_column = _tile(shape, BLOCK_ROWS, BLOCK_COLUMNS, WIDE)
     dx = _backward_tile(
         tensors, draw, scale, first_row, first_column, shape, columns,
         MASK, BIAS, ACTIVATION, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR,
@@ -283,6 +290,7 @@ def backward_bias_columns(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """``backward`` for a bias that varies along the columns. Grid: (row programs, column blocks).
 
@@ -292,12 +300,12 @@ def backward_bias_columns(
         seed = tl.load(seed_ptr)
     tensors = (dy_ptr, x_ptr, bias_ptr, dx_ptr)
     draw = (seed, offset, threshold)
-    columns = vectors * VECTOR
+    columns = _index(vectors, WIDE) * VECTOR
     shape = (rows, columns, mask_repeat, 1, bias_size)
-    first_column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS
+    first_column = _index(tl.program_id(1), WIDE) * BLOCK_COLUMNS
     total = tl.zeros([BLOCK_COLUMNS], partial_ptr.dtype.element_ty)
-    stride = tl.num_programs(0).to(tl.int64) * BLOCK_ROWS
-    for first_row in range(tl.program_id(0).to(tl.int64) * BLOCK_ROWS, rows, stride):
+    stride = _index(tl.num_programs(0), WIDE) * BLOCK_ROWS
+    for first_row in range(_index(tl.program_id(0), WIDE) * BLOCK_ROWS, rows, stride):
         dx = _backward_tile(
             tensors, draw, scale, first_row, first_column, shape, columns,
             MASK, "columns", ACTIVATION, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR,

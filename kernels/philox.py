@@ -42,10 +42,10 @@ def high_word(x):
 def philox(block, seed, offset):
     """Four words of 32 random bits for each block index.
 
-    block: int64, any shape.  seed, offset: int64 scalars.  Returns four uint32 tensors shaped as ``block``.
+    block: int64 or (cheaper) non-negative int32, any shape.  seed, offset: int64 scalars.  Returns four uint32 tensors shaped as ``block``.
     """
     c0 = low_word(block)
-    c1 = high_word(block)
+    c1 = tl.zeros_like(c0) if block.dtype == tl.int32 else high_word(block)
     c2 = tl.zeros_like(c0) + low_word(offset)
     c3 = tl.zeros_like(c0) + high_word(offset)
     k0 = low_word(seed)
@@ -85,7 +85,7 @@ def _word(index, seed, offset):
 def lanes(vector, seed, offset, VECTOR: tl.constexpr):
     """The 16-bit lanes of VECTOR consecutive elements, each in the high half of a uint32.
 
-    vector: int64 index of a group of VECTOR elements (element index // VECTOR), any shape.
+    vector: index (int64 or int32) of a group of VECTOR elements (element index // VECTOR), any shape.
     VECTOR: 8, 4, 2 or 1.  Returns shape [*vector.shape, ...] with VECTOR values in the joined minor dimensions,
     in element order: reshape it to the tile.
 

@@ -140,6 +140,7 @@ def _prepare(x: Tensor, tiles: Tiling, stream: Stream, form: _Form, rows_of_tile
         "BLOCK_ROWS": block_rows,
         "BLOCK_COLUMNS": block_columns,
         "VECTOR": vector,
+        "WIDE": x.numel() >= 1 << 31,
         "num_warps": 4,
     }
     row_blocks = triton.cdiv(tiles.rows or 1, block_rows)
