@@ -1,7 +1,7 @@
 """fastreg: hand-written Triton kernels for regularizing deep networks in PyTorch.
 
-    import fastreg.nn as fnn           # modules, drop-in for torch.nn
-    import fastreg.functional as F     # functions, drop-in for torch.nn.functional
+``fastreg.nn`` holds modules, drop-in for ``torch.nn``; ``fastreg.functional`` functions, drop-in for
+``torch.nn.functional``; ``fastreg.random`` the definition of every random number.
 """
 
 __version__ = "0.1.0"

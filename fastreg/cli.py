@@ -7,7 +7,7 @@ def main() -> None:
     try:
         import typer
     except ImportError:
-        sys.exit("fastreg: the command line needs typer and rich; install them with: pip install 'fastreg[train]'")
+        sys.exit("fastreg: the command line needs typer and rich: pip install 'fastreg[train]'")
 
     from fastreg.bench.__main__ import app as bench
     from fastreg.bench.inspect import inspect

@@ -69,7 +69,9 @@ def words(block: Tensor, stream: Stream) -> Tensor:
     """The four random words of each block: int64 ``[*block.shape, 4]`` with values in [0, 2^32)."""
     seed, offset = stream
     counter = (block & _WORD, block >> 32 & _WORD, offset & _WORD, offset >> 32 & _WORD)
-    return torch.stack(torch.broadcast_tensors(*philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD))), dim=-1)
+    return torch.stack(
+        torch.broadcast_tensors(*philox4x32(counter, (seed & _WORD, seed >> 32 & _WORD))), dim=-1
+    )
 
 
 def lanes(element: Tensor, stream: Stream) -> Tensor:
@@ -104,7 +106,9 @@ def normal(size, stream: Stream, *, dtype: torch.dtype = torch.float32, device=N
     return pairs.flatten()[:count].view(size).to(dtype)
 
 
-def stream(device: torch.device, seed: int | Tensor | None = None, generator: Generator | None = None) -> Stream:
+def stream(
+    device: torch.device, seed: int | Tensor | None = None, generator: Generator | None = None
+) -> Stream:
     """The stream of one random operation on ``device``.
 
     An explicit ``seed`` (an int, or an int64 tensor of one element on ``device``) is used as it is. Otherwise

@@ -32,6 +32,9 @@ from . import activation
 from .fastmath import upcast
 from .philox import lanes
 
+# Numbers that change from call to call: a kernel of its own for those that divide by 16 would gain nothing.
+NOT_SPECIALIZED = ("seed", "offset", "threshold", "tail")
+
 
 @triton.jit
 def _tile(shape, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WIDE: tl.constexpr):
@@ -41,7 +44,9 @@ def _tile(shape, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, WIDE: tl
     if rows is None:
         return 0, _index(block, WIDE) * BLOCK_COLUMNS
     else:
-        column_blocks = tl.cdiv(columns, BLOCK_COLUMNS).to(tl.int32)  # a division of 64 bits costs 70 instructions
+        column_blocks = tl.cdiv(columns, BLOCK_COLUMNS).to(
+            tl.int32
+        )  # a division of 64 bits costs 70 instructions
         row_block = block // column_blocks
         column_block = block - row_block * column_blocks
         return _index(row_block, WIDE) * BLOCK_ROWS, _index(column_block, WIDE) * BLOCK_COLUMNS
@@ -54,17 +59,29 @@ def _index(number, WIDE: tl.constexpr):
 
 
 @triton.jit
-def _positions(first_row, first_column, shape, limit, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):
+def _positions(
+    first_row,
+    first_column,
+    shape,
+    limit,
+    EVEN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+):
     """Of each position of a tile: row, column, element index behind the tile's first, and is it in the tensor."""
     rows, columns, _, _, _ = shape
     row = tl.arange(0, BLOCK_ROWS)[:, None]
     column = tl.arange(0, BLOCK_COLUMNS)[None, :]
-    inside = first_column + column < limit
+    if EVEN:
+        inside = tl.full([1, 1], True, tl.int1)
+    elif rows is None:
+        inside = first_column + column < limit
+    else:
+        inside = (first_column + column < limit) & (first_row + row < rows)
     if rows is None:
         return row, column, first_column, column, inside
     else:
-        element = row * columns + column
-        return row, column, first_row * columns + first_column, element, inside & (first_row + row < rows)
+        return row, column, first_row * columns + first_column, row * columns + column, inside
 
 
 @triton.jit
@@ -105,13 +122,13 @@ def _add_bias(v, bias_ptr, first_row, row, first_column, column, shape, limit, B
 @triton.jit
 def _forward_tile(
     tensors, draw, constants, first_row, first_column, shape, limit,
-    MASK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
+    MASK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, SHIFTED: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     x_ptr, bias_ptr, residual_ptr, y_ptr = tensors
     scale, kept_shift, dropped_value = constants
     row, column, first, element, inside = _positions(
-        first_row, first_column, shape, limit, BLOCK_ROWS, BLOCK_COLUMNS
+        first_row, first_column, shape, limit, EVEN, BLOCK_ROWS, BLOCK_COLUMNS
     )
     wanted = inside
     if MASK is not None:
@@ -124,7 +141,7 @@ def _forward_tile(
     if bias_ptr is not None:
         v = _add_bias(v, bias_ptr, first_row, row, first_column, column, shape, limit, BIAS)
     y = activation.forward(v, ACTIVATION, x.dtype)
-    if kept_shift is not None:
+    if SHIFTED:
         kept = y * _constant(scale, y) + _constant(kept_shift, y)
         y = tl.where(keep, kept, _constant(dropped_value, y))
     else:
@@ -137,7 +154,7 @@ def _forward_tile(
     tl.store(y_ptr + first + element, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def forward(
     x_ptr,  # fp64, fp32, fp16 or bf16 [rows, columns]: a dense tensor in memory order
     bias_ptr,  # any of those [bias_size], or None
@@ -148,8 +165,8 @@ def forward(
     offset: tl.int64,
     threshold: tl.int32,  # round(p 2^16)
     scale: tl.float64,
-    kept_shift,  # fp64, or None for 0
-    dropped_value,  # fp64, or None for 0
+    kept_shift: tl.float64,
+    dropped_value: tl.float64,
     rows,  # None where all is one row
     vectors,  # a row
     tail,  # elements behind the last whole vector of the only row (RAGGED)
@@ -159,7 +176,9 @@ def forward(
     MASK: tl.constexpr,  # None (nothing is dropped), "element" or "row"
     BIAS: tl.constexpr,  # None, "columns" or "rows"
     ACTIVATION: tl.constexpr,
+    SHIFTED: tl.constexpr,  # kept_shift and dropped_value are not 0
     RAGGED: tl.constexpr,
+    EVEN: tl.constexpr,  # all tiles are full
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -177,12 +196,12 @@ def forward(
     first_row, first_column = _tile(shape, BLOCK_ROWS, BLOCK_COLUMNS, WIDE)
     _forward_tile(
         tensors, draw, constants, first_row, first_column, shape, columns,
-        MASK, BIAS, ACTIVATION, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR,
+        MASK, BIAS, ACTIVATION, SHIFTED, EVEN, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR,
     )  # fmt: skip
     if RAGGED and tl.program_id(0) == 0:
         _forward_tile(
             tensors, draw, constants, first_row, columns, shape, columns + tail,
-            MASK, BIAS, ACTIVATION, 1, VECTOR, VECTOR,
+            MASK, BIAS, ACTIVATION, SHIFTED, False, 1, VECTOR, VECTOR,
         )  # fmt: skip
 
 
@@ -190,12 +209,12 @@ def forward(
 def _backward_tile(
     tensors, draw, scale, first_row, first_column, shape, limit,
     MASK: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
+    EVEN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Writes dx and returns it, unrounded: it is also the bias gradient before the sum."""
     dy_ptr, x_ptr, bias_ptr, dx_ptr = tensors
     row, column, first, element, inside = _positions(
-        first_row, first_column, shape, limit, BLOCK_ROWS, BLOCK_COLUMNS
+        first_row, first_column, shape, limit, EVEN, BLOCK_ROWS, BLOCK_COLUMNS
     )
     wanted = inside
     if MASK is not None:
@@ -217,7 +236,7 @@ def _backward_tile(
     return dx  # 0 outside the tensor, where dy was read as 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def backward(
     dy_ptr,  # fp64, fp32, fp16 or bf16 [rows, columns], laid out as forward's x
     x_ptr,  # forward's x, or None where f is the identity
@@ -239,6 +258,7 @@ def backward(
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     RAGGED: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -254,22 +274,24 @@ def backward(
     first_row, first_column = _tile(shape, BLOCK_ROWS, BLOCK_COLUMNS, WIDE)
     dx = _backward_tile(
         tensors, draw, scale, first_row, first_column, shape, columns,
-        MASK, BIAS, ACTIVATION, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR,
+        MASK, BIAS, ACTIVATION, EVEN, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR,
     )  # fmt: skip
     if partial_ptr is not None:
         row = first_row + tl.arange(0, BLOCK_ROWS)
         column_blocks = tl.cdiv(columns, BLOCK_COLUMNS)
         tl.store(
-            partial_ptr + row * column_blocks + first_column // BLOCK_COLUMNS, tl.sum(dx, axis=1), mask=row < rows
+            partial_ptr + row * column_blocks + first_column // BLOCK_COLUMNS,
+            tl.sum(dx, axis=1),
+            mask=row < rows,
         )
     if RAGGED and tl.program_id(0) == 0:
         _backward_tile(
             tensors, draw, scale, first_row, columns, shape, columns + tail,
-            MASK, BIAS, ACTIVATION, 1, VECTOR, VECTOR,
+            MASK, BIAS, ACTIVATION, False, 1, VECTOR, VECTOR,
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def backward_bias_columns(
     dy_ptr,
     x_ptr,
@@ -287,6 +309,7 @@ def backward_bias_columns(
     bias_size,
     MASK: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -308,10 +331,8 @@ def backward_bias_columns(
     for first_row in range(_index(tl.program_id(0), WIDE) * BLOCK_ROWS, rows, stride):
         dx = _backward_tile(
             tensors, draw, scale, first_row, first_column, shape, columns,
-            MASK, "columns", ACTIVATION, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR,
+            MASK, "columns", ACTIVATION, EVEN, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR,
         )  # fmt: skip
         total += tl.sum(dx, axis=0)
     column = first_column + tl.arange(0, BLOCK_COLUMNS)
-    tl.store(
-        partial_ptr + tl.program_id(0).to(tl.int64) * columns + column, total, mask=column < columns
-    )
+    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * columns + column, total, mask=column < columns)

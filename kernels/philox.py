@@ -42,7 +42,8 @@ def high_word(x):
 def philox(block, seed, offset):
     """Four words of 32 random bits for each block index.
 
-    block: int64 or (cheaper) non-negative int32, any shape.  seed, offset: int64 scalars.  Returns four uint32 tensors shaped as ``block``.
+    block: int64 or (cheaper) non-negative int32, any shape.  seed, offset: int64 scalars.
+    Returns four uint32 tensors shaped as ``block``.
     """
     c0 = low_word(block)
     c1 = tl.zeros_like(c0) if block.dtype == tl.int32 else high_word(block)
@@ -130,7 +131,7 @@ def normals(vector, seed, offset):
     return tl.join(tl.join(z0, z2), tl.join(z1, z3))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "offset"])
 def fill_lanes(
     out_ptr,  # int32 [numel]
     seed: tl.int64,
@@ -147,7 +148,7 @@ def fill_lanes(
     tl.store(out_ptr + element, values.to(tl.int32), mask=element < numel)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seed", "offset"])
 def fill_normals(
     out_ptr,  # fp64, fp32, fp16 or bf16 [numel]
     seed: tl.int64,

@@ -2,11 +2,11 @@
 
 from fastreg.nn.dropout import (
     AlphaDropout,
-    DropPath,
     Dropout,
     Dropout1d,
     Dropout2d,
     Dropout3d,
+    DropPath,
     FeatureAlphaDropout,
 )
 

@@ -1,8 +1,10 @@
 """Where an operation runs: on the Triton kernels, or on ATen."""
 
+import contextlib
 import functools
 import importlib.util
 import os
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,5 +54,18 @@ def _capable(index: int) -> bool:
 
 @functools.cache
 def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors the device has; an H100's number for the interpreter."""
-    return 132 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+    """How many multiprocessors the device has; an H100's number where it is no GPU (interpreter, inspection)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+class Launch(NamedTuple):
+    """A kernel with everything it is launched with: what runs, and what ``fastreg inspect`` compiles."""
+
+    kernel: Any  # a @triton.jit function
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+
+    def run(self, device: torch.device) -> None:
+        """Launches on the tensors' ``device``, which need not be the current one."""
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[self.grid](**self.arguments)

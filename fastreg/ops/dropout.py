@@ -4,7 +4,6 @@ Every form is one function, ``_dropout``, on two backends: the Triton kernels of
 the definition in ATen (CPU, ``torch.func`` transforms, second derivatives). Neither stores a mask.
 """
 
-import contextlib
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -16,6 +15,7 @@ from torch import Generator, Tensor
 
 from fastreg import random
 from fastreg.ops import backend
+from fastreg.ops.backend import Launch
 from fastreg.ops.layout import Tiling, dense, dense_strides, tiling, with_strides
 from fastreg.random import LANE_VALUES, Stream
 
@@ -100,60 +100,6 @@ def _definition(
 # --- the launch -------------------------------------------------------------------------------------------
 
 
-class _Launch(NamedTuple):
-    """The tile of a program, and the arguments that all kernels share."""
-
-    rows: int  # blocks
-    columns: int  # blocks
-    arguments: dict
-
-
-def _prepare(x: Tensor, tiles: Tiling, stream: Stream, form: _Form, rows_of_tile: int | None = None) -> _Launch:
-    """Tiles of 4,096 elements, 32 a thread, where there are enough of them to fill a GPU, else of 1,024.
-
-    A tile is as wide as a warp group's 16-byte accesses: then a thread holds whole columns, and a sum over the
-    rows needs no other thread.
-    """
-    vector = 16 // x.element_size()
-    if tiles.rows is not None:
-        while tiles.columns % vector:
-            vector //= 2
-    size = 4096 if x.numel() >= 1 << 20 and vector > 1 else 1024
-    if tiles.rows is None:
-        block_rows, block_columns = 1, size
-    else:
-        block_columns = max(vector, min(triton.next_power_of_2(tiles.columns), 128 * vector))
-        block_rows = rows_of_tile or max(1, size // block_columns)
-    in_tensor = isinstance(stream.seed, Tensor)
-    arguments = {
-        "seed_ptr": stream.seed if in_tensor else None,
-        "seed": 0 if in_tensor else stream.seed,
-        "offset": stream.offset,
-        "threshold": form.threshold,
-        "scale": form.scale,
-        "rows": tiles.rows,
-        "vectors": tiles.columns // vector,
-        "mask_repeat": tiles.mask_repeat,
-        "bias_size": tiles.bias_size,
-        "MASK": tiles.mask if form.threshold else None,
-        "ACTIVATION": form.activation,
-        "BLOCK_ROWS": block_rows,
-        "BLOCK_COLUMNS": block_columns,
-        "VECTOR": vector,
-        "WIDE": x.numel() >= 1 << 31,
-        "num_warps": 4,
-    }
-    row_blocks = triton.cdiv(tiles.rows or 1, block_rows)
-    # One block at least: it takes the elements behind the last whole vector.
-    return _Launch(row_blocks, max(1, triton.cdiv(tiles.columns // vector * vector, block_columns)), arguments)
-
-
-def _tail(tiles: Tiling, launch: _Launch) -> dict:
-    """The elements behind the last whole vector of a single row, and how the bias runs."""
-    tail = tiles.columns % launch.arguments["VECTOR"]
-    return {"tail": tail, "RAGGED": tail > 0, "BIAS": tiles.bias, "bias_repeat": tiles.bias_repeat}
-
-
 def _tiled(x: Tensor, form: _Form) -> tuple[Tensor, Tiling]:
     """``x`` in a dense layout that the kernels can tile (itself wherever possible), and the tiling."""
     x = dense(x)
@@ -164,31 +110,138 @@ def _tiled(x: Tensor, form: _Form) -> tuple[Tensor, Tiling]:
     return x, tiles
 
 
-def _launch_forward(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, stream: Stream, form: _Form, out: Tensor | None = None
+def _blocks(x: Tensor, tiles: Tiling) -> tuple[int, int, int]:
+    """Rows and columns of a program's tile, and the elements of a vector: one 16-byte access, or what divides a row.
+
+    4,096 elements, 32 a thread, where there are enough of them to fill a GPU, else 1,024. A tile is no wider than one
+    access of all its threads, so that a thread holds whole columns and sums them over the rows without any other.
+    """
+    vector = 16 // x.element_size()
+    if tiles.rows is not None:
+        vector = math.gcd(vector, tiles.columns)
+    size = 4096 if x.numel() >= 1 << 20 and vector > 1 else 1024
+    if tiles.rows is None:
+        return 1, size, vector
+    columns = max(vector, min(triton.next_power_of_2(tiles.columns), 128 * vector))
+    return max(1, size // columns), columns, vector
+
+
+def _arguments(tiles: Tiling, blocks: tuple[int, int, int], stream: Stream, form: _Form) -> dict:
+    """The arguments that forward and backward kernels share."""
+    rows, columns, vector = blocks
+    in_memory = isinstance(stream.seed, Tensor)
+    tail = tiles.columns % vector
+    return {
+        "seed_ptr": stream.seed if in_memory else None,
+        "seed": 0 if in_memory else stream.seed,
+        "offset": stream.offset,
+        "threshold": form.threshold,
+        "scale": form.scale,
+        "rows": tiles.rows,
+        "vectors": tiles.columns // vector,
+        "tail": tail,
+        "mask_repeat": tiles.mask_repeat,
+        "bias_repeat": tiles.bias_repeat,
+        "bias_size": tiles.bias_size,
+        "MASK": tiles.mask if form.threshold else None,
+        "BIAS": tiles.bias,
+        "ACTIVATION": form.activation,
+        "RAGGED": tail > 0,
+        "EVEN": (tiles.rows or 1) % rows == 0 and tiles.columns > tail and (tiles.columns - tail) % columns == 0,
+        "BLOCK_ROWS": rows,
+        "BLOCK_COLUMNS": columns,
+        "VECTOR": vector,
+        "WIDE": (tiles.rows or 1) * tiles.columns >= 1 << 31,
+        "num_warps": 4,
+    }
+
+
+def _block_counts(tiles: Tiling, blocks: tuple[int, int, int]) -> tuple[int, int]:
+    rows, columns, vector = blocks
+    # One block of columns at least: the first takes the elements behind the last whole vector.
+    return triton.cdiv(tiles.rows or 1, rows), max(1, triton.cdiv(tiles.columns // vector * vector, columns))
+
+
+def _forward_launch(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    tiles: Tiling,
+    stream: Stream,
+    form: _Form,
+) -> Launch:
+    """x, residual, y: dense, with one layout, tiled by ``tiles``."""
+    blocks = _blocks(x, tiles)
+    tensors = {"x_ptr": x, "bias_ptr": bias, "residual_ptr": residual, "y_ptr": y}
+    constants = {
+        "kept_shift": form.kept_shift or 0.0,
+        "dropped_value": form.dropped_value or 0.0,
+        "SHIFTED": form.kept_shift is not None,
+    }
+    grid = (math.prod(_block_counts(tiles, blocks)),)
+    return Launch(kernels.forward, grid, tensors | constants | _arguments(tiles, blocks, stream, form))
+
+
+def _backward_launch(
+    dy: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    dx: Tensor,
+    tiles: Tiling,
+    stream: Stream,
+    form: _Form,
+    needs_bias: bool,
+) -> Launch:
+    """dy, x, dx: dense, with one layout, tiled by ``tiles``. ``partial_ptr`` receives partial sums for the bias."""
+    blocks = _blocks(dx, tiles)
+    row_blocks, column_blocks = _block_counts(tiles, blocks)
+    tensors = {"dy_ptr": dy, "x_ptr": x, "bias_ptr": bias, "dx_ptr": dx, "partial_ptr": None}
+    sums = {"dtype": _sum_dtype(dx.dtype), "device": dx.device}
+    if not (needs_bias and tiles.bias == "columns"):
+        if needs_bias:
+            tensors["partial_ptr"] = torch.empty(tiles.rows, column_blocks, **sums)
+        arguments = _arguments(tiles, blocks, stream, form)
+        return Launch(kernels.backward, (row_blocks * column_blocks,), tensors | arguments)
+
+    # Four rows at a time, and as few warps as span the columns: a thread then sums its own columns.
+    _, columns, vector = blocks
+    blocks = 4, columns, vector
+    warps = max(1, columns // (32 * vector))
+    row_blocks, column_blocks = _block_counts(tiles, blocks)
+    # Eight tiles a program, so that the partial sums are a small part of the traffic, but no more programs
+    # than 32 warps on each multiprocessor.
+    most = 32 // warps * backend.multiprocessors(dx.device) // column_blocks
+    programs = min(triton.cdiv(row_blocks, 8), max(1, most))
+    tensors["partial_ptr"] = torch.empty(programs, tiles.columns, **sums)
+    arguments = _arguments(tiles, blocks, stream, form)
+    for name in ("tail", "RAGGED", "BIAS", "bias_repeat"):
+        del arguments[name]  # rows of whole vectors, and the bias along the columns
+    arguments["num_warps"] = warps
+    return Launch(kernels.backward_bias_columns, (programs, column_blocks), tensors | arguments)
+
+
+def _run_forward(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    stream: Stream,
+    form: _Form,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """Runs the forward kernel. ``out``: where to write, ``x`` itself or None."""
+    """The forward kernel on tensors of any layout. ``out``: where to write, ``x`` itself or None."""
     result = torch.empty_like(x, dtype=_result_dtype(x, residual)) if out is None else out
     if x.numel() == 0:
         return result
-    laid_out, tiles = _tiled(x, form)
-    y = result if result.stride() == laid_out.stride() else torch.empty_like(laid_out, dtype=result.dtype)
-    launch = _prepare(laid_out, tiles, stream, form)
-    with _on_device_of(x):
-        kernels.forward[(launch.rows * launch.columns,)](
-            x_ptr=laid_out,
-            bias_ptr=None if bias is None else bias.contiguous(),
-            residual_ptr=None if residual is None else with_strides(residual, laid_out.stride()),
-            y_ptr=y,
-            kept_shift=form.kept_shift,
-            dropped_value=form.dropped_value,
-            **_tail(tiles, launch),
-            **launch.arguments,
-        )
+    x, tiles = _tiled(x, form)
+    y = result if result.stride() == x.stride() else torch.empty_like(x, dtype=result.dtype)
+    residual = None if residual is None else with_strides(residual, x.stride())
+    bias = None if bias is None else bias.contiguous()
+    _forward_launch(x, bias, residual, y, tiles, stream, form).run(x.device)
     return result if y is result else result.copy_(y)
 
 
-def _launch_backward(
+def _run_backward(
     dy: Tensor,
     x: Tensor | None,
     bias: Tensor | None,
@@ -198,56 +251,36 @@ def _launch_backward(
     dtype: torch.dtype,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Runs the backward kernel.
+    """The backward kernel on tensors of any layout.
 
     x, bias: what forward had, where the activation needs them.  stride, dtype: of forward's x, made dense.
     Returns dx in that layout and dtype and, if needed, the bias gradient: fp32 (fp64) [bias size].
     """
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
     result = torch.empty_strided(dy.shape, stride, dtype=dtype, device=dy.device)
     if dy.numel() == 0:
-        return result, torch.zeros(dy.shape[form.bias_dim], dtype=sums, device=dy.device) if needs_bias else None
+        return result, dy.new_zeros(dy.shape[form.bias_dim], dtype=_sum_dtype(dtype)) if needs_bias else None
     # The mask counts elements in the memory order of the forward pass, whatever the strides of dy.
     dx, tiles = _tiled(result, form)
-    tensors = {
-        "dy_ptr": with_strides(dy, dx.stride()),
-        "x_ptr": None if x is None else with_strides(x, dx.stride()),
-        "bias_ptr": None if bias is None else bias.contiguous(),
-        "dx_ptr": dx,
-    }
-    bias_gradient = None
-    with _on_device_of(dy):
-        if needs_bias and tiles.bias == "columns":
-            launch = _prepare(dx, tiles, stream, form, rows_of_tile=4)
-            # Eight tiles a program, so that the partial sums are a small part of the traffic, but no more programs
-            # than eight on each multiprocessor.
-            programs = 8 * backend.multiprocessors(dy.device) // launch.columns
-            programs = max(1, min(programs, triton.cdiv(launch.rows, 8)))
-            partial = torch.empty(programs, tiles.columns, dtype=sums, device=dy.device)
-            kernels.backward_bias_columns[(programs, launch.columns)](
-                **tensors, partial_ptr=partial, **launch.arguments
-            )
-            bias_gradient = partial.sum(0)
+    dy = with_strides(dy, dx.stride())
+    x = None if x is None else with_strides(x, dx.stride())
+    bias = None if bias is None else bias.contiguous()
+    launch = _backward_launch(dy, x, bias, dx, tiles, stream, form, needs_bias)
+    launch.run(dx.device)
+    partial = launch.arguments["partial_ptr"]
+    if partial is not None:
+        if tiles.bias == "columns":
+            partial = partial.sum(0)
         else:
-            launch = _prepare(dx, tiles, stream, form)
-            partial = None
-            if needs_bias:
-                partial = torch.empty(tiles.rows, launch.columns, dtype=sums, device=dy.device)
-            kernels.backward[(launch.rows * launch.columns,)](
-                **tensors, partial_ptr=partial, **_tail(tiles, launch), **launch.arguments
-            )
-            if needs_bias:
-                bias_gradient = partial.view(-1, tiles.bias_size, tiles.bias_repeat * launch.columns).sum((0, 2))
-    return (result if dx is result else result.copy_(dx)), bias_gradient
+            partial = partial.view(-1, tiles.bias_size, tiles.bias_repeat * partial.shape[1]).sum((0, 2))
+    return (result if dx is result else result.copy_(dx)), partial
+
+
+def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _result_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
     return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-
-
-def _on_device_of(x: Tensor):
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device_of(x) if x.is_cuda else contextlib.nullcontext()
 
 
 # --- autograd, eager --------------------------------------------------------------------------------------
@@ -267,7 +300,7 @@ class _Dropout(torch.autograd.Function):
         seed_tensor = seed if isinstance(seed, Tensor) else None
         ctx.seed = seed if seed_tensor is None else None
         ctx.save_for_backward(*((x, bias) if form.keeps_input else (None, None)), seed_tensor)
-        return _launch_forward(x, bias, residual, Stream(seed, offset), form, out=x if inplace else None)
+        return _run_forward(x, bias, residual, Stream(seed, offset), form, out=x if inplace else None)
 
     @staticmethod
     def backward(ctx, dy):
@@ -277,9 +310,11 @@ class _Dropout(torch.autograd.Function):
         dx = dbias = dresidual = None
         if needs_x or needs_bias:
             if torch.is_grad_enabled():
-                dx, dbias = _differentiable_backward(dy, x, bias, stream, ctx.form, ctx.stride, ctx.dtype, needs_bias)
+                dx, dbias = _differentiable_backward(
+                    dy, x, bias, stream, ctx.form, ctx.stride, ctx.dtype, needs_bias
+                )
             else:
-                dx, dbias = _launch_backward(dy, x, bias, stream, ctx.form, ctx.stride, ctx.dtype, needs_bias)
+                dx, dbias = _run_backward(dy, x, bias, stream, ctx.form, ctx.stride, ctx.dtype, needs_bias)
             if needs_bias:
                 shape, dtype = ctx.bias_like
                 dbias = dbias.view(shape).to(dtype)
@@ -289,7 +324,7 @@ class _Dropout(torch.autograd.Function):
 
 
 def _differentiable_backward(dy, x, bias, stream, form, stride, dtype, needs_bias):
-    """``_launch_backward`` in ATen, for second derivatives (create_graph=True)."""
+    """``_run_backward`` in ATen, for second derivatives (create_graph=True)."""
     keep = _mask(dy.shape, stride, form, stream, dy.device) if form.threshold else None
     dx = _masked(dy.to(dtype), keep, form._replace(kept_shift=None))
     if form.activation is not None:
@@ -319,7 +354,7 @@ def _dropout_op(
     activation: str | None,
 ) -> Tensor:
     form = _Form(threshold, scale, kept_shift, dropped_value, mask_dims, bias_dim, activation)
-    return _launch_forward(x, bias, residual, Stream(seed), form)
+    return _run_forward(x, bias, residual, Stream(seed), form)
 
 
 @_dropout_op.register_fake
@@ -343,7 +378,7 @@ def _dropout_backward_op(
     activation: str | None,
 ) -> tuple[Tensor, Tensor]:
     form = _Form(threshold, scale, None, None, mask_dims, bias_dim, activation)
-    dx, dbias = _launch_backward(dy, x, bias, Stream(seed), form, tuple(stride), dtype, needs_bias)
+    dx, dbias = _run_backward(dy, x, bias, Stream(seed), form, tuple(stride), dtype, needs_bias)
     return dx, dy.new_empty(0) if dbias is None else dbias
 
 
@@ -352,8 +387,7 @@ def _(dy, x, bias, seed, stride, dtype, needs_bias, threshold, scale, mask_dims,
     dx = torch.empty_strided(dy.shape, stride, dtype=dtype, device=dy.device)
     if not needs_bias:
         return dx, dy.new_empty(0)
-    sums = torch.float64 if dtype == torch.float64 else torch.float32
-    return dx, dy.new_empty(dy.shape[bias_dim], dtype=sums)
+    return dx, dy.new_empty(dy.shape[bias_dim], dtype=_sum_dtype(dtype))
 
 
 def _save_for_compiled_backward(ctx, inputs, output):
@@ -511,7 +545,9 @@ def _check_residual(input: Tensor, residual: Tensor | None) -> None:
         )
 
 
-def _check_inplace(input: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None) -> None:
+def _check_inplace(
+    input: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
+) -> None:
     if torch.is_grad_enabled():
         if input.requires_grad and input.is_leaf:
             raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
@@ -580,7 +616,9 @@ def dropout1d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     Dropped channels are not read. ``fused``: the keyword arguments of :func:`dropout`.
     Drop-in for :func:`torch.nn.functional.dropout1d`. Source: Tompson et al. 2015 (SpatialDropout, arXiv 1411.4280).
     """
-    return _channel_dropout(input, p, training, inplace, F.dropout1d, input.dim() == 2, input.dim() == 3, fused)
+    return _channel_dropout(
+        input, p, training, inplace, F.dropout1d, input.dim() == 2, input.dim() == 3, fused
+    )
 
 
 def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **fused) -> Tensor:
@@ -610,7 +648,9 @@ def _squeezed(aten):
     return lambda input, *arguments: aten(input.squeeze(0), *arguments).unsqueeze(0)
 
 
-def alpha_dropout(input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False, **fused) -> Tensor:
+def alpha_dropout(
+    input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False, **fused
+) -> Tensor:
     """Drops elements to the negative saturation of SELU and rescales, so that mean 0 and variance 1 stay.
 
     ``fused``: the keyword arguments of :func:`dropout` but ``inverted``. Drop-in for

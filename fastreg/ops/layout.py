@@ -79,7 +79,7 @@ def tiling(x: Tensor, mask_dims: int, bias_dim: int | None) -> Tiling | None:
         columns = x.shape[bias_dim]
         bias = {"bias": "columns", "bias_size": columns}
     else:
-        columns = min(x.stride(bias_dim), count // masked)
+        columns = x.stride(bias_dim) if masked == count else min(x.stride(bias_dim), count // masked)
         bias = {"bias": "rows", "bias_repeat": x.stride(bias_dim) // columns, "bias_size": x.shape[bias_dim]}
     rows = count // columns
     if masked == count:

@@ -1,0 +1,251 @@
+"""``python -m bench`` (in a checkout) and ``fastreg bench`` (installed): run, report, check."""
+
+import importlib
+import math
+import os
+import re
+import time
+from itertools import product
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import FAMILIES
+from .cases import Case
+from .check import check as check_all
+from .harness import (
+    CPU_QUICK_SIZES,
+    CPU_SIZES,
+    DTYPES,
+    QUICK_SIZES,
+    SIZES,
+    explain,
+    wrong,
+)
+from .harness import run as sweep
+from .peers import CPU_PEERS, PEERS, select
+from .provenance import REPOSITORY, provenance
+from .report import OURS, Entry, entries, human, ratio_cell
+from .report import report as render
+
+# Results belong to the checkout; an installed package writes none into itself.
+RESULTS = REPOSITORY / "bench/results" if (REPOSITORY / "pyproject.toml").exists() else Path("bench-results")
+app = typer.Typer(help="Benchmarks: run, report, check.", no_args_is_help=True, add_completion=False)
+console = Console(highlight=False, soft_wrap=True)
+
+
+def cases_of(family: str, parts: list[str]) -> list[Case]:
+    """The cases of a family whose name contains one of ``parts`` (all if there are none)."""
+    if family not in FAMILIES:
+        raise typer.BadParameter(f"no such family: {family} (there is {', '.join(FAMILIES)})")
+    cases = importlib.import_module(f".{family}", __package__).CASES
+    return [case for case in cases if not parts or any(part in case.name for part in parts)]
+
+
+def words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def nbytes(text: str) -> int:
+    """'64KB' → 65536."""
+    match = re.fullmatch(r"(\d+)([KMG]?)B?", text.upper())
+    if not match:
+        raise typer.BadParameter(f"not a size: {text} (write 4KB, 16MB, 2GB)")
+    return int(match[1]) * 1024 ** " KMG".index(match[2] or " ")
+
+
+def choose_device(name: str) -> torch.device:
+    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+@app.command()
+def run(
+    family: Annotated[
+        list[str] | None, typer.Argument(help=f"Of {', '.join(FAMILIES)}; all if not given.")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of bf16, fp16, fp32, fp64, with commas.")] = "",
+    sizes: Annotated[str, typer.Option(help="Bytes of the first input: 4KB,64MB,2GB.")] = "",
+    cases: Annotated[str, typer.Option(help="Only cases with one of these in their name.")] = "",
+    peers: Annotated[
+        str, typer.Option(help="Only these implementations; all that are installed if not given.")
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder of the result files.")] = None,
+    quick: Annotated[bool, typer.Option(help="Few sizes, bf16, short timings, no max-autotune.")] = False,
+    device: Annotated[str, typer.Option(help="cuda or cpu; cuda where there is one.")] = "",
+    budget: Annotated[float | None, typer.Option(help="Milliseconds for one timing.")] = None,
+    stop_after: Annotated[float, typer.Option(help="Seconds after which no new case is begun.")] = math.inf,
+) -> None:
+    """Time every case against every peer that is installed, and write a result file for each family and
+    dtype."""
+    where = choose_device(device)
+    gpu = where.type == "cuda"
+    if gpu and os.environ.get("TRITON_INTERPRET") == "1":
+        raise typer.BadParameter("TRITON_INTERPRET=1 would time the interpreter; unset it")
+    chosen_sizes = [nbytes(size) for size in words(sizes)]
+    chosen_sizes = chosen_sizes or (
+        (QUICK_SIZES if quick else SIZES) if gpu else CPU_QUICK_SIZES if quick else CPU_SIZES
+    )
+    # A CPU says what we cost over torch there, and no more. Max-autotune takes longer than a quick sweep has.
+    names = words(peers) or (
+        [p.name for p in PEERS if not quick or p.name != "compile-max"] if gpu else CPU_PEERS
+    )
+    try:
+        found, versions = select(tuple(names))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    dtypes = words(dtype) or (["fp32"] if not gpu else ["bf16"] if quick else ["bf16", "fp32"])
+    if unknown := set(dtypes) - set(DTYPES):
+        raise typer.BadParameter(f"no such dtype: {', '.join(sorted(unknown))}")
+    if not gpu:  # what we add on the host is on one thread, and the noise of waiting for others hides it
+        torch.set_num_threads(1)
+    deadline = time.monotonic() + stop_after
+    failed = False
+
+    def tell(rows: list[dict]) -> None:
+        nonlocal failed
+        failed |= any(row["error"] and row["implementation"] == OURS for row in rows)
+        show(rows)
+
+    chosen = {name: cases_of(name, words(cases)) for name in family or FAMILIES}
+    if not any(chosen.values()):
+        raise typer.BadParameter(f"no case has {cases!r} in its name; see the command list")
+    for name, one in product(filter(chosen.get, chosen), dtypes):
+        path = sweep(
+            name,
+            chosen[name],
+            found,
+            dtype=one,
+            sizes=chosen_sizes,
+            device=where,
+            versions=versions,
+            folder=out or RESULTS / provenance(where)["slug"],
+            quick=quick,
+            budget=(budget or (30 if quick else 100)) / 1e3,
+            deadline=deadline,
+            tell=tell,
+        )
+        console.print(f"wrote {path}", markup=False)
+    if failed:  # a peer that fails is a result, we are not
+        raise typer.Exit(1)
+
+
+def show(rows: list[dict]) -> None:
+    """One line for each timing as it is done, and for each thing that went wrong."""
+    for entry in entries({"rows": rows}):
+        console.print(line_of(entry), markup=False)
+    for row in filter(lambda row: row["error"], rows):
+        text = f"{row['case']} {row['implementation']} {row['method'] or ''}: {row['error']}"
+        console.print(text, style="red", markup=False)
+
+
+def line_of(entry: Entry) -> str:
+    ours = f"{entry.ours['median_us']:.1f} µs" if entry.ours else "not timed"
+    rest = ", ".join(
+        f"{ratio_cell(entry, name)} vs {name}" for name in entry.rows if name != OURS and entry.ours
+    )
+    copy = entry.ours and entry.ours["of_copy"]
+    rate = f", {100 * copy:.0f} % of a copy" if copy else ""
+    return f"{entry.case}  {human(entry.bytes)}  {entry.direction}  {entry.method}:  {ours}{rate}, {rest}"
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Option(help="Folder with result files.")] = RESULTS,
+    page: Annotated[
+        Path | None, typer.Option(help="The page to write; RESULTS.md beside the folder.")
+    ] = None,
+    readme: Annotated[Path | None, typer.Option(help="README to fill between its bench markers.")] = None,
+) -> None:
+    """Render tables and pictures from result files; without options the repository's, with its README."""
+    if readme is None and results == RESULTS and (REPOSITORY / "README.md").exists():
+        readme = REPOSITORY / "README.md"
+    try:
+        written = render(results, page or results.parent / "RESULTS.md", readme)
+    except ValueError as error:
+        console.print(f"{readme}: {error}", style="red", markup=False)
+        raise typer.Exit(1) from error
+    for path in written:
+        console.print(f"wrote {path}", markup=False)
+
+
+@app.command()
+def check(
+    out: Annotated[Path, typer.Option(help="Folder for results, logs and the summary.")],
+    dry_run: Annotated[
+        bool | None, typer.Option(help="No GPU is used; on by itself where there is none.")
+    ] = None,
+    tests: Annotated[
+        str | None, typer.Option(help='Arguments for pytest: a path, or "tests -k name".')
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Time for everything.")] = 600,
+) -> None:
+    """Tests, sanitizer, quick benchmarks and report in at most ten minutes: the command for a fresh GPU
+    machine."""
+    dry = not torch.cuda.is_available() if dry_run is None else dry_run
+    if not dry and not torch.cuda.is_available():
+        raise typer.BadParameter("there is no GPU here: only a dry run is possible")
+    if dry:
+        console.print(
+            "DRY RUN: no GPU is used. It proves that the stages work, and measures no kernel.", style="bold"
+        )
+
+    def tell(result: dict) -> None:
+        reason = f" ({result['reason']})" if "reason" in result else ""
+        console.print(f"{result['stage']}: {result['status']}{reason}, {result['seconds']} s", markup=False)
+
+    results, ok = check_all(out, dry=dry, tests=tests, total=seconds, tell=tell)
+    table = Table(title="dry run" if dry else "check", title_justify="left")
+    for column in ("stage", "status", "seconds", "log"):
+        table.add_column(column)
+    for result in results:
+        color = {"ok": "green", "skipped": "yellow"}.get(result["status"], "red")
+        table.add_row(
+            result["stage"], result["status"], str(result["seconds"]), result.get("log", ""), style=color
+        )
+    console.print(table)
+    console.print(f"results in {out}", markup=False)
+    if not ok:
+        raise typer.Exit(1)
+
+
+@app.command("list")
+def list_all() -> None:
+    """The cases, and the peers with their versions or why they are absent."""
+    for family in FAMILIES:
+        for case in cases_of(family, []):
+            console.print(f"{family}: {case.name}", markup=False)
+    for name, version in select()[1].items():
+        console.print(f"peer {name}: {version}", markup=False)
+
+
+@app.command(hidden=True)
+def sanitize(
+    family: Annotated[list[str] | None, typer.Argument()] = None,
+    device: Annotated[str, typer.Option()] = "",
+) -> None:
+    """Every case once, small and ragged, forward and backward, checked: what runs under compute-sanitizer."""
+    where, failed = choose_device(device), False
+    # Half a tile, a ragged tail, and enough for a kernel where small tensors go to ATen.
+    shapes = [(torch.bfloat16, 2048), (torch.float32, 2051), (torch.bfloat16, 2**18 + 4096)]
+    for name in family or FAMILIES:
+        for case in cases_of(name, []):
+            for dtype, numel in shapes:
+                inputs = case.inputs(numel, dtype, where)
+                try:
+                    problem = wrong(case, case.ours, inputs)
+                except Exception as error:
+                    problem = explain(error)
+                failed |= problem is not None
+                console.print(
+                    f"{case.name} {dtype} {tuple(inputs[0].shape)}: {problem or 'ok'}", markup=False
+                )
+    if failed:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,130 @@
+"""What a benchmark declares: a Case is one operation on one kind of input, with its byte floor and its check.
+
+A family file (``bench/dropout.py``) holds a tuple ``CASES``. Nothing here knows how a case is timed.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+DIRECTIONS = ("forward", "backward", "both")
+
+# Rounding of the storage type through the two or three roundings an unfused peer makes; the check below looks
+# for wrong masks and wrong formulas, the accuracy proper is the business of tests/.
+TOLERANCE = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation under test.
+
+    ``inputs(numel, dtype, device)`` makes the tensors; the first one has (about) ``numel`` elements and sets
+    the size of the case, those that require a gradient are differentiated. ``ours`` and ``torch`` map these
+    tensors to the output; ``torch`` is the plain PyTorch expression, timed eagerly and under
+    ``torch.compile``. ``forward_bytes(e)`` and ``backward_bytes(e)`` are the floor in bytes per element of
+    the first input, of ``e`` bytes each: every byte that must be read once plus every byte that must be
+    written once. ``check(inputs, output, output_grad, input_grads)`` returns what is wrong, or None.
+    ``peers`` maps the name of a library to a builder: called once, it imports the library and returns a
+    function of the same inputs.
+    """
+
+    name: str
+    inputs: Callable[[int, torch.dtype, torch.device], tuple[Tensor, ...]]
+    ours: Callable[..., Tensor]
+    torch: Callable[..., Tensor]
+    forward_bytes: Callable[[int], float]
+    backward_bytes: Callable[[int], float]
+    check: Callable[[tuple[Tensor, ...], Tensor, Tensor, tuple[Tensor, ...]], str | None]
+    peers: Mapping[str, Callable[[], Callable[..., Tensor]]] = field(default_factory=dict)
+
+    def floor(self, direction: str, x: Tensor) -> int:
+        """Bytes that must move between memory and chip for ``direction`` on first input ``x``."""
+        e, forward, backward = x.element_size(), self.forward_bytes, self.backward_bytes
+        per_element = {"forward": forward(e), "backward": backward(e), "both": forward(e) + backward(e)}
+        return round(per_element[direction] * x.numel())
+
+
+def rows(numel: int, features: int = 4096) -> tuple[int, int]:
+    """Shape of a batch of hidden states: (tokens, features); less than one row stays one ragged row."""
+    features = min(features, numel)
+    return numel // features, features
+
+
+def images(numel: int, side: int = 32, channels: int = 256) -> tuple[int, int, int, int]:
+    """Shape of a batch of feature maps (N, C, 32, 32), with fewer channels where the size asks for less."""
+    channels = min(channels, max(1, numel // side**2))
+    return max(1, numel // (channels * side**2)), channels, side, side
+
+
+def width(numel: int) -> tuple[int]:
+    """Shape of the bias that goes with ``rows``."""
+    return rows(numel)[1:]
+
+
+def random(*shapes: Callable[[int], tuple[int, ...]], channels_last: bool = False):
+    """``inputs`` of a case: a normal tensor for each shape function, all requiring a gradient.
+
+    Never zeros: they hide outputs that were not written, and the data change a GPU's power and clock.
+    """
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+
+    def inputs(numel: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        return tuple(
+            torch.randn(shape(numel), dtype=dtype, device=device).to(memory_format=layout).requires_grad_()
+            for shape in shapes
+        )
+
+    return inputs
+
+
+def masked(p: float, kept: Callable[..., Tensor], dropped: Callable[..., Tensor], unit: int | None = None):
+    """The check of a random mask: every output is ``kept(*inputs)`` or ``dropped(*inputs)``, at rate ``p``,
+    and the gradient follows the same mask.
+
+    ``unit`` is the number of leading dimensions that index the draws (2 for channel dropout); None: every
+    element. Looks at both ends of the batch (2¹⁹ elements each) in fp32, so it stays cheap and still sees an
+    offset that overflows. Elements where keeping and dropping give almost the same number say nothing and are
+    left out.
+    """
+
+    def check(inputs: tuple[Tensor, ...], y: Tensor, dy: Tensor, grads: tuple[Tensor, ...]) -> str | None:
+        x, tolerance = inputs[0], TOLERANCE[inputs[0].dtype]
+        if y.shape != x.shape or y.dtype != x.dtype:
+            return f"output is {tuple(y.shape)} {y.dtype}, input {tuple(x.shape)} {x.dtype}"
+        count = max(1, 2**19 // max(1, x[0].numel()))
+
+        def ends(t: Tensor) -> Tensor:
+            t = t.detach()
+            batch = t.dim() == x.dim() and len(t) == len(x) > 2 * count
+            return (torch.cat([t[:count], t[-count:]]) if batch else t).float()
+
+        def close(a: Tensor, b: Tensor, times: int = 1) -> Tensor:
+            return torch.isclose(a, b, rtol=times * tolerance, atol=times * tolerance)
+
+        small = [ends(t).requires_grad_() for t in inputs]
+        y, dy, dx = ends(y), ends(dy), ends(grads[0])
+        with torch.enable_grad():
+            high, low = kept(*small), dropped(*small)
+            (slope,) = torch.autograd.grad(high, small[0], dy)
+        is_kept, is_dropped = close(y, high), close(y, low)
+        if wrong := int((~(is_kept | is_dropped)).sum()):
+            return f"{wrong} of {y.numel()} outputs are neither kept nor dropped values"
+
+        clear = ~close(high, low, times=4)
+        if unit is not None:
+            one_mask = (is_kept | ~clear).flatten(unit).all(-1) | (is_dropped | ~clear).flatten(unit).all(-1)
+            if not one_mask.all():
+                return "an element has another mask than the rest of its unit"
+        draws = y.numel() if unit is None else math.prod(y.shape[:unit])
+        rate = float((is_dropped & clear).sum() / clear.sum().clamp(min=1))
+        # 6 standard errors (one false alarm in 10⁹), plus the 1/256 to which some peers round p.
+        if abs(rate - p) > 6 * math.sqrt(p * (1 - p) / draws) + 1 / 256:
+            return f"drop rate {rate:.4f} of {draws} draws, not {p}"
+        if not close(dx, torch.where(is_kept, slope, 0))[clear].all():
+            return "the gradient does not follow the mask of the forward pass"
+        return None
+
+    return check

@@ -1,0 +1,130 @@
+"""The one command for a fresh GPU machine: correctness, sanitizer, benchmarks, report, within ten minutes.
+
+Every stage is a process of its own with a time limit, its output in a log file: a stage that hangs or crashes
+leaves the others, and what it had written, intact. Without a GPU the same stages make a dry run.
+"""
+
+import importlib.util
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .provenance import REPOSITORY, provenance
+
+TOTAL = 600  # seconds
+SHARES = {"tests": 220, "memcheck": 60, "racecheck": 60, "bench": 200, "report": 40}
+# In a dry run the interpreter runs the kernels, slowly: one family and the suite itself stand for all tests.
+DRY_TESTS = "tests -x -k 'test_dropout or test_bench'"
+
+
+@dataclass(frozen=True)
+class Stage:
+    name: str
+    command: list[str]
+    environment: dict[str, str | None] = field(default_factory=dict)  # None: unset
+    skip: str | None = None  # why it cannot run here
+
+
+def bench(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", __package__, *arguments]
+
+
+def stages(out: Path, dry: bool, tests: str | None) -> list[Stage]:
+    """What is run, in order."""
+    # In a dry run no stage may see a GPU, so that it does the same everywhere.
+    plain = {"TRITON_INTERPRET": None, "FASTREG_CHECK": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if dry else {})
+    pytest = [sys.executable, "-m", "pytest", *shlex.split(tests or (DRY_TESTS if dry else "tests"))]
+    if not dry and (os.cpu_count() or 1) >= 8 and importlib.util.find_spec("xdist"):
+        pytest += ["-n", "4"]  # compilation is what takes the time
+    missing = None if (REPOSITORY / "tests").is_dir() else "no tests folder: run it from a checkout"
+    found = [Stage("tests", pytest, plain | ({"TRITON_INTERPRET": "1"} if dry else {}), missing)]
+
+    sanitizer = shutil.which("compute-sanitizer")
+    for tool in ("memcheck", "racecheck"):
+        if dry:  # the script alone, once, so that it is known to run
+            skip = None if tool == "memcheck" else "no GPU; memcheck ran the same script"
+            found.append(Stage(tool, bench("sanitize"), plain, skip))
+            continue
+        command = [sanitizer or "compute-sanitizer", "--tool", tool, "--error-exitcode", "99"]
+        command += ["--target-processes", "application-only", "--report-api-errors", "no", *bench("sanitize")]
+        # Without the caching allocator a tensor is an allocation of its own, which a stray access leaves.
+        environment = plain | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        found.append(Stage(tool, command, environment, None if sanitizer else "compute-sanitizer not found"))
+
+    results = str(out / "results")
+    sweep = bench("run", "--quick", "--out", results)
+    if dry:
+        sweep += ["--device", "cpu", "--sizes", "4KB,64KB", "--peers", "fastreg,torch", "--budget", "5"]
+    found.append(Stage("bench", sweep, plain))
+    found.append(
+        Stage("report", bench("report", "--results", results, "--page", str(out / "RESULTS.md")), plain)
+    )
+    return found
+
+
+def run_stage(stage: Stage, seconds: float, log: Path) -> dict:
+    """Runs one stage with its output in ``log``; ends it and its children when the time is over."""
+    if stage.skip:
+        return {"stage": stage.name, "status": "skipped", "reason": stage.skip, "seconds": 0.0}
+    environment = {**os.environ, **stage.environment}
+    environment = {name: value for name, value in environment.items() if value is not None}
+    started = time.monotonic()
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            stage.command,
+            stdout=stream,
+            stderr=subprocess.STDOUT,
+            cwd=REPOSITORY,
+            env=environment,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(seconds)
+            status = "ok" if code == 0 else "failed"
+        except subprocess.TimeoutExpired:
+            code, status = None, "timeout"
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+    result = {"stage": stage.name, "status": status, "seconds": round(time.monotonic() - started, 1)}
+    return result | {"code": code, "log": log.name, "command": shlex.join(stage.command)}
+
+
+def check(
+    out: Path, *, dry: bool, tests: str | None = None, total: float = TOTAL, tell=lambda result: None
+) -> tuple[list[dict], bool]:
+    """All stages, each with its share of the time plus what earlier ones left over. Returns their results and
+    whether all is well; both are also in ``summary.json``, written anew after each stage."""
+    out = out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + total
+    plan = stages(out, dry, tests)
+    summary = {
+        "dry_run": dry,
+        "provenance": provenance(torch.device("cpu" if dry else "cuda")),
+        "stages": [],
+        "ok": False,
+    }
+    for index, stage in enumerate(plan):
+        reserved = sum(SHARES[later.name] for later in plan[index + 1 :]) * total / TOTAL
+        seconds = max(1.0, end - time.monotonic() - reserved)
+        if stage.name == "bench":  # it stops by itself, with its file complete, before it is ended
+            stage.command.extend(["--stop-after", f"{max(1.0, seconds - 20):.0f}"])
+        result = run_stage(stage, seconds, out / f"{stage.name}.log")
+        summary["stages"].append(result)
+        summary["ok"] = len(summary["stages"]) == len(plan) and all(
+            done["status"] in ("ok", "skipped") for done in summary["stages"]
+        )
+        (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+        tell(result)
+    return summary["stages"], summary["ok"]

@@ -1,0 +1,350 @@
+"""``fastreg inspect``: the proof, without a GPU, that kernels are compiled well.
+
+For every variant that a family's ``kernels()`` declares it compiles the kernel for sm_80, sm_90 and sm_100,
+counts the machine code (:mod:`.sass`), predicts the time per element on known GPUs (:mod:`.gpus`) and
+compares both with the budget of the declaration. A broken budget makes the command exit with 1.
+
+The counts are facts. The times are predictions: the larger of the bytes over an assumed copy rate and the
+instructions over the assumed rate of the pipe that executes them, with nothing for latency or launch.
+"""
+
+import importlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import Progress
+from rich.table import Table
+
+from . import FAMILIES
+from .gpus import GPUS, JUDGED, RESOURCES, TARGETS, Gpu, picoseconds
+from .sass import (
+    KINDS,
+    Budget,
+    InspectError,
+    Kernel,
+    Program,
+    accesses,
+    compile_for,
+    count_of,
+    for_target,
+    kind,
+    turns_of,
+)
+
+PREDICTED = "Counts are facts of the compiled code; times are predictions from assumed rates, not measured."
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The report of one kernel on one target
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What the counts predict on one GPU. Times are per element, all SMs together; none of it is measured."""
+
+    gpu: str
+    memory_ps: float
+    issue_ps: float
+    busiest: str  # the resource that sets issue_ps: "issue" (all slots), or one pipe
+
+    @property
+    def headroom(self) -> float:
+        """How many times the instructions could grow before they, not memory, set the time."""
+        return self.memory_ps / self.issue_ps
+
+    @property
+    def bound(self) -> str:
+        return "memory" if self.headroom >= 1 else self.busiest
+
+    @property
+    def copy_rate_percent(self) -> float:
+        return 100 * min(1.0, self.headroom)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything ``inspect`` knows about one kernel compiled for one target.
+
+    Counts per element are of executed instructions, with the trips of loops; the others are of written ones.
+    """
+
+    kernel: str
+    cc: int
+    registers: int
+    stack_bytes: int
+    spill_instructions: int  # LDL and STL
+    shared_bytes: int
+    loads: dict[int, int]  # {bytes of one access: load instructions in the code}, global memory
+    stores: dict[int, int]
+    exchanges: dict[str, float]  # LDS, STS, SHFL: per element
+    atomics: int
+    loops: list[int]  # instructions in the body of each loop
+    instructions: float  # per element, without control flow
+    kinds: dict[str, float]  # the same by kind, and control flow
+    bytes_per_element: float  # as declared
+    accessed_bytes_per_element: float | None  # by loads and stores; None where a bulk copy hides it
+    predictions: list[Prediction]
+    budget: Budget
+
+
+def report_on(kernel: Kernel, cc: int) -> Report:
+    """Compile ``kernel`` for ``cc``, count it, and predict its time."""
+    compiled = compile_for(kernel, cc)
+    program = Program(compiled.sass)
+    try:
+        executed = program.executed(for_target(kernel.trips, cc))
+    except InspectError as error:
+        raise InspectError(f"{kernel.name}, sm_{cc}: {error}") from error
+
+    threads_per_element = 32 * kernel.num_warps / kernel.elements
+    counts = {opcode: count * threads_per_element for opcode, count in executed.items()}
+    kinds = dict.fromkeys(KINDS, 0.0)
+    for opcode, count in counts.items():
+        kinds[kind(opcode)] += count
+
+    return Report(
+        kernel=kernel.name,
+        cc=cc,
+        registers=compiled.registers,
+        stack_bytes=compiled.stack_bytes,
+        spill_instructions=count_of(program.written, "LDL", "STL"),
+        shared_bytes=compiled.shared_bytes,
+        loads=accesses(program.written, "loads"),
+        stores=accesses(program.written, "stores"),
+        exchanges={base: count_of(counts, base) for base in ("LDS", "STS", "SHFL")},
+        atomics=count_of(program.written, "ATOM", "ATOMG", "RED", "REDG"),
+        loops=[loop.instructions for loop in program.loops],
+        instructions=sum(kinds.values()) - kinds["control"],
+        kinds=kinds,
+        bytes_per_element=kernel.bytes_per_element,
+        accessed_bytes_per_element=_accessed_bytes(counts),
+        predictions=[predict(kernel.bytes_per_element, gpu, counts) for gpu in GPUS if gpu.cc == cc],
+        budget=kernel.budget,
+    )
+
+
+def _accessed_bytes(counts: Mapping[str, float]) -> float | None:
+    if count_of(counts, "UTMALDG", "UTMASTG", "UBLKCP"):
+        return None  # the hardware copies a whole tile: its size is not in the instruction
+    widths = [*accesses(counts, "loads").items(), *accesses(counts, "stores").items()]
+    return sum(width * count for width, count in widths)
+
+
+def predict(bytes_per_element: float, gpu: Gpu, counts: Mapping[str, float]) -> Prediction:
+    """The bounds that bytes, and executed instructions per element by opcode, set on ``gpu``."""
+    turns: Counter[str] = Counter()
+    for opcode, count in counts.items():
+        turns["issue"] += count  # it is issued once, however long it holds its pipe
+        for resource, kinds in RESOURCES.items():
+            turns[resource] += count * turns_of(opcode) if kind(opcode) in kinds else 0
+    times = picoseconds(gpu, turns)
+    busiest = max(times, key=times.__getitem__)
+    return Prediction(gpu.name, bytes_per_element / gpu.copy_tb_per_s, times[busiest], busiest)
+
+
+def violations(report: Report) -> list[str]:
+    """The promises of the kernel's budget that its machine code breaks, one line each."""
+    return list(_violations(report))
+
+
+def _violations(report: Report) -> Iterator[str]:
+    budget = report.budget
+    if report.stack_bytes or report.spill_instructions:
+        yield f"spills: {report.spill_instructions} local accesses, {report.stack_bytes} bytes of stack"
+    for way, allowed in (("loads", budget.narrow_loads), ("stores", budget.narrow_stores)):
+        widths = getattr(report, way)
+        narrow = {width: count for width, count in widths.items() if width < budget.access_bytes}
+        count = sum(narrow.values())
+        if count > allowed:
+            yield f"{count} {way} below {budget.access_bytes} bytes ({_widths(narrow)}), {allowed} allowed"
+    if report.shared_bytes > budget.shared_bytes:
+        yield f"{report.shared_bytes} bytes of shared memory, {budget.shared_bytes} allowed"
+    limit = budget.max_instructions if report.cc == 90 else None
+    if limit is not None and report.instructions > limit:
+        yield f"{report.instructions:.1f} instructions per element, {limit:g} allowed"
+    accessed = report.accessed_bytes_per_element
+    if accessed is not None and accessed < 0.99 * report.bytes_per_element:
+        yield (
+            f"{report.bytes_per_element:g} bytes per element are declared, the code accesses {accessed:.3g}: "
+            "check elements, bytes and trips"
+        )
+    least = for_target(budget.min_headroom, report.cc)
+    for prediction in report.predictions:
+        if prediction.gpu in JUDGED and prediction.headroom < least:
+            yield (
+                f"predicted headroom {prediction.headroom:.2f} on {prediction.gpu} ({prediction.busiest} "
+                f"{prediction.issue_ps:.2f} ps, memory {prediction.memory_ps:.2f} ps), {least:g} demanded"
+            )
+
+
+def to_json(family: str, report: Report) -> dict:
+    """The report as plain data, with what follows from it."""
+    predictions = [
+        asdict(p) | {"headroom": p.headroom, "bound": p.bound, "copy_rate_percent": p.copy_rate_percent}
+        for p in report.predictions
+    ]
+    conclusions = {"predictions": predictions, "violations": violations(report)}
+    return {"family": family} | asdict(report) | conclusions
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The table
+
+
+def table_of(title: str, reports: list[Report]) -> Table:
+    """One row a kernel; predicted columns have a line for each GPU of the target."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
+    table.add_column("kernel")
+    counted = "regs|spill|smem|loads\nB×n|stores\nB×n|LDS/STS/\nSHFL|instr\n/elem"
+    kinds = "fma|imad|alu|xu|lsu|unif|bytes\n/elem"
+    predicted = "predicted\non|memory\nps/elem|issue\nps/elem|head-\nroom"
+    for name in f"{counted}|{kinds}|{predicted}".split("|"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for report in reports:
+        table.add_row(*_cells(report), style="red" if violations(report) else None)
+    return table
+
+
+def _cells(report: Report) -> list[str]:
+    kinds = report.kinds
+    per_element = [
+        *(kinds[name] for name in ("fma", "imad", "alu")),
+        kinds["mufu"] + kinds["conversion"],
+        *(kinds[name] for name in ("lsu", "uniform")),
+    ]
+    lines = report.predictions
+    return [
+        escape(report.kernel),
+        str(report.registers),
+        str(report.spill_instructions or report.stack_bytes),
+        str(report.shared_bytes),
+        _widths(report.loads),
+        _widths(report.stores),
+        "/".join(f"{count:.2g}" for count in report.exchanges.values()),
+        f"{report.instructions:.1f}",
+        *(f"{count:.1f}" for count in per_element),
+        f"{report.bytes_per_element:.3g}",
+        "\n".join(line.gpu for line in lines),
+        "\n".join(f"{line.memory_ps:.2f}" for line in lines),
+        "\n".join(f"{line.busiest} {line.issue_ps:.2f}" for line in lines),
+        "\n".join(f"{line.headroom:.2f}" for line in lines),
+    ]
+
+
+def _widths(accesses: dict[int, int]) -> str:
+    return " ".join(f"{width}×{count}" for width, count in accesses.items()) or "-"
+
+
+# -----------------------------------------------------------------------------------------------------------
+# The command
+
+
+def declared(families: tuple[str, ...] = FAMILIES) -> list[tuple[str, Kernel]]:
+    """``(family, kernel)`` for every variant that ``kernels()`` of the families' modules declares."""
+    modules = [(family, importlib.import_module(f".{family}", __package__)) for family in families]
+    return [(family, kernel) for family, module in modules for kernel in module.kernels()]
+
+
+def inspect(
+    family: Annotated[list[str] | None, typer.Option(help=f"One of: {', '.join(FAMILIES)}.")] = None,
+    kernel: Annotated[str, typer.Option(help="Only variants whose name contains this.")] = "",
+    target: Annotated[list[int] | None, typer.Option(help="One of: 80, 90, 100 (sm_80, ...).")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the reports here.")] = None,
+    sass: Annotated[bool, typer.Option("--sass", help="Print the machine code of one variant.")] = False,
+    check: Annotated[bool, typer.Option(help="Exit with 1 if a kernel breaks its budget.")] = True,
+) -> None:
+    """Prove without a GPU how well the kernels are compiled: registers, spills, access widths, instructions.
+
+    Times are predictions from assumed rates, never measurements.
+    """
+    console = Console(width=max(Console().width, 160))  # narrower, the numbers of the table would be cut
+    try:
+        selected = _select(tuple(family or FAMILIES), kernel)
+        targets = _known(tuple(target or TARGETS), TARGETS, "target")
+        if sass:
+            console.out(_one_listing(selected, targets))
+            return
+        reports = _reports(selected, targets, console)
+    except InspectError as error:
+        Console(stderr=True).print(
+            f"fastreg inspect: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+        )
+        raise typer.Exit(2) from error
+
+    for cc in targets:
+        for name in dict.fromkeys(name for name, _ in reports):
+            rows = [report for its, report in reports if its == name and report.cc == cc]
+            console.print(table_of(f"{name}, sm_{cc}", rows))
+    console.print(PREDICTED, style="dim")
+    if json_file:
+        _write(json_file, reports)
+
+    broken = [(f"{n}: {r.kernel}, sm_{r.cc}", line) for n, r in reports for line in violations(r)]
+    for where, line in broken:
+        console.print(f"{where}: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
+    if broken and check:
+        raise typer.Exit(1)
+
+
+def _select(families: tuple[str, ...], part: str) -> list[tuple[str, Kernel]]:
+    found = [(f, k) for f, k in declared(_known(families, FAMILIES, "family")) if part in k.name]
+    if not found:
+        which = f" with {part!r} in its name" if part else ""
+        raise InspectError(f"{', '.join(families)} declares no kernel{which}")
+    return found
+
+
+def _known(asked: tuple, known: tuple, what: str) -> tuple:
+    if unknown := [str(value) for value in asked if value not in known]:
+        raise InspectError(f"no such {what}: {', '.join(unknown)} (there is {', '.join(map(str, known))})")
+    return asked
+
+
+def _one_listing(selected: list[tuple[str, Kernel]], targets: tuple[int, ...]) -> str:
+    cc = targets[0] if len(targets) == 1 else 90
+    if len(selected) > 1:
+        names = "; ".join(kernel.name for _, kernel in selected)
+        raise InspectError(f"--sass prints one variant; narrow it with --kernel to one of: {names}")
+    return compile_for(selected[0][1], cc).sass
+
+
+def _reports(selected: list[tuple[str, Kernel]], targets: tuple[int, ...], console: Console) -> list:
+    """Compile on all cores: the time goes to the assembler, a process of its own, and to LLVM."""
+    jobs = [(family, kernel, cc) for family, kernel in selected for cc in targets]
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("compiling", total=len(jobs))
+
+        def run(job: tuple[str, Kernel, int]) -> tuple[str, Report]:
+            family, kernel, cc = job
+            report = report_on(kernel, cc)
+            progress.advance(task)
+            return family, report
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            return list(pool.map(run, jobs))
+
+
+def _write(path: Path, reports: list[tuple[str, Report]]) -> None:
+    import triton
+
+    content = {
+        "note": PREDICTED,
+        "triton": triton.__version__,
+        "gpus": [asdict(gpu) for gpu in GPUS],
+        "reports": [to_json(family, report) for family, report in reports],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(inspect)

@@ -1,0 +1,98 @@
+"""Who is compared: one entry for each implementation, found at run time, absent ones named with the reason.
+
+A library that has an operation is one line here and one builder in the case that it competes in:
+``Case(..., peers={"attorch": build})``.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib import metadata
+
+import torch
+
+from .cases import Case
+
+
+@dataclass(frozen=True)
+class Peer:
+    """``probe()`` returns the version or raises; ``build(case)`` returns the function to time, None where it
+    has none.
+
+    ``context()`` is held open while the peer is checked and timed.
+    """
+
+    name: str
+    probe: Callable[[], str]
+    build: Callable[[Case], Callable | None]
+    context: Callable[[], AbstractContextManager] = nullcontext
+
+
+def fastreg_version() -> str:
+    import fastreg
+
+    return fastreg.__version__
+
+
+def library(name: str, distribution: str | None = None) -> Peer:
+    """A library that takes part where a case has a builder for it under this name."""
+    return Peer(
+        name,
+        probe=lambda: metadata.version(distribution or name),
+        build=lambda case: case.peers[name]() if name in case.peers else None,
+    )
+
+
+def compiled(mode: str | None) -> Callable[[Case], Callable]:
+    def build(case: Case) -> Callable:
+        # Timing backward alone runs it many times on one graph, which donated buffers forbid.
+        torch._functorch.config.donated_buffer = False
+        return torch.compile(case.torch, mode=mode, dynamic=False, fullgraph=True)
+
+    return build
+
+
+def use_gems() -> AbstractContextManager:
+    import flag_gems
+
+    return flag_gems.use_gems()
+
+
+def torch_version() -> str:
+    return torch.__version__
+
+
+# Max-autotune without its CUDA graphs: the harness replays every implementation from a graph where launches
+# matter.
+PEERS = (
+    Peer("fastreg", fastreg_version, lambda case: case.ours),
+    Peer("torch", torch_version, lambda case: case.torch),
+    Peer("compile", torch_version, compiled(None)),
+    Peer("compile-max", torch_version, compiled("max-autotune-no-cudagraphs")),
+    # FlagGems replaces ATen's operators, so it runs the plain PyTorch expression of every case.
+    Peer("flag_gems", lambda: metadata.version("flag_gems"), lambda case: case.torch, use_gems),
+    library("attorch"),
+    library("transformer_engine"),
+    library("liger_kernel"),
+    library("quack", "quack-kernels"),
+    library("apex"),
+    library("flash_attn"),
+)
+CPU_PEERS = ("fastreg", "torch")  # what a CPU can say something about: the overhead over torch
+
+
+def select(names: tuple[str, ...] = (), table: tuple[Peer, ...] = PEERS) -> tuple[list[Peer], dict[str, str]]:
+    """The peers that are here (of ``names``, all if empty), and for every one asked for its version or why
+    not."""
+    found, versions = [], {}
+    if unknown := set(names) - {peer.name for peer in table}:
+        raise ValueError(f"unknown peers: {', '.join(sorted(unknown))}")
+    for peer in table:
+        if names and peer.name not in names:
+            continue
+        try:
+            versions[peer.name] = peer.probe()
+            found.append(peer)
+        except Exception as error:  # a broken install is an absent peer, not the end of the run
+            versions[peer.name] = f"absent: {type(error).__name__}: {error}"
+    return found, versions

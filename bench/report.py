@@ -1,0 +1,410 @@
+"""Turns result files into tables and pictures. Every figure shown is read from a file that the suite wrote.
+
+GPU results are speed claims, with every loss first. CPU results are shown as the overhead over torch on a
+CPU, nothing more. Predictions of ``fastreg inspect`` are labelled as predictions.
+"""
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from .cases import DIRECTIONS
+from .harness import SCHEMA
+
+BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+OURS = "fastreg"
+HEADLINE = {"cuda": "events", "cpu": "perf_counter"}  # the method of pictures and summaries
+LEGEND = """\
+Written by `python -m bench report` from the JSON files under `bench/results`; never edited by hand.
+
+- Losses come first. `vs` is the peer's time over ours: above 1 ours is faster.
+- The floor is the bytes that must move, over the rate of a large copy measured in the same run; `GB/s` and
+  `of floor` count these bytes. `of copy` compares with a copy of as many bytes, timed by the same method.
+- Methods: `events` (device time, cold L2 cache), `wall` (eager calls with their launches), `graph` (replay of
+  a CUDA graph, warm L2 cache).
+- Peak memory is what forward and backward need beyond the inputs."""
+RED = "🔴"  # GitHub's Markdown has no colours
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def load(folder: Path) -> list[dict]:
+    """The result files under ``folder`` that count: for each device, family and dtype the newest, and a full
+    sweep before a quick one. Runs under the interpreter are never results."""
+    best: dict[tuple, dict] = {}
+    for path in sorted(folder.rglob("*.json")):
+        document = json.loads(path.read_text())
+        if not isinstance(document, dict) or document.get("schema") != SCHEMA or "rows" not in document:
+            continue
+        origin = document["provenance"]
+        if origin["interpreted"] or not document["rows"]:
+            continue
+        document["folder"] = path.parent
+        key = (origin["slug"], document["family"], document["dtype"])
+        if key not in best or rank(document) > rank(best[key]):
+            best[key] = document
+    return [best[key] for key in sorted(best)]
+
+
+def rank(document: dict) -> tuple:
+    return not document["quick"], document["provenance"]["date"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of a table: what was timed, and every implementation's row."""
+
+    case: str
+    bytes: int
+    direction: str
+    method: str
+    rows: dict[str, dict]
+
+    @property
+    def ours(self) -> dict | None:
+        return self.rows.get(OURS)
+
+    def ratio(self, peer: str) -> float | None:
+        """The peer's time over ours: above 1 ours is faster."""
+        if self.ours is None or peer not in self.rows:
+            return None
+        return self.rows[peer]["median_us"] / self.ours["median_us"]
+
+    @property
+    def worst(self) -> float:
+        """Ratio to the fastest peer, rounded as it is shown, so that a tie is not called a loss; 0 where only
+        peers could be timed."""
+        if self.ours is None:
+            return 0.0
+        return min((round(self.ratio(peer), 2) for peer in self.rows if peer != OURS), default=1.0)
+
+    @property
+    def loss(self) -> bool:
+        return self.worst < 1
+
+
+def entries(document: dict) -> list[Entry]:
+    """The timed rows of a file in the order of the sweep, one entry a case, size, direction and method."""
+    groups: dict[tuple, dict[str, dict]] = {}
+    for row in document["rows"]:
+        if row["error"] is None:
+            key = (row["case"], row["bytes"], row["direction"], row["method"])
+            groups.setdefault(key, {})[row["implementation"]] = row
+    return [Entry(*key, rows) for key, rows in groups.items()]
+
+
+def losses_first(chosen: list[Entry]) -> list[Entry]:
+    """The worst loss on top; what is no loss keeps its order below them."""
+    return sorted(chosen, key=lambda entry: entry.worst if entry.loss else 1)
+
+
+def failures(document: dict) -> list[dict]:
+    """Rows that are wrong or failed, ours first."""
+    failed = [row for row in document["rows"] if row["error"] is not None]
+    return sorted(failed, key=lambda row: row["implementation"] != OURS)
+
+
+def peers(document: dict) -> list[str]:
+    """Everyone else with a timed row, in the order of the peer table."""
+    timed = [row["implementation"] for row in document["rows"] if row["error"] is None]
+    return [name for name in dict.fromkeys([*document["peers"], *timed]) if name in timed and name != OURS]
+
+
+# --- formatting ---------------------------------------------------------------------------------------------
+
+
+def human(nbytes: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if nbytes < 1024:
+            return f"{nbytes:.3g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.3g} GB"
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def ratio_cell(entry: Entry, peer: str) -> str:
+    ratio = entry.ratio(peer)
+    if ratio is None:
+        return ""
+    text = f"{ratio:.2f}×"
+    return f"{RED} **{text}**" if round(ratio, 2) < 1 else text
+
+
+def markdown(header: list[str], lines: Iterable[list[str]], left: int = 1) -> str:
+    """A Markdown table; the first ``left`` columns are text, the rest numbers."""
+    rule = [":--"] * left + ["--:"] * (len(header) - left)
+    return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
+
+
+def origin_line(document: dict) -> str:
+    origin = document["provenance"]
+    commit = origin["commit"] + (" (modified)" if origin["dirty"] else "")
+    parts = [
+        origin["gpu"] or origin["cpu"],
+        f"driver {origin['driver']}" if origin.get("driver") else "",
+        f"CUDA {origin['cuda']}" if origin["cuda"] else "",
+        f"torch {origin['torch']}",
+        f"triton {origin['triton']}",
+        f"fastreg {origin['fastreg']} at {commit}",
+        origin["date"][:10],
+        "quick sweep" if document["quick"] else "",
+        "" if document["complete"] else "stopped early",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def copy_rate(document: dict) -> float | None:
+    """GB/s of the largest copy of the run: what 100 % of the floor means."""
+    copies = [copy for copy in document["copy"] if copy["method"] == "events"]
+    return max(copies, key=lambda copy: copy["bytes"])["gbps"] if copies else None
+
+
+# --- tables -------------------------------------------------------------------------------------------------
+
+
+def gpu_table(document: dict, chosen: list[Entry]) -> str:
+    """Ours, floor, every peer and the ratio to it; one line for each entry."""
+    names, rate = peers(document), copy_rate(document)
+
+    def ours(entry: Entry) -> list[str]:
+        mine = entry.ours
+        if mine is None:
+            return [f"{RED} **not timed**", "", "", "", "", ""]
+        spread = f"{mine['median_us']:.1f} ({mine['p20_us']:.1f} to {mine['p80_us']:.1f})"
+        return [
+            f"**{spread}**" if entry.loss else spread,
+            f"{mine['floor_bytes'] / rate / 1e3:.1f}",
+            f"{mine['gbps']:.0f}",
+            percent(mine["of_floor"]),
+            percent(mine["of_copy"]),
+            human(mine["peak_memory"]),
+        ]
+
+    def theirs(entry: Entry, name: str) -> str:
+        if name not in entry.rows:
+            return ""
+        return f"{ratio_cell(entry, name)} ({entry.rows[name]['median_us']:.1f})".lstrip()
+
+    def line(entry: Entry) -> list[str]:
+        where = [entry.case, human(entry.bytes), entry.direction, entry.method]
+        return [*where, *ours(entry), *(theirs(entry, name) for name in names)]
+
+    header = ["case", "input", "direction", "method", "fastreg µs (p20 to p80)", "floor µs", "GB/s"]
+    header += ["of floor", "of copy", "peak memory", *(f"vs {name} (µs)" for name in names)]
+    return markdown(header, map(line, chosen), left=4)
+
+
+def cpu_table(document: dict) -> str:
+    """How much longer ours takes than torch's own on a CPU."""
+
+    def line(entry: Entry) -> list[str]:
+        ours, torch = entry.ours["median_us"], entry.rows["torch"]["median_us"]
+        overhead = ours / torch - 1
+        text = f"{100 * overhead:+.0f} %"
+        cells = [entry.case, human(entry.bytes), entry.direction, f"{ours:.1f}", f"{torch:.1f}"]
+        return [*cells, f"{RED} **{text}**" if overhead > 0.05 else text]
+
+    both = [e for e in losses_first(entries(document)) if OURS in e.rows and "torch" in e.rows]
+    header = ["case", "input", "direction", "fastreg µs", "torch µs", "overhead"]
+    return markdown(header, map(line, both), left=3)
+
+
+def failure_list(document: dict) -> str:
+    def line(row: dict) -> str:
+        mark = f"{RED} " if row["implementation"] == OURS else ""
+        where = [row["implementation"], row["case"], human(row["bytes"]), row["direction"], row["method"]]
+        return f"- {mark}{', '.join(filter(None, where))}: `{row['error']}`"
+
+    lines = map(line, failures(document))
+    return "\n".join(["Not timed, or failed:", "", *lines]) if failures(document) else ""
+
+
+def results_page(documents: list[dict], page: Path) -> str:
+    """The full page: one section for each device, family and dtype."""
+    parts = ["# Benchmark results", LEGEND]
+    for document in documents:
+        origin = document["provenance"]
+        title = f"## {document['family']}, {document['dtype']}, {origin['gpu'] or 'CPU'}"
+        absent = [name for name, version in document["peers"].items() if version.startswith("absent")]
+        parts += [title, origin_line(document) + "."]
+        if origin["device"] == "cuda":
+            rate = copy_rate(document)
+            parts += [f"Copy rate {rate:.0f} GB/s." if rate else "No copy rate."]
+            parts += [gpu_table(document, losses_first(entries(document))) if rate else ""]
+        else:
+            parts += [
+                "Overhead over torch on a CPU; nothing here is a claim about a kernel.",
+                cpu_table(document),
+            ]
+        parts += [failure_list(document)]
+        parts += [f"Peers not installed: {', '.join(absent)}." if absent else ""]
+        parts += [f"![{path.stem}]({relative(path, page)})" for path in pictures_of(document)]
+    if not documents:
+        parts += ["No results yet."]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def loss_line(losses: list[Entry], count: int) -> str:
+    if not losses:
+        return f"fastreg is no slower than its fastest peer in any of {count} timings."
+    worst = losses[0]
+    where = f"{worst.case}, {worst.direction}, {human(worst.bytes)}, {worst.method}"
+    return (
+        f"{RED} fastreg is slower than its fastest peer, or could not be timed, in {len(losses)} of {count} "
+        f"timings; the worst is {where}: {f'{worst.worst:.2f}×' if worst.ours else 'not timed'}."
+    )
+
+
+def readme_section(documents: list[dict], static: Path, readme: Path, page: Path) -> str:
+    """What stands between the markers: a summary for each GPU, or the static predictions as predictions."""
+    gpus, parts = [document for document in documents if copy_rate(document)], []
+    for document in gpus:
+        timings = losses_first(entries(document))
+        timed = [entry for entry in timings if entry.method == HEADLINE["cuda"]]
+        largest = max((entry.bytes for entry in timed), default=0)
+        headline = [entry for entry in timed if entry.bytes > largest / 2]  # shapes round the size down
+        losses = [entry for entry in timings if entry.loss]
+        parts += [
+            f"### {document['family']}, {document['dtype']}, {document['provenance']['gpu']}",
+            f"{origin_line(document)}. Copy rate {copy_rate(document):.0f} GB/s.",
+            gpu_table(document, headline),
+            loss_line(losses, len(timings)),
+        ]
+        parts += [f"![{path.stem}]({relative(path, readme)})" for path in pictures_of(document)]
+    if not gpus:
+        parts += ["No GPU results yet."]
+        if static.exists():
+            parts += [static_table(json.loads(static.read_text()))]
+    if documents:
+        parts += [f"All timings: [{page.name}]({relative(page, readme)})."]
+    return "\n\n".join(parts)
+
+
+def static_table(content: dict, gpu: str = "H100") -> str:
+    """The predictions of ``fastreg inspect --json`` for one GPU."""
+    lines = [
+        [
+            report["kernel"],
+            str(report["registers"]),
+            str(report["spill_instructions"]),
+            f"{report['instructions']:.1f}",
+            f"{report['bytes_per_element']:.3g}",
+            prediction["bound"],
+            f"{prediction['copy_rate_percent']:.0f} %",
+        ]
+        for report in content["reports"]
+        for prediction in report["predictions"]
+        if prediction["gpu"] == gpu
+    ]
+    header = ["kernel", "registers", "spills", "instructions / element", "bytes / element", "predicted bound"]
+    title = f"Predictions for {gpu}, not measurements, from the compiled machine code"
+    table = markdown([*header, "predicted share of copy rate"], lines)
+    return f"{title} (`fastreg inspect`, triton {content['triton']}):\n\n{table}"
+
+
+# --- pictures -----------------------------------------------------------------------------------------------
+
+
+def pictures_of(document: dict) -> list[Path]:
+    stem = f"{document['family']}-{document['dtype']}"
+    return [document["folder"] / f"{stem}-{direction}.png" for direction in DIRECTIONS]
+
+
+def draw(document: dict, direction: str, path: Path) -> None:
+    """One panel a case, one line an implementation, over the size of the input: GB/s on a GPU, on a CPU the
+    time as a multiple of torch's."""
+    from matplotlib.figure import Figure  # no pyplot: no display, no global state
+
+    gpu = document["provenance"]["device"] == "cuda"
+    method = HEADLINE[document["provenance"]["device"]]
+    chosen = [entry for entry in entries(document) if (entry.direction, entry.method) == (direction, method)]
+    names = [OURS, *peers(document)] if gpu else [OURS, "torch"]
+    cases = list(dict.fromkeys(row["case"] for row in document["rows"]))
+    columns = min(3, max(1, len(cases)))
+    grid = (-(-max(1, len(cases)) // columns), columns)
+    figure = Figure(figsize=(4.6 * grid[1], 3.0 * grid[0] + 0.8), layout="constrained")
+    panels = figure.subplots(*grid, squeeze=False, sharey=True).flat
+    for case, panel in zip(cases, panels, strict=False):
+        lines = sorted((entry for entry in chosen if entry.case == case), key=lambda entry: entry.bytes)
+        for color, name in enumerate(names):
+            points = [
+                (e.bytes, value(e, name, gpu)) for e in lines if name in e.rows and (gpu or "torch" in e.rows)
+            ]
+            if points:
+                style = {"linewidth": 2.2, "zorder": 3} if name == OURS else {"linewidth": 1.2}
+                panel.plot(
+                    *zip(*points, strict=True),
+                    marker="o",
+                    markersize=3,
+                    color=f"C{color}",
+                    label=name,
+                    **style,
+                )
+        if gpu and (rate := copy_rate(document)):
+            panel.axhline(rate, color="grey", linestyle="--", linewidth=1, label="large copy")
+        panel.set_xscale("log", base=16)  # ticks at 4 KB, 64 KB, 1 MB, ...
+        panel.minorticks_off()
+        panel.xaxis.set_major_formatter(lambda x, _: human(x))
+        panel.set_title(case, fontsize=9)
+        panel.tick_params(labelsize=7)
+    for panel in figure.axes[: len(cases)]:
+        panel.set_ylim(bottom=0)
+    for panel in figure.axes[len(cases) :]:
+        panel.set_axis_off()
+    shown = {
+        label: line
+        for panel in figure.axes
+        for line, label in zip(*panel.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(shown.values(), shown.keys(), loc="outside right upper", fontsize=8)
+    figure.supylabel("GB/s over the byte floor" if gpu else "time / torch's time (CPU)", fontsize=9)
+    figure.supxlabel("input size", fontsize=9)
+    figure.suptitle(
+        f"{document['family']} {direction}, {document['dtype']}\n{origin_line(document)}", fontsize=9
+    )
+    figure.savefig(path, dpi=110)
+
+
+def value(entry: Entry, name: str, gpu: bool) -> float:
+    row = entry.rows[name]
+    return row["gbps"] if gpu else row["median_us"] / entry.rows["torch"]["median_us"]
+
+
+# --- the command --------------------------------------------------------------------------------------------
+
+
+def relative(path: Path, page: Path) -> str:
+    """Link from a page to a file; pages stand above or beside the results."""
+    return Path(os.path.relpath(path, page.parent)).as_posix()
+
+
+def replace_section(text: str, section: str) -> str:
+    """``text`` with what is between the markers replaced; ValueError where the markers are not there."""
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"no {BEGIN} … {END} section")
+    return f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"
+
+
+def report(results: Path, page: Path, readme: Path | None = None) -> list[Path]:
+    """Draws the pictures beside the result files, writes ``page``, fills the section of ``readme``. Returns
+    what it wrote."""
+    documents, written = load(results), []
+    for document in documents:
+        for direction, path in zip(DIRECTIONS, pictures_of(document), strict=True):
+            draw(document, direction, path)
+            written.append(path)
+    page.write_text(results_page(documents, page))
+    written.append(page)
+    if readme is not None:
+        section = readme_section(documents, results / "static.json", readme, page)
+        readme.write_text(replace_section(readme.read_text(), section))
+        written.append(readme)
+    return written

@@ -1,0 +1,434 @@
+"""From a declared kernel to counted machine code, with no GPU: compile, disassemble, find the loops, count.
+
+Triton compiles for any NVIDIA target without a driver, and its wheel carries ``cuobjdump`` and ``nvdisasm``.
+So registers, spills, access widths and the instruction mix are facts on any Linux machine.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from math import prod
+from typing import Any, NamedTuple
+
+
+class InspectError(Exception):
+    """Something that stops an inspection, said in one line."""
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Declarations: what bench/<family>.py writes
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a kernel promises about its machine code; ``inspect`` reports every promise that is broken.
+
+    The defaults are the promise of a good memory-bound kernel: no spills (always), 16-byte accesses, no
+    shared memory, and an issue bound below the memory bound.
+    """
+
+    max_instructions: float | None = None  # per element, on sm_90
+    access_bytes: int = 16  # the narrowest global access that is not named as an exception below
+    narrow_loads: int = 0  # load instructions allowed below it: a seed, a scalar, a parameter of a row
+    narrow_stores: int = 0  # the same for stores: the statistics of a row
+    shared_bytes: int = 0
+    min_headroom: float | Mapping[int, float] = 1.0  # memory / issue bound; 0 where compute is the point
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One variant of a kernel, with what a launch would tell Triton about it.
+
+    >>> Kernel("forward bf16", dropout_forward, elements=2048, bytes_per_element=4,
+    ...        arguments={"x_ptr": "*bf16", "y_ptr": "*bf16", "n": "i64"},
+    ...        constants={"BLOCK": 2048}, divisible_by_16=("n",),
+    ...        budget=Budget(max_instructions=16, narrow_loads=1))
+    """
+
+    name: str
+    function: Any  # a @triton.jit function
+    elements: float  # how many elements one program processes
+    bytes_per_element: float  # read + written in device memory: what the memory bound is computed from
+    # The types of runtime arguments, as Triton writes them ("*bf16", "i64"); not needed where annotated.
+    arguments: Mapping[str, str] = field(default_factory=dict)
+    # Constexprs, and the runtime arguments that are None or 1, which Triton also makes constants.
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    divisible_by_16: Sequence[str] = ()  # integers that are; pointers always are
+    num_warps: int = 4
+    num_stages: int = 3
+    # How often the body of each loop in the machine code runs once it is entered: a number for one loop, a
+    # list for several in order of address (an outer loop before those in it), or {80: ..., 90: ..., 100: ...}
+    # where the assembler unrolls differently. 0 leaves a loop out of the count, if it is a rare slow path.
+    trips: float | Sequence[float] | Mapping[int, Any] = ()
+    budget: Budget = field(default_factory=Budget)
+
+    @classmethod
+    def of(cls, name: str, launch: Any, elements: int, bytes_per_element: float, **rest: Any) -> "Kernel":
+        """The variant that a ``fastreg.ops.backend.Launch`` runs, on tensors of the "meta" device for example.
+
+        elements: of all programs together. What is inspected is then what runs: the same tile, and the same
+        arguments divisible by 16 or fixed to 1.
+        """
+        parameters = {parameter.name: parameter for parameter in _jit_function(launch.kernel, name).params}
+        arguments, constants, divisible = {}, {}, []
+        for key, value in launch.arguments.items():
+            if key == "num_warps":
+                rest[key] = value
+            elif hasattr(value, "dtype"):
+                arguments[key] = _POINTERS[str(value.dtype).removeprefix("torch.")]
+            elif parameters[key].is_constexpr or value is None:
+                constants[key] = value
+            elif not parameters[key].annotation_type:
+                if value == 1:
+                    constants[key] = 1
+                else:
+                    arguments[key] = "i32" if value < 1 << 31 else "i64"
+                    divisible += [key] if value % 16 == 0 else []
+        return cls(
+            name,
+            launch.kernel,
+            elements / prod(launch.grid),
+            bytes_per_element,
+            arguments,
+            constants,
+            divisible,
+            **rest,
+        )
+
+
+_POINTERS = {
+    "float64": "*fp64",
+    "float32": "*fp32",
+    "float16": "*fp16",
+    "bfloat16": "*bf16",
+    "int64": "*i64",
+    "int32": "*i32",
+    "uint8": "*u8",
+    "bool": "*i1",
+}
+
+
+def for_target(value: Any, cc: int) -> Any:
+    """``value``, or its entry for ``cc`` if it is given per target."""
+    return value[cc] if isinstance(value, Mapping) else value
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Compiling
+
+
+class Compiled(NamedTuple):
+    sass: str
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+
+
+def compile_for(kernel: Kernel, cc: int) -> Compiled:
+    """Compile ``kernel`` for compute capability ``cc`` (90 for sm_90) and disassemble it."""
+    try:
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
+    except ImportError as error:
+        raise InspectError(f"needs Triton 3.6 or later: pip install 'triton>=3.6' ({error})") from error
+
+    source = ASTSource(**_specialization(kernel))
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    try:
+        binary = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
+        raise InspectError(f"{kernel.name} does not compile for sm_{cc}: {reason}") from error
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(binary.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "-res-usage", file.name)
+        sass = _tool("nvdisasm", "-c", file.name)
+    registers, stack = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
+    return Compiled(sass, registers, stack, binary.metadata.shared)
+
+
+def _specialization(kernel: Kernel) -> dict[str, Any]:
+    """What the launcher would pass to the compiler: types, constants, and which arguments divide by 16."""
+    parameters = {
+        parameter.name: parameter for parameter in _jit_function(kernel.function, kernel.name).params
+    }
+    named = {*kernel.arguments, *kernel.constants, *kernel.divisible_by_16}
+    if unknown := sorted(named - set(parameters)):
+        raise InspectError(f"{kernel.name}: the kernel has no argument {', '.join(unknown)}")
+
+    def type_of(name: str) -> str:
+        if name in kernel.constants or parameters[name].is_constexpr:
+            return "constexpr"
+        return kernel.arguments.get(name) or parameters[name].annotation_type
+
+    signature = {name: type_of(name) for name in parameters}
+    constexprs = [name for name, type_ in signature.items() if type_ == "constexpr"]
+    untyped = [name for name, type_ in signature.items() if not type_]
+    if missing := untyped + [name for name in constexprs if name not in kernel.constants]:
+        raise InspectError(f"{kernel.name}: declare the type or value of {', '.join(missing)}")
+
+    def divides(name: str) -> bool:
+        parameter = parameters[name]
+        if parameter.do_not_specialize or parameter.do_not_specialize_on_alignment:
+            return False  # the launcher does not tell the compiler either
+        return signature[name].startswith("*") or name in kernel.divisible_by_16
+
+    return {
+        "fn": _jit_function(kernel.function, kernel.name),
+        "signature": signature,
+        "constexprs": {name: kernel.constants[name] for name in constexprs},
+        "attrs": {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if divides(name)},
+    }
+
+
+def _jit_function(function: Any, name: str) -> Any:
+    from triton.runtime import JITFunction
+
+    while not isinstance(function, JITFunction) and hasattr(function, "fn"):
+        function = function.fn  # under @triton.autotune or @triton.heuristics
+    if not isinstance(function, JITFunction):
+        raise InspectError(
+            f"{name} is decorated for the interpreter (or is no @triton.jit function) and cannot be "
+            "compiled: unset TRITON_INTERPRET and start again"
+        )
+    return function
+
+
+def _tool(name: str, *arguments: str) -> str:
+    from triton import knobs
+
+    try:
+        path = getattr(knobs.nvidia, name).path
+        return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
+    except (AttributeError, RuntimeError, OSError) as error:
+        raise InspectError(f"Triton has no {name}: set TRITON_{name.upper()}_PATH to one") from error
+    except subprocess.CalledProcessError as error:
+        raise InspectError(f"{name} failed: {error.stderr.strip()}") from error
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Reading the disassembly: instructions, blocks, loops
+
+
+@dataclass(frozen=True)
+class Instruction:
+    opcode: str  # with its modifiers: LDG.E.128
+    operands: str
+    guarded: bool  # it has a predicate, so control may fall through it
+
+    @property
+    def target(self) -> str | None:
+        """The label this instruction may jump to."""
+        label = re.search(r"`\((.+?)\)", self.operands)
+        return label[1] if label and self.base in ("BRA", "CALL", "JMP") else None
+
+    @property
+    def base(self) -> str:
+        return self.opcode.split(".")[0]
+
+    @property
+    def falls_through(self) -> bool:
+        """Whether the next instruction can follow. ``BRA.U !UP0, `(.L_x_0)`` has its condition as operand."""
+        if self.base in ("EXIT", "RET", "BRX", "KILL"):
+            return self.guarded
+        if self.base in ("BRA", "JMP"):
+            return self.guarded or not self.operands.lstrip().startswith("`")
+        return True
+
+
+_LINE = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)\s*(.*?)\s*;")
+_LABEL = re.compile(r"^([.$\w]+):\s*$")
+
+
+class Loop(NamedTuple):
+    blocks: frozenset[int]
+    instructions: int
+
+
+class Program:
+    """The control-flow graph of one disassembled kernel, and how often each part of it runs."""
+
+    def __init__(self, sass: str):
+        self.blocks: list[list[Instruction]] = [[]]
+        self._block_of: dict[str, int] = {}
+        for line in sass.splitlines():
+            if label := _LABEL.match(line):
+                self._start_block()
+                self._block_of[label[1]] = len(self.blocks) - 1
+            elif found := _LINE.match(line):
+                self.blocks[-1].append(Instruction(found[2], found[3], guarded=found[1] is not None))
+                if self.blocks[-1][-1].target or not self.blocks[-1][-1].falls_through:
+                    self._start_block()
+
+    def _start_block(self) -> None:
+        if self.blocks[-1]:
+            self.blocks.append([])
+
+    def _successors(self, block: int) -> set[int]:
+        last = self.blocks[block][-1] if self.blocks[block] else None
+        found = set()
+        if (last is None or last.falls_through) and block + 1 < len(self.blocks):
+            found.add(block + 1)
+        if last and last.target in self._block_of:
+            found.add(self._block_of[last.target])
+        return found
+
+    @cached_property
+    def successors(self) -> dict[int, set[int]]:
+        """Of every block that can be reached: the trap and the padding after the last EXIT can not."""
+        reached: dict[int, set[int]] = {}
+        waiting = [0]
+        while waiting:
+            block = waiting.pop()
+            if block not in reached:
+                reached[block] = self._successors(block)
+                waiting.extend(reached[block])
+        return dict(sorted(reached.items()))
+
+    @cached_property
+    def predecessors(self) -> dict[int, set[int]]:
+        edges = [(source, target) for source, targets in self.successors.items() for target in targets]
+        return {block: {source for source, target in edges if target == block} for block in self.successors}
+
+    @cached_property
+    def _dominators(self) -> dict[int, set[int]]:
+        """For each block the blocks that every path to it passes through."""
+        everything = set(self.successors)
+        dominators = {block: {0} if block == 0 else everything for block in everything}
+        changed = True
+        while changed:
+            changed = False
+            for block in everything - {0}:
+                new = {block} | set.intersection(*(dominators[p] for p in self.predecessors[block]))
+                changed |= new != dominators[block]
+                dominators[block] = new
+        return dominators
+
+    @cached_property
+    def loops(self) -> list[Loop]:
+        """Natural loops in order of address.
+
+        A jump to an earlier address alone is no loop: the assembler moves slow paths behind the EXIT, and
+        they jump back. It is one if its target lies on every path to it.
+        """
+        bodies: dict[int, set[int]] = {}
+        for source, targets in self.successors.items():
+            for header in targets & self._dominators[source]:
+                body = bodies.setdefault(header, {header})
+                waiting = [source]
+                while waiting:
+                    block = waiting.pop()
+                    if block not in body:
+                        body.add(block)
+                        waiting.extend(self.predecessors[block])
+        return [
+            Loop(frozenset(body), sum(len(self.blocks[block]) for block in body))
+            for _, body in sorted(bodies.items())
+        ]
+
+    def executed(self, trips: float | Sequence[float]) -> Counter[str]:
+        """How often one thread runs each opcode, if the loops make ``trips`` trips and every predicate holds.
+
+        Branches around rare paths are not modelled: all code that can be reached counts once per trip of the
+        loops around it.
+        """
+        trips = [trips] if isinstance(trips, int | float) else list(trips)
+        if len(trips) != len(self.loops):
+            sizes = ", ".join(str(loop.instructions) for loop in self.loops)
+            raise InspectError(
+                f"{len(trips)} trip counts are declared, the code has {len(self.loops)} loops"
+                + (f" of {sizes} instructions" if sizes else "")
+            )
+        counts: Counter[str] = Counter()
+        for block in self.successors:
+            times = prod(count for count, loop in zip(trips, self.loops, strict=True) if block in loop.blocks)
+            for instruction in self.blocks[block]:
+                counts[instruction.opcode] += times
+        return counts
+
+    @cached_property
+    def written(self) -> Counter[str]:
+        """How often each opcode stands in the reachable code."""
+        return Counter(instruction.opcode for block in self.successors for instruction in self.blocks[block])
+
+
+# -----------------------------------------------------------------------------------------------------------
+# Classifying opcodes
+
+KINDS = ("fma", "imad", "alu", "mufu", "conversion", "lsu", "fp64", "tensor", "uniform", "other", "control")
+
+_BASES = {
+    "control": """
+        NOP BRA BRX JMP JMX EXIT KILL CALL RET BSSY BSYNC BREAK BMOV BPT YIELD NANOSLEEP WARPSYNC BAR
+        DEPBAR LDGDEPBAR LDTDEPBAR MEMBAR ERRBAR CGAERRBAR CCTL FENCE SYNCS WARPGROUP WARPGROUPSET PREEXIT
+        ACQBULK""",
+    # HFMA2 is also how the assembler loads some constants. On sm_80 the packed 16-bit operations have a
+    # faster pipe of their own, so counting them here errs on the slow side.
+    "fma": """
+        FADD FMUL FFMA FADD32I FMUL32I FFMA32I FADD2 FMUL2 FFMA2 FSWZADD
+        HADD2 HMUL2 HFMA2 HADD2_32I HMUL2_32I HFMA2_32I""",
+    "imad": "IMAD IMUL IDP IDP4A",
+    "fp64": "DADD DMUL DFMA DSETP DMNMX",
+    "mufu": "MUFU POPC FLO BREV",  # bit counts are no functions, but run on the same unit
+    "conversion": "F2F F2I I2F FRND",  # F2FP and I2FP, the packing and the fast forms, run on the ALU
+    "lsu": """
+        LD LDG LDS LDL LDSM LDGSTS LDTM ST STG STS STL STSM STTM SHFL MATCH
+        ATOM ATOMG ATOMS RED REDG REDAS""",
+    "uniform": "S2UR R2UR LDCU CREDUX",
+    "other": "S2R CS2R LDC B2R R2B",  # special registers and constants: served elsewhere, never many
+}
+_KIND_OF = {base: kind for kind, bases in _BASES.items() for base in bases.split()}
+
+
+def kind(opcode: str) -> str:
+    """The kind of an instruction: which pipe it occupies, or that it controls the flow."""
+    base = opcode.split(".")[0]
+    if base in _KIND_OF:
+        return _KIND_OF[base]
+    if base.endswith("MMA"):
+        return "tensor"
+    if base.startswith("U"):
+        return "uniform"
+    return "alu"  # the pipe of the rest: logic, shifts, compares, selects, min, max, moves, integer adds
+
+
+def turns_of(opcode: str) -> int:
+    """How many turns on its pipe one instruction takes."""
+    base, *modifiers = opcode.split(".")
+    if base in ("IMAD", "IMUL") and {"WIDE", "HI"} & set(modifiers):
+        return 2  # assumption, on the slow side: no source gives the rate of the 64-bit product
+    if base in ("FADD2", "FMUL2", "FFMA2"):
+        return 2  # assumption: two packed fp32 operations take the lanes of two
+    return 1
+
+
+_WIDTHS = {"256": 32, "128": 16, "64": 8, "U16": 2, "S16": 2, "16": 2, "U8": 1, "S8": 1, "8": 1}
+_LOADS = ("LDG", "LD", "LDGSTS")
+_STORES = ("STG", "ST")
+
+
+def access_bytes(opcode: str) -> int:
+    """Bytes one thread moves: LDG.E.LTC128B.64 moves 8 (LTC128B is a cache hint)."""
+    return next((_WIDTHS[modifier] for modifier in opcode.split(".") if modifier in _WIDTHS), 4)
+
+
+def accesses(counts: Mapping[str, float], direction: str) -> dict[int, float]:
+    """``{bytes: count}`` of the global loads or stores in ``counts``, widest first."""
+    bases = _LOADS if direction == "loads" else _STORES
+    widths: Counter[int] = Counter()
+    for opcode, count in counts.items():
+        if opcode.split(".")[0] in bases:
+            widths[access_bytes(opcode)] += count
+    return dict(sorted(widths.items(), reverse=True))
+
+
+def count_of(counts: Mapping[str, float], *bases: str) -> float:
+    """How many instructions in ``counts`` have one of these base opcodes."""
+    return sum(count for opcode, count in counts.items() if opcode.split(".")[0] in bases)

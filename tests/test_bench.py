@@ -1,0 +1,614 @@
+"""The benchmark suite itself, on a CPU: sweep, statistics, result files, report, dry run of the check."""
+
+import contextlib
+import itertools
+import json
+import os
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fastreg.bench import __main__ as command
+from fastreg.bench import check, harness, provenance, report
+from fastreg.bench.cases import Case, images, masked, random, rows
+from fastreg.bench.check import Stage, run_stage, stages
+from fastreg.bench.peers import PEERS, Peer, library, select
+from typer.testing import CliRunner
+
+ROOT = provenance.REPOSITORY
+
+
+def halve(x):
+    return torch.nn.functional.dropout(x, 0.5)
+
+
+def a_case(ours=halve, **changes) -> Case:
+    fields = {
+        "name": "toy",
+        "inputs": random(rows),
+        "ours": ours,
+        "torch": halve,
+        "forward_bytes": lambda e: 2 * e,
+        "backward_bytes": lambda e: 2 * e,
+        "check": masked(0.5, lambda x: x / 0.5, torch.zeros_like),
+    }
+    return Case(**fields | changes)
+
+
+def a_peer(name, build, **more) -> Peer:
+    return Peer(name, lambda: "1.0", build, **more)
+
+
+OURS = a_peer("fastreg", lambda case: case.ours)
+TORCH = a_peer("torch", lambda case: case.torch)
+
+
+def sweep(folder, *peers, case=None, **options):
+    settings = {"dtype": "fp32", "sizes": [4096, 8192], "device": torch.device("cpu"), "budget": 1e-3}
+    versions = {peer.name: peer.probe() for peer in peers}
+    path = harness.run(
+        "toys", [case or a_case()], peers, versions=versions, folder=folder, **settings | options
+    )
+    return path, json.loads(path.read_text())
+
+
+# --- statistics and timing ----------------------------------------------------------------------------------
+
+
+def test_summary_takes_quantiles_of_the_samples():
+    found = harness.summary(n * 1e-6 for n in range(101))
+    assert found["n"] == 101
+    assert [found[key] for key in ("min_us", "p20_us", "median_us", "p80_us")] == pytest.approx(
+        [0, 20, 50, 80]
+    )
+
+
+class Ticking:
+    """A clock that stands still except in ``work``, which takes the next of the given durations."""
+
+    def __init__(self, *durations):
+        self.now, self.durations = 0.0, itertools.cycle(durations)
+
+    def __call__(self):
+        return self.now
+
+    def work(self):
+        self.now += next(self.durations)
+
+
+def test_the_host_clock_times_each_call_and_keeps_the_budget():
+    tick = 1 / 64  # exact in binary
+    clock = Ticking(tick)
+    samples = harness.Cpu(clock).perf_counter(lambda: clock.work, budget=8 * tick)
+    assert samples == [tick] * 8
+    assert clock.now == (1 + 2 + 8) * tick  # the first call, a quarter of the budget to warm up, the samples
+
+
+def test_slow_calls_are_still_repeated():
+    clock = Ticking(1.0)
+    assert len(harness.Cpu(clock).perf_counter(lambda: clock.work, budget=0.1)) == harness.MINIMUM
+
+
+def test_interleaved_ratio_is_blind_to_a_drifting_machine():
+    clock = Ticking(1)
+    drift = itertools.count()
+
+    def task(cost):
+        def call():
+            clock.now += cost * (1 + next(drift) / 100)
+
+        return call
+
+    assert harness.interleaved(task(1.05), task(1.0), clock=clock) == pytest.approx(1.05, rel=0.01)
+
+
+def test_time_limit_stops_a_hanging_peer():
+    with pytest.raises(TimeoutError), harness.time_limit(0.05):
+        time.sleep(5)
+
+
+# --- cases --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("shape", "unit", "function", "complaint"),
+    [
+        (rows, None, lambda x: torch.nn.functional.dropout(x, 0.5), None),
+        (images, 2, lambda x: torch.nn.functional.dropout2d(x, 0.5), None),
+        (rows, None, lambda x: torch.nn.functional.dropout(x, 0.4), "neither"),
+        (rows, None, lambda x: torch.nn.functional.dropout(x, 0.4) * 1.2, "drop rate"),
+        (rows, None, lambda x: x * 2, "drop rate"),
+        (images, 2, lambda x: torch.nn.functional.dropout(x, 0.5), "unit"),
+        (rows, None, lambda x: (halve(x) - halve(x)).detach() + halve(x), "neither"),
+        (rows, None, lambda x: halve(x.detach()) + (x - x.detach()), "gradient"),
+        (rows, None, lambda x: torch.nn.functional.dropout(x, 0.5).double(), "float64"),
+    ],
+)
+def test_the_mask_check_sees_what_is_wrong(dtype, shape, unit, function, complaint):
+    case = a_case(
+        function, check=masked(0.5, lambda x: x / 0.5, torch.zeros_like, unit), inputs=random(shape)
+    )
+    found = harness.wrong(case, case.ours, case.inputs(2**17, dtype, torch.device("cpu")))
+    assert found is None if complaint is None else complaint in found
+
+
+def test_floor_counts_bytes_of_the_first_input():
+    case = a_case(forward_bytes=lambda e: 3 * e, backward_bytes=lambda e: e + 1 / 8)
+    x = torch.empty(8, 100, dtype=torch.bfloat16)
+    assert [case.floor(d, x) for d in ("forward", "backward", "both")] == [4800, 1700, 6500]
+
+
+def test_shapes_cover_every_size():
+    assert rows(3) == (1, 3)
+    assert rows(2**20) == (256, 4096)
+    assert images(2**11) == (1, 2, 32, 32)
+    assert images(2**20) == (4, 256, 32, 32)
+
+
+# --- peers --------------------------------------------------------------------------------------------------
+
+
+def test_absent_peers_are_named_with_the_reason():
+    found, versions = select(table=(TORCH, library("no_such_library")))
+    assert found == [TORCH]
+    assert versions["no_such_library"].startswith("absent: PackageNotFoundError")
+
+
+def test_unknown_peers_are_refused():
+    with pytest.raises(ValueError, match="nonsense"):
+        select(("nonsense",))
+
+
+def test_the_table_of_peers_has_us_and_torch_first():
+    assert [peer.name for peer in PEERS][:2] == ["fastreg", "torch"]
+
+
+# --- the sweep ----------------------------------------------------------------------------------------------
+
+
+def test_sweep_writes_a_result_file(tmp_path):
+    path, document = sweep(tmp_path, OURS, TORCH)
+    origin = document["provenance"]
+    assert path.name == f"toys-fp32-{origin['date'][:10]}-{origin['commit']}.json"
+    assert document["complete"]
+    assert origin["slug"] == "cpu"
+    assert {"torch", "triton", "fastreg", "commit", "dirty", "date", "cpu", "command", "source"} <= set(
+        origin
+    )
+    assert len(document["rows"]) == 2 * 3 * 2  # sizes, directions, implementations
+    for row in document["rows"]:
+        assert row["error"] is None
+        assert row["method"] == "perf_counter"
+        assert 0 < row["min_us"] <= row["p20_us"] <= row["median_us"] <= row["p80_us"]
+        assert row["gbps"] is row["of_floor"] is row["of_copy"] is None  # a CPU makes no claims
+    assert [row["bytes"] for row in document["rows"]] == [8192] * 6 + [4096] * 6
+
+
+def failing_once_checked():
+    calls = itertools.count()
+
+    def function(x):
+        if next(calls) >= 2:
+            raise RuntimeError("cannot\nbe captured")
+        return halve(x)
+
+    return function
+
+
+@pytest.mark.parametrize(
+    ("build", "error"),
+    [
+        (lambda case: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda case: lambda x: x * 3, "wrong: "),
+        (lambda case: failing_once_checked(), "RuntimeError: cannot be captured"),
+        (lambda case: lambda x: time.sleep(5), "TimeoutError: took more than"),
+    ],
+)
+def test_a_bad_peer_is_recorded_and_leaves_the_others(tmp_path, build, error):
+    _, document = sweep(tmp_path, OURS, a_peer("bad", build), TORCH, sizes=[4096], limit=0.3)
+    bad = [row for row in document["rows"] if row["implementation"] == "bad"]
+    assert bad
+    assert all(row["error"].startswith(error) and row["median_us"] is None for row in bad)
+    assert len([row for row in document["rows"] if row["error"] is None]) == 6
+
+
+def test_a_peer_without_the_operation_leaves_no_row(tmp_path):
+    _, document = sweep(tmp_path, OURS, a_peer("other", lambda case: None), sizes=[4096])
+    assert {row["implementation"] for row in document["rows"]} == {"fastreg"}
+
+
+def test_context_of_a_peer_is_open_only_around_it(tmp_path):
+    open_now, seen = [], []
+
+    @contextlib.contextmanager
+    def context():
+        open_now.append(True)
+        yield
+        open_now.pop()
+
+    def spy(name):
+        return a_peer(name, lambda case: lambda x: (seen.append((name, bool(open_now))), halve(x))[1])
+
+    inside = Peer("gems", lambda: "1", spy("gems").build, context)
+    sweep(tmp_path, spy("fastreg"), inside, sizes=[4096])
+    assert set(seen) == {("fastreg", False), ("gems", True)}
+
+
+def test_deadline_keeps_what_was_measured(tmp_path):
+    _, document = sweep(tmp_path, OURS, deadline=time.monotonic() - 1)
+    assert document["rows"] == []
+    assert not document["complete"]
+
+
+@pytest.mark.parametrize(("ours", "code"), [(halve, 0), (lambda x: x * 3, 1)])
+def test_run_fails_when_ours_is_wrong(tmp_path, monkeypatch, ours, code):
+    monkeypatch.setattr(command, "cases_of", lambda family, parts: [a_case(ours)])
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    options = ["--device", "cpu", "--sizes", "4KB", "--budget", "1", "--out", str(tmp_path)]
+    assert CliRunner().invoke(command.app, ["run", "dropout", *options]).exit_code == code
+    (path,) = tmp_path.glob("dropout-fp32-*.json")
+    assert json.loads(path.read_text())["complete"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--sizes", "4TB"], ["--peers", "nobody"], ["--dtype", "int3"], ["--cases", "none"], ["nothing"]],
+)
+def test_run_refuses_what_it_does_not_know(tmp_path, options):
+    done = CliRunner().invoke(command.app, ["run", "--device", "cpu", "--out", str(tmp_path), *options])
+    assert done.exit_code == 2
+
+
+# --- the GPU path, with a pretended GPU ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch):
+    """Events, streams and graphs that run on the host: exercises the control flow, not the hardware."""
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = time.perf_counter()
+
+        def elapsed_time(self, end):
+            return (end.time - self.time) * 1e3
+
+    class Graph:
+        def replay(self):
+            calls["replay"] += 1
+            time.sleep(1e-4)
+
+    calls = {"replay": 0, "capture": 0}
+
+    @contextlib.contextmanager
+    def graph(graph, stream):
+        calls["capture"] += 1
+        yield
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    properties = SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", L2_cache_size=64, total_memory=80 * 2**30, multi_processor_count=132
+    )
+    fakes = {
+        "Event": Event,
+        "CUDAGraph": Graph,
+        "graph": graph,
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "synchronize": lambda: None,
+        "get_device_properties": lambda device: properties,
+        "reset_peak_memory_stats": lambda device: None,
+        "memory_allocated": lambda device: 100,
+        "max_memory_allocated": lambda device: 500,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(harness, "FLUSH", 2**10)
+    monkeypatch.setattr(harness, "CEILING", 2**16)
+    original = provenance.provenance
+
+    def pretended(device):
+        return original(torch.device("cpu")) | {
+            "device": "cuda",
+            "gpu": properties.name,
+            "slug": "h100",
+            "driver": "0",
+            "interpreted": False,
+        }
+
+    monkeypatch.setattr(harness, "provenance", pretended)
+    return calls
+
+
+def test_gpu_path_times_by_three_methods_and_compares_with_copies(tmp_path, pretended_gpu, monkeypatch):
+    monkeypatch.setattr(harness, "SMALL", 4096)
+    clock = harness.Cuda(torch.device("cpu"))
+    assert clock.flush.numel() == 2**10
+    _, document = sweep(tmp_path, OURS, TORCH, clock=clock)
+    methods = {(row["bytes"], row["method"]) for row in document["rows"]}
+    assert methods == {(4096, "events"), (4096, "wall"), (4096, "graph"), (8192, "events")}
+    assert pretended_gpu["capture"] > 0
+    for row in document["rows"]:
+        assert row["error"] is None
+        assert row["peak_memory"] == 400
+        assert row["gbps"] == pytest.approx(row["floor_bytes"] / row["median_us"] / 1e3)
+        assert row["of_copy"] > 0
+        assert row["of_floor"] > 0
+    assert {copy["method"] for copy in document["copy"]} == {"events", "wall", "graph"}
+    assert max(copy["bytes"] for copy in document["copy"]) == clock.ceiling == 2 * harness.CEILING
+    twice = clock.copy(2 * clock.ceiling, "events", 1e-3)  # scaled, not measured
+    assert twice["median_us"] == 2 * clock.copy(clock.ceiling, "events", 1e-3)["median_us"]
+
+
+def test_gpu_results_render(tmp_path, pretended_gpu):
+    sweep(tmp_path / "results" / "h100", OURS, TORCH, clock=harness.Cuda(torch.device("cpu")))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"top\n{report.BEGIN}\nold\n{report.END}\nbottom\n")
+    written = report.report(tmp_path / "results", tmp_path / "RESULTS.md", readme)
+    assert [path.name for path in written[:3]] == [
+        f"toys-fp32-{d}.png" for d in ("forward", "backward", "both")
+    ]
+    assert all(path.stat().st_size > 1000 for path in written[:3])
+    text = readme.read_text()
+    assert text.startswith("top\n")
+    assert text.endswith("bottom\n")
+    assert "old" not in text
+    assert "NVIDIA H100 80GB HBM3" in text
+    assert "](results/h100/toys-fp32-forward.png)" in text
+
+
+# --- the report ---------------------------------------------------------------------------------------------
+
+
+def a_row(implementation, median, case="toy", method="events", nbytes=2**30, error=None):
+    timed = error is None
+    return {
+        "case": case,
+        "dtype": "bf16",
+        "shape": [2**17, 4096],
+        "bytes": nbytes,
+        "implementation": implementation,
+        "direction": "forward" if timed else None,
+        "method": method if timed else None,
+        "n": 10,
+        "median_us": median,
+        "min_us": median,
+        "p20_us": median,
+        "p80_us": median,
+        "floor_bytes": 2 * nbytes,
+        "gbps": 1000.0,
+        "of_copy": 0.5,
+        "of_floor": 0.4,
+        "peak_memory": 2**31,
+        "error": error,
+    }
+
+
+def a_document(*rows, device="cuda", date="2026-01-02T00:00:00+00:00", quick=False, **origin):
+    gpu = device == "cuda"
+    return {
+        "schema": harness.SCHEMA,
+        "family": "toys",
+        "dtype": "bf16",
+        "quick": quick,
+        "complete": True,
+        "provenance": {
+            "device": device,
+            "gpu": "NVIDIA H100 80GB HBM3" if gpu else None,
+            "slug": "h100" if gpu else "cpu",
+            "cpu": "a processor",
+            "driver": "1",
+            "cuda": "13.0",
+            "torch": "2",
+            "triton": "3",
+            "fastreg": "0",
+            "commit": "abc1234",
+            "dirty": False,
+            "date": date,
+            "interpreted": False,
+        }
+        | origin,
+        "peers": {"fastreg": "0", "torch": "2", "compile": "2", "attorch": "absent: not there"},
+        "copy": [{"bytes": 2**31, "method": "events", "gbps": 2500.0}] if gpu else [],
+        "rows": list(rows),
+    }
+
+
+def saved(folder, *documents):
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, document in enumerate(documents):
+        (folder / f"{number}.json").write_text(json.dumps(document))
+    return report.load(folder)
+
+
+def page_of(tmp_path, *documents):
+    return report.results_page(saved(tmp_path / "results", *documents), tmp_path / "RESULTS.md")
+
+
+def test_losses_come_first_in_red(tmp_path):
+    page = page_of(
+        tmp_path,
+        a_document(
+            a_row("fastreg", 100, "win"),
+            a_row("torch", 200, "win"),
+            a_row("fastreg", 100, "loss"),
+            a_row("torch", 150, "loss"),
+            a_row("compile", 80, "loss"),
+            a_row("fastreg", 100, "tie"),
+            a_row("torch", 99.9, "tie"),
+        ),
+    )
+    table = [line for line in page.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[0] for line in table[2:]] == ["| loss", "| win", "| tie"]
+    assert "🔴 **0.80×** (80.0)" in table[2]
+    assert "1.50× (150.0)" in table[2]
+    assert "🔴" not in "".join(table[3:])
+    assert "859.0" in table[2]  # the floor: 2³¹ bytes at 2500 GB/s, in µs
+    assert "Peers not installed: attorch." in page
+
+
+def test_failures_are_listed_ours_first(tmp_path):
+    rows = [
+        a_row("torch", 1),
+        a_row("compile", None, error="TimeoutError: slow"),
+        a_row("fastreg", None, error="wrong: x"),
+    ]
+    page = page_of(tmp_path, a_document(*rows))
+    assert page.index("🔴 fastreg, toy, 1 GB: `wrong: x`") < page.index(
+        "compile, toy, 1 GB: `TimeoutError: slow`"
+    )
+    assert "🔴 **not timed**" in page
+
+
+def test_newest_full_sweep_counts(tmp_path):
+    documents = saved(
+        tmp_path,
+        a_document(a_row("fastreg", 1), date="2026-01-01"),
+        a_document(a_row("fastreg", 2), date="2026-01-03"),
+        a_document(a_row("fastreg", 3), date="2026-01-02"),
+        a_document(a_row("fastreg", 4), date="2026-01-09", quick=True),
+        a_document(a_row("fastreg", 5), date="2026-01-09", interpreted=True),
+        {"reports": []},
+    )
+    assert [document["rows"][0]["median_us"] for document in documents] == [2]
+
+
+def test_readme_without_gpu_shows_predictions_as_predictions(tmp_path):
+    cpu = a_document(
+        a_row("fastreg", 106, method="perf_counter"), a_row("torch", 100, method="perf_counter"), device="cpu"
+    )
+    documents = saved(tmp_path / "results" / "cpu", cpu)
+    static = tmp_path / "results" / "static.json"
+    prediction = {"gpu": "H100", "bound": "memory", "copy_rate_percent": 100.0}
+    kernel = {
+        "kernel": "dropout, bf16",
+        "registers": 32,
+        "spill_instructions": 0,
+        "instructions": 14.8,
+        "bytes_per_element": 4.0,
+        "predictions": [prediction, prediction | {"gpu": "H200"}],
+    }
+    static.write_text(json.dumps({"triton": "3.6.0", "reports": [kernel]}))
+    readme, page = tmp_path / "README.md", tmp_path / "RESULTS.md"
+    section = report.readme_section(documents, static, readme, page)
+    assert section.startswith("No GPU results yet")
+    assert "not measurements" in section
+    assert "| dropout, bf16 | 32 | 0 | 14.8 | 4 | memory | 100 % |" in section
+    assert section.count("dropout, bf16") == 1  # one GPU stands for all
+    assert "106" not in section  # a CPU timing is no claim
+
+    overhead = report.results_page(documents, page)
+    assert "Overhead over torch on a CPU" in overhead
+    assert "🔴 **+6 %**" in overhead
+    assert "GB/s" not in overhead.split("## toys")[1]
+
+
+def test_readme_needs_its_markers():
+    with pytest.raises(ValueError, match="bench:begin"):
+        report.replace_section("no markers", "x")
+
+
+# --- provenance ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "slug"),
+    [
+        ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H100 PCIe", "h100-pcie"),
+        ("NVIDIA H100 NVL", "h100-nvl"),
+        ("NVIDIA H200", "h200"),
+        ("NVIDIA A100-SXM4-80GB", "a100"),
+        ("NVIDIA A100-PCIE-40GB", "a100-pcie-40gb"),
+        ("NVIDIA B200", "b200"),
+        ("NVIDIA GB200", "gb200"),
+        ("NVIDIA L40S", "l40s"),
+        ("Tesla T4", "t4"),
+        ("NVIDIA GeForce RTX 4090", "rtx-4090"),
+        ("NVIDIA GeForce RTX 3080 Ti", "rtx-3080-ti"),
+        ("NVIDIA RTX A6000", "rtx-a6000"),
+        ("AMD Instinct MI300X", "mi300x"),
+        ("NVIDIA Something New", "something-new"),
+    ],
+)
+def test_slug(name, slug):
+    assert provenance.slug(name) == slug
+
+
+def test_provenance_names_the_commit():
+    head = provenance.output("git", "rev-parse", "--short", "HEAD")
+    assert provenance.provenance(torch.device("cpu"))["commit"] == (head or "unknown")
+
+
+def test_a_copy_without_git_takes_the_commit_from_the_environment(monkeypatch, tmp_path):
+    monkeypatch.setattr(provenance, "REPOSITORY", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.setenv("FASTREG_COMMIT", "abc1234")
+    assert provenance.commit() == ("abc1234", None)
+
+
+# --- the check ----------------------------------------------------------------------------------------------
+
+
+def test_a_stage_that_hangs_is_ended_and_its_output_kept(tmp_path):
+    stage = Stage("slow", ["sh", "-c", "echo so far; sleep 60"])
+    assert run_stage(stage, 1, tmp_path / "slow.log")["status"] == "timeout"
+    assert (tmp_path / "slow.log").read_text() == "so far\n"
+
+
+def test_stages_for_a_gpu(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: f"/opt/{name}")
+    plan = {stage.name: stage for stage in stages(tmp_path, dry=False, tests=None)}
+    assert list(plan) == ["tests", "memcheck", "racecheck", "bench", "report"]
+    assert plan["tests"].environment["TRITON_INTERPRET"] is None  # the real kernels, natively
+    assert plan["racecheck"].command[:3] == ["/opt/compute-sanitizer", "--tool", "racecheck"]
+    assert "--device" not in plan["bench"].command
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    missing = {stage.name: stage.skip for stage in stages(tmp_path, dry=False, tests=None)}
+    assert missing["memcheck"] == "compute-sanitizer not found"
+
+
+@pytest.mark.skipif("FASTREG_CHECK" in os.environ, reason="runs within the check itself")
+def test_check_makes_a_dry_run_end_to_end(tmp_path):
+    command = [sys.executable, "-m", "bench", "check", "--dry-run", "--out", str(tmp_path)]
+    command += ["--tests", "tests/test_bench.py -k test_slug"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    logs = "\n".join(log.read_text()[-2000:] for log in tmp_path.glob("*.log"))
+    assert done.returncode == 0, done.stdout + done.stderr + logs
+    assert "DRY RUN" in done.stdout
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["dry_run"]
+    assert summary["ok"]
+    statuses = {stage["stage"]: stage["status"] for stage in summary["stages"]}
+    assert statuses == {
+        "tests": "ok",
+        "memcheck": "ok",
+        "racecheck": "skipped",
+        "bench": "ok",
+        "report": "ok",
+    }
+    (result,) = (tmp_path / "results").glob("dropout-fp32-quick-*.json")
+    rows = json.loads(result.read_text())["rows"]
+    assert [row["error"] for row in rows if row["error"]] == []
+    assert "Overhead over torch on a CPU" in (tmp_path / "RESULTS.md").read_text()
+    assert (tmp_path / "results" / "dropout-fp32-both.png").exists()
+
+
+def test_check_fails_when_a_stage_fails_and_runs_the_others(tmp_path, monkeypatch):
+    plan = [
+        Stage("tests", [sys.executable, "-c", "exit(3)"]),
+        Stage("report", [sys.executable, "-c", "pass"]),
+    ]
+    monkeypatch.setattr(check, "stages", lambda *arguments: plan)
+    results, ok = check.check(tmp_path, dry=True)
+    assert not ok
+    assert [(result["status"], result["code"]) for result in results] == [("failed", 3), ("ok", 0)]
+    assert json.loads((tmp_path / "summary.json").read_text())["stages"] == results
