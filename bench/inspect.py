@@ -95,6 +95,7 @@ class Report:
     accessed_bytes_per_element: float | None  # by loads and stores; None where a bulk copy hides it
     predictions: list[Prediction]
     budget: Budget
+    headline: bool = False
 
 
 def report_on(kernel: Kernel, cc: int) -> Report:
@@ -130,6 +131,7 @@ def report_on(kernel: Kernel, cc: int) -> Report:
         accessed_bytes_per_element=_accessed_bytes(counts),
         predictions=[predict(kernel.bytes_per_element, gpu, counts) for gpu in GPUS if gpu.cc == cc],
         budget=kernel.budget,
+        headline=kernel.headline,
     )
 
 

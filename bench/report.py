@@ -280,14 +280,14 @@ def readme_section(documents: list[dict], static: Path, readme: Path, page: Path
     if not gpus:
         parts += ["No GPU results yet."]
         if static.exists():
-            parts += [static_table(json.loads(static.read_text()))]
+            parts += [static_table(json.loads(static.read_text()), headline=True)]
     if documents:
         parts += [f"All timings: [{page.name}]({relative(page, readme)})."]
     return "\n\n".join(parts)
 
 
-def static_table(content: dict, gpu: str = "H100") -> str:
-    """The predictions of ``fastreg inspect --json`` for one GPU."""
+def static_table(content: dict, gpu: str = "H100", headline: bool = False) -> str:
+    """The predictions of ``fastreg inspect --json`` for one GPU, of all kernels or the few for the README."""
     lines = [
         [
             report["kernel"],
@@ -299,6 +299,7 @@ def static_table(content: dict, gpu: str = "H100") -> str:
             f"{prediction['copy_rate_percent']:.0f} %",
         ]
         for report in content["reports"]
+        if report["headline"] or not headline
         for prediction in report["predictions"]
         if prediction["gpu"] == gpu
     ]

@@ -65,6 +65,7 @@ class Kernel:
     # where the assembler unrolls differently. 0 leaves a loop out of the count, if it is a rare slow path.
     trips: float | Sequence[float] | Mapping[int, Any] = ()
     budget: Budget = field(default_factory=Budget)
+    headline: bool = False  # one of the few that the README shows
 
     @classmethod
     def of(cls, name: str, launch: Any, elements: int, bytes_per_element: float, **rest: Any) -> "Kernel":

@@ -22,3 +22,7 @@ def main() -> None:
     app.command()(inspect)
     app.command()(doctor)
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -17,7 +17,7 @@ from .fastmath import exp2, reciprocal
 LOG2_E = tl.constexpr(1.4426950408889634)
 # gelu_tanh is v sigmoid(2u), u = sqrt(2/pi) (v + 0.044715 v^3), and exp(-2u) is exp2(v (C1 + C3 v^2)).
 TANH_GELU_C1 = tl.constexpr(-2.302208198144325)
-TANH_GELU_C3 = tl.constexpr(-0.10294323957102349)
+TANH_GELU_C3 = tl.constexpr(-0.1029432395800235)
 
 
 @triton.jit
@@ -122,10 +122,11 @@ def _expm1_negative(v, STORED: tl.constexpr):
 
 @triton.jit
 def _mish_terms(v):
-    """e^v, n = e^v (e^v + 2) and 1 / (n + 2): tanh(softplus(v)) = n / (n + 2), 1 already at v = 20."""
-    e = _exp(tl.minimum(v, 20.0))
+    """w = min(v, 20), e^w, n = e^w (e^w + 2) and 1 / (n + 2): tanh(softplus(v)) = n / (n + 2), 1 already at v = 20."""
+    w = tl.minimum(v, 20.0, propagate_nan=tl.PropagateNan.ALL)
+    e = _exp(w)
     n = e * (e + 2.0)
-    return e, n, reciprocal(n + 2.0)
+    return w, e, n, reciprocal(n + 2.0)
 
 
 @triton.jit
@@ -147,7 +148,7 @@ def forward(v, NAME: tl.constexpr, STORED: tl.constexpr):
     elif NAME == "elu":
         return tl.where(v > 0, v, _expm1_negative(v, STORED))
     elif NAME == "mish":
-        _, n, r = _mish_terms(v)
+        _, _, n, r = _mish_terms(v)
         return v * (n * r)
     elif NAME == "hardswish":
         return v * (tl.minimum(tl.maximum(v + 3.0, 0.0), 6.0) * 0.16666666666666666)
@@ -180,10 +181,11 @@ def backward(g, v, NAME: tl.constexpr, STORED: tl.constexpr):
     elif NAME == "elu":
         return tl.where(v > 0, g, g * _exp(v))
     elif NAME == "mish":
-        e, n, r = _mish_terms(v)
-        return g * r * (n + v * 4.0 * (e * (e + 1.0)) * r)
+        w, e, n, r = _mish_terms(v)
+        # w and not v, with which the term would grow again behind 20.
+        return g * r * (n + w * (4.0 * (e * (e + 1.0)) * r))
     elif NAME == "hardswish":
-        return tl.where(v < -3.0, 0.0, tl.where(v <= 3.0, g * (v * 0.3333333333333333 + 0.5), g))
+        return tl.where(v <= -3.0, 0.0, tl.where(v >= 3.0, g, g * (v * 0.3333333333333333 + 0.5)))
     else:
         tl.static_assert(NAME is None, "unknown activation")
         return g

@@ -490,19 +490,22 @@ def test_readme_without_gpu_shows_predictions_as_predictions(tmp_path):
     prediction = {"gpu": "H100", "bound": "memory", "copy_rate_percent": 100.0}
     kernel = {
         "kernel": "dropout, bf16",
+        "headline": True,
         "registers": 32,
         "spill_instructions": 0,
         "instructions": 14.8,
         "bytes_per_element": 4.0,
         "predictions": [prediction, prediction | {"gpu": "H200"}],
     }
-    static.write_text(json.dumps({"triton": "3.6.0", "reports": [kernel]}))
+    detail = kernel | {"kernel": "a detail", "headline": False}
+    static.write_text(json.dumps({"triton": "3.6.0", "reports": [kernel, detail]}))
     readme, page = tmp_path / "README.md", tmp_path / "RESULTS.md"
     section = report.readme_section(documents, static, readme, page)
     assert section.startswith("No GPU results yet")
     assert "not measurements" in section
     assert "| dropout, bf16 | 32 | 0 | 14.8 | 4 | memory | 100 % |" in section
     assert section.count("dropout, bf16") == 1  # one GPU stands for all
+    assert "a detail" not in section
     assert "106" not in section  # a CPU timing is no claim
 
     overhead = report.results_page(documents, page)

@@ -37,6 +37,9 @@ def runs_kernels(x: Tensor) -> bool:
     return (
         type(x) in (Tensor, torch.nn.Parameter)
         and not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(
+            x
+        )  # of a backward pass with is_grads_batched=True
         and forward_ad._current_level < 0
         and (INTERPRETED or _capable(x.device.index))
     )

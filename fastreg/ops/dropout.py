@@ -131,6 +131,7 @@ def _arguments(tiles: Tiling, blocks: tuple[int, int, int], stream: Stream, form
     rows, columns, vector = blocks
     in_memory = isinstance(stream.seed, Tensor)
     tail = tiles.columns % vector
+    whole = tiles.columns - tail
     return {
         "seed_ptr": stream.seed if in_memory else None,
         "seed": 0 if in_memory else stream.seed,
@@ -147,7 +148,7 @@ def _arguments(tiles: Tiling, blocks: tuple[int, int, int], stream: Stream, form
         "BIAS": tiles.bias,
         "ACTIVATION": form.activation,
         "RAGGED": tail > 0,
-        "EVEN": (tiles.rows or 1) % rows == 0 and tiles.columns > tail and (tiles.columns - tail) % columns == 0,
+        "EVEN": whole > 0 and whole % columns == 0 and (tiles.rows or 1) % rows == 0,
         "BLOCK_ROWS": rows,
         "BLOCK_COLUMNS": columns,
         "VECTOR": vector,
@@ -309,7 +310,8 @@ class _Dropout(torch.autograd.Function):
         needs_x, needs_bias, needs_residual = ctx.needs_input_grad[:3]
         dx = dbias = dresidual = None
         if needs_x or needs_bias:
-            if torch.is_grad_enabled():
+            # Not on the kernels: second derivatives, and batched gradients (vmap).
+            if torch.is_grad_enabled() or not backend.runs_kernels(dy):
                 dx, dbias = _differentiable_backward(
                     dy, x, bias, stream, ctx.form, ctx.stride, ctx.dtype, needs_bias
                 )
@@ -324,12 +326,15 @@ class _Dropout(torch.autograd.Function):
 
 
 def _differentiable_backward(dy, x, bias, stream, form, stride, dtype, needs_bias):
-    """``_run_backward`` in ATen, for second derivatives (create_graph=True)."""
+    """``_run_backward`` in ATen, for second derivatives (create_graph=True) and batched gradients."""
+    create_graph = torch.is_grad_enabled()
     keep = _mask(dy.shape, stride, form, stream, dy.device) if form.threshold else None
     dx = _masked(dy.to(dtype), keep, form._replace(kept_shift=None))
     if form.activation is not None:
-        v = x if bias is None else x + bias.to(x.dtype)
-        (dx,) = torch.autograd.grad(ACTIVATIONS[form.activation](v), v, dx, create_graph=True)
+        with torch.enable_grad():
+            v = x if bias is None else x + bias.to(x.dtype)
+            y = ACTIVATIONS[form.activation](v)
+        (dx,) = torch.autograd.grad(y, v, dx, create_graph=create_graph)
     if not needs_bias:
         return dx, None
     return dx, dx.sum([d for d in range(dx.dim()) if d != form.bias_dim])
@@ -632,12 +637,14 @@ def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     return _channel_dropout(input, p, training, inplace, F.dropout3d, unbatched, input.dim() in (4, 5), fused)
 
 
-def _channel_dropout(input, p, training, inplace, aten, unbatched, expected, fused):
+def _channel_dropout(input, p, training, inplace, aten, unbatched, expected, fused, alpha=False):
     if not expected:
+        if all(value is None for value in fused.values()):
+            return aten(input, p, training, inplace)
         # torch's own warning or error about the rank, from torch: on a tensor without data.
-        aten(torch.empty(input.shape, device="meta"), 0.5, False)
+        aten(torch.empty(input.shape, device="meta"), p, training)
     if not unbatched:
-        return _dropout(input, p, training, inplace, aten, mask_dims=2, **fused)
+        return _dropout(input, p, training, inplace, aten, mask_dims=2, alpha=alpha, **fused)
     if fused.get("residual") is not None:
         fused["residual"] = fused["residual"].unsqueeze(0)
     y = _dropout(input.unsqueeze(0), p, training, inplace, _squeezed(aten), mask_dims=2, **fused)
@@ -664,7 +671,10 @@ def feature_alpha_dropout(
 ) -> Tensor:
     """:func:`alpha_dropout` of whole channels of ``[N, C, ...]``. Drop-in for torch's ``feature_alpha_dropout``."""
     fused = _without_inverted(fused)
-    return _dropout(input, p, training, inplace, F.feature_alpha_dropout, mask_dims=2, alpha=True, **fused)
+    expected = input.dim() >= 2
+    return _channel_dropout(
+        input, p, training, inplace, F.feature_alpha_dropout, False, expected, fused, alpha=True
+    )
 
 
 def _without_inverted(fused: dict) -> dict:

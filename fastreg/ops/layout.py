@@ -29,7 +29,10 @@ def dense(x: Tensor) -> Tensor:
 
 
 def dense_strides(x: Tensor) -> tuple[int, ...]:
-    """The strides of ``dense(x)``."""
+    """The strides of ``dense(x)``; in a ``torch.func`` transform, contiguous ones where ``x`` has gaps."""
+    if torch._C._are_functorch_transforms_active():
+        # Under vmap the memory of an example also holds the others', and is_contiguous() speaks of all together.
+        return x.stride() if memory_order(x) is not None else torch.empty(x.shape, device="meta").stride()
     return x.stride() if is_dense(x) else torch.empty_like(x, device="meta").stride()
 
 
