@@ -516,6 +516,11 @@ def test_bad_input_is_refused(path, device, arguments, error, message):
         F.dropout(torch.ones(4, 6, device=device), 0.5, **arguments)
 
 
+def test_a_number_has_no_dimension_for_a_bias(path, device):
+    with pytest.raises(ValueError, match="bias has to be broadcastable"):
+        F.dropout(torch.ones((), device=device), 0.5, bias=torch.ones((), device=device))
+
+
 def test_alpha_dropout_has_no_classic_form():
     with pytest.raises(TypeError, match="inverted"):
         F.alpha_dropout(torch.ones(3), 0.5, True, inverted=False)

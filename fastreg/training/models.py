@@ -1,0 +1,65 @@
+"""The networks that ``--model`` chooses from: small, with no regularization but what the recipe adds."""
+
+import math
+from collections.abc import Callable
+
+from torch import nn
+
+from fastreg.training.errors import InputError
+from fastreg.training.regularizers import Recipe
+
+
+def mlp(image_shape: tuple[int, int, int], classes: int, recipe: Recipe, width: int = 800) -> nn.Sequential:
+    """Two hidden layers of ``width`` ReLUs: the network that most papers on dropout start from.
+
+    Takes images ``(B, C, H, W)``, where ``(C, H, W)`` is ``image_shape``, gives logits ``(B, classes)``.
+    """
+    return nn.Sequential(
+        *_made(recipe.input_layers),
+        nn.Flatten(),
+        *_dense(math.prod(image_shape), width, recipe),
+        *_dense(width, width, recipe),
+        nn.Linear(width, classes),
+    )
+
+
+def cnn(image_shape: tuple[int, int, int], classes: int, recipe: Recipe, channels: int = 16) -> nn.Sequential:
+    """Two convolutions of 5 x 5, each followed by pooling, and a dense layer: a small LeNet with ReLUs.
+
+    Takes images ``(B, C, H, W)``, where ``(C, H, W)`` is ``image_shape``, gives logits ``(B, classes)``.
+
+    Raises:
+        InputError: H or W is less than 4, so that nothing is left after pooling twice.
+    """
+    colours, height, width = image_shape
+    if min(height, width) < 4:
+        raise InputError(f"images of {height} x {width} pixels are too small for the cnn: it needs 4 x 4")
+    return nn.Sequential(
+        *_made(recipe.input_layers),
+        nn.Conv2d(colours, channels, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(channels, 2 * channels, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        *_made(recipe.hidden_layers),
+        *_dense(2 * channels * (height // 4) * (width // 4), 256, recipe),
+        nn.Linear(256, classes),
+    )
+
+
+#: Networks by the name that ``--model`` takes.
+MODELS: dict[str, Callable[..., nn.Sequential]] = {"mlp": mlp, "cnn": cnn}
+
+#: Share of the input pixels that dropout drops by default. Dense layers profit from it (Srivastava et al.,
+#: 2014, use 0.2), while convolutions lose the neighbourhoods they look for.
+INPUT_DROPOUT = {"mlp": 0.2, "cnn": 0.0}
+
+
+def _dense(inputs: int, outputs: int, recipe: Recipe) -> list[nn.Module]:
+    return [nn.Linear(inputs, outputs), nn.ReLU(), *_made(recipe.hidden_layers)]
+
+
+def _made(makers: list[Callable[[], nn.Module]]) -> list[nn.Module]:
+    return [make() for make in makers]

@@ -1,0 +1,75 @@
+"""The picture of a run: how error and loss went, on what was trained and on what was not."""
+
+from typing import BinaryIO
+
+import numpy as np
+
+#: Okabe and Ito's colours, which the colour-blind can tell apart.
+COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def draw_learning_curves(metrics: dict, file: BinaryIO) -> None:
+    """Write learning curves as PNG: error beside loss, a colour for each setting, mean and range over seeds.
+
+    Args:
+        metrics: the content of ``metrics.json``.
+        file: open for writing bytes.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
+
+    settings = metrics["settings"]
+    figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=150)
+    figure.get_layout_engine().set(wspace=0.06)
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    for panel, what, label in zip(
+        panels, ("error", "loss"), ("error (%)", "cross-entropy (nats)"), strict=True
+    ):
+        for number, setting in enumerate(settings["compare"]):
+            colour = COLOURS[number % len(COLOURS)]
+            histories = [trial["history"] for trial in metrics["trials"] if trial["setting"] == setting]
+            for part, style in (("train", "--"), ("validation", "-")):
+                curves = np.array([[record[f"{part}_{what}"] for record in history] for history in histories])
+                epochs = np.arange(1, curves.shape[1] + 1)
+                panel.plot(epochs, curves.mean(0), style, color=colour, linewidth=1.8)
+                if len(curves) > 1:
+                    panel.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.13, lw=0)
+        panel.set_xlabel("epoch")
+        panel.set_ylabel(label)
+        panel.set_ylim(bottom=0, top=_top(metrics["trials"], what))
+        panel.set_xlim(left=min(1, settings["epochs"] - 1), right=settings["epochs"])
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+        panel.grid(color="0.9", linewidth=0.8)
+        panel.set_axisbelow(True)
+        panel.spines[["top", "right"]].set_visible(False)
+
+    seeds = settings["seeds"]
+    figure.suptitle(
+        f"{metrics['data']['name']}, {settings['model']}: "
+        + (f"mean and range over {seeds} seeds" if seeds > 1 else f"seed {settings['seed']}"),
+        fontsize=12,
+    )
+    handles = [
+        Line2D([], [], color=COLOURS[number % len(COLOURS)], linewidth=3, label=setting)
+        for number, setting in enumerate(settings["compare"])
+    ]
+    handles += [
+        Line2D([], [], color="0.35", linestyle="--", label="training"),
+        Line2D([], [], color="0.35", linestyle="-", label="validation"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    figure.savefig(file, format="png")
+
+
+def _top(trials: list[dict], what: str) -> float:
+    """The upper end of the axis: the first epoch, often far above the rest, may leave the picture."""
+    values = [
+        record[f"{part}_{what}"]
+        for trial in trials
+        for record in trial["history"][1:] or trial["history"]
+        for part in ("train", "validation")
+    ]
+    return 1.05 * max(max(values), 1e-9)

@@ -1,0 +1,114 @@
+"""What one run of ``fastreg train`` was asked to do, checked before anything is loaded or written."""
+
+import dataclasses
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fastreg.training.data import SOURCES
+from fastreg.training.errors import InputError
+from fastreg.training.models import INPUT_DROPOUT, MODELS
+from fastreg.training.regularizers import recipe_for
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the result of a run. A run folder belongs to one value of this.
+
+    Attributes:
+        data: a key of ``data.SOURCES``, or the absolute path of a folder with IDX files.
+        compare: settings of the comparison: names of regularizers, or several joined with ``+``.
+        dropout, input_dropout: probabilities of dropping a hidden unit and an input pixel.
+        epochs, batch_size: passes over the training set; examples of a step, over all processes.
+        seed, seeds: the first seed and how many consecutive ones are run.
+        lr, momentum: of ``torch.optim.SGD``.
+        device, processes: "cpu", "cuda" or "cuda:N", and how many processes train together.
+        threads: CPU threads of a process. They change the rounding of sums, and so belong to the result.
+
+    Raises:
+        InputError: a value is out of its range. The message is one line.
+    """
+
+    data: str = "mnist5k"
+    model: str = "mlp"
+    compare: tuple[str, ...] = ("none", "dropout")
+    dropout: float = 0.5
+    input_dropout: float = INPUT_DROPOUT["mlp"]
+    epochs: int = 20
+    batch_size: int = 100
+    lr: float = 0.02
+    momentum: float = 0.9
+    seed: int = 0
+    seeds: int = 3
+    threads: int = 1
+    device: str = "cpu"
+    processes: int = 1
+
+    def __post_init__(self):
+        if self.model not in MODELS:
+            raise InputError(f"unknown model '{self.model}': choose from {', '.join(MODELS)}")
+        for probability in (self.dropout, self.input_dropout):
+            if not 0 <= probability <= 1:
+                raise InputError(f"dropout probability has to be between 0 and 1, but got {probability}")
+        for name in ("epochs", "batch_size", "seeds", "threads"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{option(name)} has to be at least 1, but got {getattr(self, name)}")
+        if self.seed < 0:
+            raise InputError(f"--seed has to be at least 0, but got {self.seed}")
+        if not 0 < self.lr < math.inf:
+            raise InputError(f"--lr has to be a number above 0, but got {self.lr}")
+        if not 0 <= self.momentum < 1:
+            raise InputError(f"--momentum has to be at least 0 and below 1, but got {self.momentum}")
+        for setting in self.compare:
+            recipe_for(setting, self)
+        if not self.compare or len(set(self.compare)) < len(self.compare):
+            raise InputError(
+                f"--compare needs one or more different names, but got '{','.join(self.compare)}'"
+            )
+
+    def trials(self) -> list[tuple[str, int]]:
+        """Every (setting, seed) of the run, in the order in which they are trained."""
+        seeds = range(self.seed, self.seed + self.seeds)
+        return [(setting, seed) for seed in seeds for setting in self.compare]
+
+    def as_json(self) -> dict:
+        """The settings in the types that JSON has, for files and comparisons."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def default_folder(self) -> Path:
+        """``runs/<data>-<model>-<compared>-<fingerprint>``: a rerun finds it, other settings do not."""
+        data = self.data if self.data in SOURCES else Path(self.data).name
+        fingerprint = hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()[:6]
+        return Path("runs") / f"{data}-{self.model}-{'-vs-'.join(self.compare)}-{fingerprint}"
+
+
+def option(name: str) -> str:
+    """The command-line option that sets the field ``name``."""
+    return "--" + name.replace("_", "-")
+
+
+def resolve_device(device: str) -> str:
+    """The device that "auto", "cpu", "cuda" or "cuda:1" stands for on this machine.
+
+    Raises:
+        InputError: it is none of these, or the machine has no such GPU.
+    """
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        asked = torch.device(device)
+    except RuntimeError:
+        asked = None
+    if asked is None or asked.type not in ("cpu", "cuda"):
+        raise InputError(f"'{device}' is not a device to train on: choose auto, cpu, cuda or cuda:N")
+    if asked.type == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device '{device}' is not there: PyTorch sees no CUDA GPU on this machine")
+    if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
+        raise InputError(
+            f"device '{device}' is not there: this machine has {torch.cuda.device_count()} CUDA GPUs"
+        )
+    return device

