@@ -60,6 +60,7 @@ class Kernel:
     divisible_by_16: Sequence[str] = ()  # integers that are; pointers always are
     num_warps: int = 4
     num_stages: int = 3
+    maxnreg: int | None = None  # registers a thread may use
     # How often the body of each loop in the machine code runs once it is entered: a number for one loop, a
     # list for several in order of address (an outer loop before those in it), or {80: ..., 90: ..., 100: ...}
     # where the assembler unrolls differently. 0 leaves a loop out of the count, if it is a rare slow path.
@@ -77,7 +78,7 @@ class Kernel:
         parameters = {parameter.name: parameter for parameter in _jit_function(launch.kernel, name).params}
         arguments, constants, divisible = {}, {}, []
         for key, value in launch.arguments.items():
-            if key == "num_warps":
+            if key in ("num_warps", "num_stages", "maxnreg"):
                 rest[key] = value
             elif hasattr(value, "dtype"):
                 arguments[key] = _POINTERS[str(value.dtype).removeprefix("torch.")]
@@ -139,7 +140,7 @@ def compile_for(kernel: Kernel, cc: int) -> Compiled:
         raise InspectError(f"needs Triton 3.6 or later: pip install 'triton>=3.6' ({error})") from error
 
     source = ASTSource(**_specialization(kernel))
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages}
+    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "maxnreg": kernel.maxnreg}
     try:
         binary = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
     except Exception as error:

@@ -35,9 +35,9 @@ def _normal_tail(v, STORED: tl.constexpr):
     """Phi(-|v|), the upper tail of the standard normal.
 
     Its logarithm is smooth: log2 Phi(-a) = -1 + a P(a), with P a minimax polynomial on [0, 5.5] that keeps the
-    tail below 1e-25 up to a = 16, where a is cut. So one exp2 gives the tail with a RELATIVE error of 1e-6 (fp32),
-    1e-5 (fp16) or 3e-4 (bf16, a seventh of its rounding), where 1 - erf cancels: torch's fp32 gelu(-5) has lost
-    a fifth of its value.
+    tail below 1e-25 up to a = 16, where a is cut. So one exp2 gives the tail with a RELATIVE error of 3e-6 (fp32),
+    2e-5 (fp16) or 3e-4 (bf16, a seventh of its rounding) down to v = -5, where 1 - erf cancels: torch's fp32
+    gelu(-5) has lost a fifth of its value.
     """
     a = tl.minimum(tl.abs(v), 16.0)
     if STORED.primitive_bitwidth > 16:

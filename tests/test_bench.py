@@ -11,12 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
 from fastreg.bench import __main__ as command
 from fastreg.bench import check, harness, provenance, report
 from fastreg.bench.cases import Case, images, masked, random, rows
 from fastreg.bench.check import Stage, run_stage, stages
 from fastreg.bench.peers import PEERS, Peer, library, select
-from typer.testing import CliRunner
 
 ROOT = provenance.REPOSITORY
 

@@ -18,8 +18,10 @@ import pytest
 
 triton = pytest.importorskip("triton")
 typer = pytest.importorskip("typer")
-import fastreg.bench.inspect as inspect_module  # noqa: E402
 import triton.language as tl  # noqa: E402
+from typer.testing import CliRunner  # noqa: E402
+
+import fastreg.bench.inspect as inspect_module  # noqa: E402
 from fastreg.bench.gpus import GPUS, RATES, RESOURCES, TARGETS  # noqa: E402
 from fastreg.bench.inspect import (  # noqa: E402
     Prediction,
@@ -40,7 +42,6 @@ from fastreg.bench.sass import (  # noqa: E402
     accesses,
     kind,
 )
-from typer.testing import CliRunner  # noqa: E402
 
 # -----------------------------------------------------------------------------------------------------------
 # Kernels whose machine code is known

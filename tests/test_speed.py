@@ -40,9 +40,8 @@ def training_step(package, name):
 def ratios(names, pairs=40, attempts=3):
     """Our time over torch's. Processor time of one thread, in turns, so other processes hardly count; what
     noise is left only adds, on either side, so a layer over the limit may try again."""
-    from fastreg.bench.harness import interleaved
-
     import fastreg.nn
+    from fastreg.bench.harness import interleaved
 
     torch.set_num_threads(1)
     found = {}

@@ -25,21 +25,18 @@ def runs_kernels(x: Tensor) -> bool:
     """Whether ``x`` goes to the Triton kernels.
 
     Everything else goes to ATen, with the same function: CPU tensors, dtypes ATen refuses or promotes, tensor
-    subclasses (DTensor, FakeTensor), and tensors inside ``torch.func`` transforms or forward-mode AD, where ATen
-    brings the batching and tangent rules.
+    subclasses (DTensor, FakeTensor), proxies of ``torch.fx``, and tensors inside ``torch.func`` transforms or
+    forward-mode AD, where ATen brings the batching and tangent rules.
     """
-    if not HAS_TRITON or x.dtype not in _KERNEL_DTYPES:
+    compiling = torch.compiler.is_compiling()
+    # The type first: there is nothing to decide about a Proxy of torch.fx.
+    if not HAS_TRITON or not (compiling or type(x) in (Tensor, torch.nn.Parameter)):
         return False
-    if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
+    if x.dtype not in _KERNEL_DTYPES or not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
         return False
-    if torch.compiler.is_compiling():
-        return True
-    return (
-        type(x) in (Tensor, torch.nn.Parameter)
-        and not torch._C._are_functorch_transforms_active()
-        and not torch._C._functorch.is_legacy_batchedtensor(
-            x
-        )  # of a backward pass with is_grads_batched=True
+    return compiling or (
+        not torch._C._are_functorch_transforms_active()
+        and not torch._C._functorch.is_legacy_batchedtensor(x)  # a backward pass with is_grads_batched=True
         and forward_ad._current_level < 0
         and (INTERPRETED or _capable(x.device.index))
     )

@@ -12,16 +12,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.overrides import has_torch_function_unary
 
 from fastreg import random
 from fastreg.ops import backend
 from fastreg.ops.backend import Launch
-from fastreg.ops.layout import Tiling, dense, dense_strides, tiling, with_strides
+from fastreg.ops.layout import Tiling, ceil_div, dense, dense_strides, tiling, with_strides
 from fastreg.random import LANE_VALUES, Stream
 
 if backend.HAS_TRITON:
-    import triton
-
     from fastreg.kernels import dropout as kernels
 
 ACTIVATIONS = {
@@ -37,8 +36,6 @@ ACTIVATIONS = {
     "hardswish": F.hardswish,
 }
 """What ``activation=`` may name, and its definition: torch's function with torch's default parameters."""
-
-ALPHA = -1.7580993408473766  # what alpha dropout drops to: -lambda alpha of SELU
 
 ATEN_BELOW = 1 << 18
 """Plain dropout of fewer elements goes to ATen: its kernel then takes about the time of its launch, so there is
@@ -122,7 +119,7 @@ def _blocks(x: Tensor, tiles: Tiling) -> tuple[int, int, int]:
     size = 4096 if x.numel() >= 1 << 20 and vector > 1 else 1024
     if tiles.rows is None:
         return 1, size, vector
-    columns = max(vector, min(triton.next_power_of_2(tiles.columns), 128 * vector))
+    columns = max(vector, min(1 << (tiles.columns - 1).bit_length(), 128 * vector))  # a power of 2
     return max(1, size // columns), columns, vector
 
 
@@ -154,13 +151,14 @@ def _arguments(tiles: Tiling, blocks: tuple[int, int, int], stream: Stream, form
         "VECTOR": vector,
         "WIDE": (tiles.rows or 1) * tiles.columns >= 1 << 31,
         "num_warps": 4,
+        "maxnreg": 128,  # without it the assembler may spill to fit more programs, which memory does not need
     }
 
 
 def _block_counts(tiles: Tiling, blocks: tuple[int, int, int]) -> tuple[int, int]:
     rows, columns, vector = blocks
     # One block of columns at least: the first takes the elements behind the last whole vector.
-    return triton.cdiv(tiles.rows or 1, rows), max(1, triton.cdiv(tiles.columns // vector * vector, columns))
+    return ceil_div(tiles.rows or 1, rows), max(1, ceil_div(tiles.columns // vector * vector, columns))
 
 
 def _forward_launch(
@@ -213,7 +211,7 @@ def _backward_launch(
     # Eight tiles a program, so that the partial sums are a small part of the traffic, but no more programs
     # than 32 warps on each multiprocessor.
     most = 32 // warps * backend.multiprocessors(dx.device) // column_blocks
-    programs = min(triton.cdiv(row_blocks, 8), max(1, most))
+    programs = min(ceil_div(row_blocks, 8), max(1, most))
     tensors["partial_ptr"] = torch.empty(programs, tiles.columns, **sums)
     arguments = _arguments(tiles, blocks, stream, form)
     for name in ("tail", "RAGGED", "BIAS", "bias_repeat"):
@@ -505,9 +503,11 @@ def _form(p: float, training: bool, inverted: bool, alpha: bool) -> _Form:
         return _Form(threshold, 1.0)
     if not alpha:
         return _Form(threshold, 1 / kept)
-    scale = 1 / math.sqrt((ALPHA**2 * (1 - kept) + 1) * kept)
-    shift = -scale * ALPHA * (1 - kept)
-    return _Form(threshold, scale, shift, scale * ALPHA + shift)
+    # -lambda alpha of SELU. Not a global: with dynamic shapes, Dynamo takes those for inputs of the graph.
+    saturation = -1.7580993408473766
+    scale = 1 / math.sqrt((saturation**2 * (1 - kept) + 1) * kept)
+    shift = -scale * saturation * (1 - kept)
+    return _Form(threshold, scale, shift, scale * saturation + shift)
 
 
 def _checked_bias(input: Tensor, bias: Tensor | None, form: _Form) -> tuple[Tensor | None, _Form]:
@@ -633,13 +633,15 @@ def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
 def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **fused) -> Tensor:
     """Zeroes whole channels of ``[N, C, D, H, W]`` or ``[C, D, H, W]``. As :func:`dropout1d`."""
     unbatched = input.dim() != 5
-    return _channel_dropout(input, p, training, inplace, F.dropout3d, unbatched, input.dim() in (4, 5), fused)
+    expected = (input.dim() == 4) | (input.dim() == 5)  # "in" would ask a proxy of torch.fx for its value
+    return _channel_dropout(input, p, training, inplace, F.dropout3d, unbatched, expected, fused)
 
 
 def _channel_dropout(input, p, training, inplace, aten, unbatched, expected, fused, alpha=False):
+    plain = all(value is None for value in fused.values())
+    if plain and (has_torch_function_unary(input) or not expected):
+        return aten(input, p, training, inplace)
     if not expected:
-        if all(value is None for value in fused.values()):
-            return aten(input, p, training, inplace)
         # torch's own warning or error about the rank, from torch: on a tensor without data.
         aten(torch.empty(input.shape, device="meta"), p, training)
     if not unbatched:

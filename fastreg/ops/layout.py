@@ -30,6 +30,9 @@ def dense(x: Tensor) -> Tensor:
 
 def dense_strides(x: Tensor) -> tuple[int, ...]:
     """The strides of ``dense(x)``; in a ``torch.func`` transform, contiguous ones where ``x`` has gaps."""
+    if torch.compiler.is_compiling():
+        # Strides may be symbols, which Dynamo does not sort.
+        return torch.empty_like(x, device="meta").stride()
     if torch._C._are_functorch_transforms_active():
         # Under vmap the memory of an example also holds the others', and is_contiguous() speaks of all together.
         return x.stride() if memory_order(x) is not None else torch.empty(x.shape, device="meta").stride()
@@ -41,6 +44,11 @@ def with_strides(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     if x.stride() == stride:
         return x
     return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b rounded up. (``triton.cdiv`` takes ten times as long on the host.)"""
+    return -(-a // b)
 
 
 class Tiling(NamedTuple):
@@ -62,11 +70,12 @@ def tiling(x: Tensor, mask_dims: int, bias_dim: int | None) -> Tiling | None:
     bias_dim: the dimension the bias varies along, or None.
     """
     count = x.numel()
-    masked = count
-    order = memory_order(x)
-    channels_last = False
+    if mask_dims == 0 and bias_dim is None:
+        return Tiling(None, count)
+    masked, channels_last = count, False
     if mask_dims > 0:
         masked = x.shape[:mask_dims].numel()
+        order = memory_order(x)
         leading = [d for d in range(mask_dims) if x.shape[d] != 1]
         if order[: len(leading)] != leading:
             samples_first = x.shape[0] == 1 or order[0] == 0
