@@ -19,51 +19,39 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
 
 
 @triton.jit
+def _special(x, NAME: tl.constexpr):
+    """One instruction of the special-function unit."""
+    return tl.inline_asm_elementwise(NAME + ".approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+
+
+@triton.jit
 def exp2(x):
-    if INTERPRETED or x.dtype == tl.float64:
-        return tl.exp2(x)
-    else:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return tl.exp2(x) if INTERPRETED or x.dtype == tl.float64 else _special(x, "ex2")
 
 
 @triton.jit
 def log2(x):
-    if INTERPRETED or x.dtype == tl.float64:
-        return tl.log2(x)
-    else:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return tl.log2(x) if INTERPRETED or x.dtype == tl.float64 else _special(x, "lg2")
 
 
 @triton.jit
 def reciprocal(x):
-    if INTERPRETED or x.dtype == tl.float64:
-        return 1.0 / x
-    else:
-        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return 1.0 / x if INTERPRETED or x.dtype == tl.float64 else _special(x, "rcp")
 
 
 @triton.jit
 def sqrt(x):
-    if INTERPRETED or x.dtype == tl.float64:
-        return tl.sqrt(x)
-    else:
-        return tl.inline_asm_elementwise("sqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return tl.sqrt(x) if INTERPRETED or x.dtype == tl.float64 else _special(x, "sqrt")
 
 
 @triton.jit
 def sin(x):
-    if INTERPRETED or x.dtype == tl.float64:
-        return tl.sin(x)
-    else:
-        return tl.inline_asm_elementwise("sin.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return tl.sin(x) if INTERPRETED or x.dtype == tl.float64 else _special(x, "sin")
 
 
 @triton.jit
 def cos(x):
-    if INTERPRETED or x.dtype == tl.float64:
-        return tl.cos(x)
-    else:
-        return tl.inline_asm_elementwise("cos.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    return tl.cos(x) if INTERPRETED or x.dtype == tl.float64 else _special(x, "cos")
 
 
 @triton.jit

@@ -11,19 +11,14 @@ and ``--compare none,weight-decay,dropout+weight-decay`` works. An option of its
 ``settings.Settings`` and one more parameter of ``command.train``.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 from torch import Tensor, nn
 
 import fastreg.nn as fnn
 from fastreg.training.errors import InputError
-
-if TYPE_CHECKING:
-    from fastreg.training.settings import Settings
 
 
 @dataclass
@@ -43,7 +38,7 @@ class Recipe:
     transforms: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
 
 
-Regularizer = Callable[[Recipe, "Settings"], None]
+Regularizer = Callable[[Recipe, Any], None]  # the recipe to change, and the Settings of the run
 
 REGULARIZERS: dict[str, Regularizer] = {}
 
@@ -58,7 +53,7 @@ def regularizer(name: str) -> Callable[[Regularizer], Regularizer]:
     return register
 
 
-def recipe_for(setting: str, options: Settings) -> Recipe:
+def recipe_for(setting: str, options: Any) -> Recipe:
     """The recipe of one setting: a name, or several joined with ``+``, applied from left to right.
 
     Raises:
@@ -75,12 +70,12 @@ def recipe_for(setting: str, options: Settings) -> Recipe:
 
 
 @regularizer("none")
-def none(recipe: Recipe, options: Settings) -> None:
+def none(recipe: Recipe, options: Any) -> None:
     """No regularization: the baseline."""
 
 
 @regularizer("dropout")
-def dropout(recipe: Recipe, options: Settings) -> None:
+def dropout(recipe: Recipe, options: Any) -> None:
     """Dropout on the hidden units and on the input pixels (Srivastava et al., 2014)."""
     if options.input_dropout > 0:
         recipe.input_layers.append(lambda: fnn.Dropout(options.input_dropout))
