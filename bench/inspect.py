@@ -27,6 +27,7 @@ from rich.table import Table
 
 from . import FAMILIES
 from .gpus import GPUS, JUDGED, RESOURCES, TARGETS, Gpu, picoseconds
+from .provenance import source_hash
 from .sass import (
     KINDS,
     Budget,
@@ -342,6 +343,7 @@ def _write(path: Path, reports: list[tuple[str, Report]]) -> None:
     content = {
         "note": PREDICTED,
         "triton": triton.__version__,
+        "source": source_hash(),
         "gpus": [asdict(gpu) for gpu in GPUS],
         "reports": [to_json(family, report) for family, report in reports],
     }

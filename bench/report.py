@@ -225,8 +225,8 @@ def failure_list(document: dict) -> str:
     return "\n".join(["Not timed, or failed:", "", *lines]) if failures(document) else ""
 
 
-def results_page(documents: list[dict], page: Path) -> str:
-    """The full page: one section for each device, family and dtype."""
+def results_page(documents: list[dict], page: Path, static: Path | None = None) -> str:
+    """The full page: one section for each device, family and dtype, and the predictions of ``static``."""
     parts = ["# Benchmark results", LEGEND]
     for document in documents:
         origin = document["provenance"]
@@ -247,6 +247,8 @@ def results_page(documents: list[dict], page: Path) -> str:
         parts += [f"![{path.stem}]({relative(path, page)})" for path in pictures_of(document)]
     if not documents:
         parts += ["No results yet."]
+    if static is not None and static.exists():
+        parts += ["## Predictions", static_table(json.loads(static.read_text()))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -281,6 +283,7 @@ def readme_section(documents: list[dict], static: Path, readme: Path, page: Path
         parts += ["No GPU results yet."]
         if static.exists():
             parts += [static_table(json.loads(static.read_text()), headline=True)]
+            parts += [f"![predictions]({relative(static.with_suffix('.png'), readme)})"]
     if documents:
         parts += [f"All timings: [{page.name}]({relative(page, readme)})."]
     return "\n\n".join(parts)
@@ -306,7 +309,36 @@ def static_table(content: dict, gpu: str = "H100", headline: bool = False) -> st
     header = ["kernel", "registers", "spills", "instructions / element", "bytes / element", "predicted bound"]
     title = f"Predictions for {gpu}, not measurements, from the compiled machine code"
     table = markdown([*header, "predicted share of copy rate"], lines)
-    return f"{title} (`fastreg inspect`, triton {content['triton']}):\n\n{table}"
+    origin = f"`fastreg inspect`, triton {content['triton']}, sources {content['source']}"
+    return f"{title} ({origin}):\n\n{table}"
+
+
+def draw_predictions(content: dict, path: Path, gpu: str = "H100") -> None:
+    """Two bars a kernel of the README: the time of its bytes and the time of its instructions."""
+    from matplotlib.figure import Figure
+
+    shown = [
+        (report["kernel"], prediction["memory_ps"], prediction["issue_ps"])
+        for report in content["reports"]
+        if report["headline"]
+        for prediction in report["predictions"]
+        if prediction["gpu"] == gpu
+    ]
+    figure = Figure(figsize=(8, 0.42 * len(shown) + 1.2), layout="constrained")
+    panel = figure.subplots()
+    for offset, column, label in (
+        (-0.2, 1, "memory: bytes / copy rate"),
+        (0.2, 2, "instructions / issue rate"),
+    ):
+        places = [index + offset for index in range(len(shown))]
+        panel.barh(places, [row[column] for row in shown], height=0.38, label=label)
+    panel.set_yticks(range(len(shown)), [row[0] for row in shown])
+    panel.invert_yaxis()
+    panel.set_xlabel("picoseconds an element, whole GPU: the longer bar is the bound")
+    panel.set_title(f"Predicted for {gpu}, not measured", loc="left")
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.legend(frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------
@@ -402,10 +434,14 @@ def report(results: Path, page: Path, readme: Path | None = None) -> list[Path]:
         for direction, path in zip(DIRECTIONS, pictures_of(document), strict=True):
             draw(document, direction, path)
             written.append(path)
-    page.write_text(results_page(documents, page))
+    static = results / "static.json"
+    if static.exists():
+        draw_predictions(json.loads(static.read_text()), static.with_suffix(".png"))
+        written.append(static.with_suffix(".png"))
+    page.write_text(results_page(documents, page, static))
     written.append(page)
     if readme is not None:
-        section = readme_section(documents, results / "static.json", readme, page)
+        section = readme_section(documents, static, readme, page)
         readme.write_text(replace_section(readme.read_text(), section))
         written.append(readme)
     return written

@@ -75,7 +75,7 @@ class Kernel:
         elements: of all programs together. What is inspected is then what runs: the same tile, and the same
         arguments divisible by 16 or fixed to 1.
         """
-        parameters = {parameter.name: parameter for parameter in _jit_function(launch.kernel, name).params}
+        parameters = _parameters(launch.kernel)
         arguments, constants, divisible = {}, {}, []
         for key, value in launch.arguments.items():
             if key in ("num_warps", "num_stages", "maxnreg"):
@@ -158,9 +158,8 @@ def compile_for(kernel: Kernel, cc: int) -> Compiled:
 
 def _specialization(kernel: Kernel) -> dict[str, Any]:
     """What the launcher would pass to the compiler: types, constants, and which arguments divide by 16."""
-    parameters = {
-        parameter.name: parameter for parameter in _jit_function(kernel.function, kernel.name).params
-    }
+    function = _jit_function(kernel.function, kernel.name)
+    parameters = _parameters(function)
     named = {*kernel.arguments, *kernel.constants, *kernel.divisible_by_16}
     if unknown := sorted(named - set(parameters)):
         raise InspectError(f"{kernel.name}: the kernel has no argument {', '.join(unknown)}")
@@ -183,23 +182,40 @@ def _specialization(kernel: Kernel) -> dict[str, Any]:
         return signature[name].startswith("*") or name in kernel.divisible_by_16
 
     return {
-        "fn": _jit_function(kernel.function, kernel.name),
+        "fn": function,
         "signature": signature,
         "constexprs": {name: kernel.constants[name] for name in constexprs},
         "attrs": {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if divides(name)},
     }
 
 
+def _parameters(function: Any) -> dict[str, Any]:
+    """The parameters by name; a kernel decorated for the interpreter can be declared, though not compiled."""
+    from triton.runtime import JITFunction
+
+    function = _unwrapped(function)
+    function = function if isinstance(function, JITFunction) else JITFunction(function)
+    return {parameter.name: parameter for parameter in function.params}
+
+
 def _jit_function(function: Any, name: str) -> Any:
     from triton.runtime import JITFunction
 
-    while not isinstance(function, JITFunction) and hasattr(function, "fn"):
-        function = function.fn  # under @triton.autotune or @triton.heuristics
+    function = _unwrapped(function)
     if not isinstance(function, JITFunction):
         raise InspectError(
             f"{name} is decorated for the interpreter (or is no @triton.jit function) and cannot be "
             "compiled: unset TRITON_INTERPRET and start again"
         )
+    return function
+
+
+def _unwrapped(function: Any) -> Any:
+    """The JITFunction under @triton.autotune or @triton.heuristics, or the Python function under another."""
+    from triton.runtime import JITFunction
+
+    while not isinstance(function, JITFunction) and hasattr(function, "fn"):
+        function = function.fn
     return function
 
 

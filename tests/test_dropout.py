@@ -122,7 +122,7 @@ def test_bias_along_any_dimension(device, shape, bias_shape):
     check(x, mask_of(x, 0.25, 5), 0.25, lambda x, **fused: F.dropout(x, 0.25, seed=5, **fused), bias, "silu")
 
 
-@pytest.mark.parametrize("subset", itertools.product([False, True], repeat=3))
+@pytest.mark.parametrize("subset", list(itertools.product([False, True], repeat=3)))
 def test_any_subset_of_gradients(path, device, subset):
     x, bias, residual = (torch.randn(s, device=device) for s in ((6, 8), (8,), (6, 8)))
     tensors = (x, bias, residual)

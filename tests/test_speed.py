@@ -37,7 +37,7 @@ def training_step(package, name):
     return step
 
 
-def ratios(names, pairs=40, attempts=3):
+def ratios(names, pairs=60, attempts=5):
     """Our time over torch's. Processor time of one thread, in turns, so other processes hardly count; what
     noise is left only adds, on either side, so a layer over the limit may try again."""
     import fastreg.nn
