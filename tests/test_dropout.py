@@ -521,6 +521,11 @@ def test_a_number_has_no_dimension_for_a_bias(path, device):
         F.dropout(torch.ones((), device=device), 0.5, bias=torch.ones((), device=device))
 
 
+def test_drop_path_needs_samples(path, device):
+    with pytest.raises(RuntimeError, match="dimension of samples"):
+        F.drop_path(torch.ones((), device=device))
+
+
 def test_alpha_dropout_has_no_classic_form():
     with pytest.raises(TypeError, match="inverted"):
         F.alpha_dropout(torch.ones(3), 0.5, True, inverted=False)

@@ -691,6 +691,8 @@ def drop_path(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     read. ``fused``: the keyword arguments of :func:`dropout`.
     Source: Huang et al. 2016, "Deep Networks with Stochastic Depth" (arXiv 1603.09382); Larsson et al. 2017.
     """
+    if input.dim() == 0:
+        raise RuntimeError("drop_path needs a dimension of samples, but got an input without dimensions")
     return _dropout(input, p, training, inplace, _aten_drop_path, mask_dims=1, **fused)
 
 
