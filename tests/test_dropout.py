@@ -232,6 +232,31 @@ def test_channel_masks_in_every_layout(path, device, name, bias_dim):
     )  # fmt: skip
 
 
+@pytest.mark.skipif(not backend.INTERPRETED, reason="counts what the interpreter loads")
+@pytest.mark.parametrize(("function", "mask_dims"), [(F.dropout, 0), (F.dropout2d, 2), (F.drop_path, 1)])
+def test_dropped_channels_and_samples_are_not_read(function, mask_dims, monkeypatch):
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    read = []
+    load = InterpreterBuilder.create_masked_load
+
+    def counting_load(self, pointers, mask, *rest):
+        read.append(int(mask.data.sum()))
+        return load(self, pointers, mask, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", counting_load)
+    x = torch.randn(8, 4, 8, 16, requires_grad=True)
+    y = function(x, 0.5, seed=2)
+    kept = (
+        int(y.detach().flatten(mask_dims).any(-1).sum()) * x[(0,) * mask_dims].numel() if mask_dims else 4096
+    )
+    assert 0 < kept < 4096 or mask_dims == 0
+    assert sum(read) == kept
+    read.clear()
+    y.backward(torch.ones_like(y))
+    assert sum(read) == kept
+
+
 def test_unbatched_channels(path, device):
     for function, shape in ((F.dropout1d, (16, 9)), (F.dropout3d, (16, 2, 3, 2))):
         x = torch.rand(shape, device=device) + 1
