@@ -459,6 +459,8 @@ def _dropout(
         return aten(input, p, False, inplace)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+    if input.dim() < mask_dims:
+        raise RuntimeError("a mask of samples needs a dimension of samples, but the input has none")
     bias, form = _checked_bias(input, bias, form)
     _check_residual(input, residual)
     if inplace:
@@ -691,8 +693,6 @@ def drop_path(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
     read. ``fused``: the keyword arguments of :func:`dropout`.
     Source: Huang et al. 2016, "Deep Networks with Stochastic Depth" (arXiv 1603.09382); Larsson et al. 2017.
     """
-    if input.dim() == 0:
-        raise RuntimeError("drop_path needs a dimension of samples, but got an input without dimensions")
     return _dropout(input, p, training, inplace, _aten_drop_path, mask_dims=1, **fused)
 
 
