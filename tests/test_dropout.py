@@ -459,18 +459,28 @@ def test_input_is_freed_when_nothing_needs_it(device):
     y.sum().backward()
 
 
+@pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("name", ["contiguous", "channels_last", "sliced"])
-def test_inplace_writes_into_the_input(path, device, name):
-    x = LAYOUTS[name]().to(device)
-    bias, residual = torch.randn(8, 1, 1, device=device), torch.randn_like(x)
-    expected = F.dropout(x, 0.5, bias=bias, residual=residual, seed=1)
-    for grad in (False, True):
-        target = (x.detach().clone(memory_format=torch.preserve_format).requires_grad_(grad) * 1 if name != "sliced"
-                  else torch.cat([x, x], -1)[..., :5].requires_grad_(grad) * 1)  # fmt: skip
-        y = F.dropout(target, 0.5, True, True, bias=bias, residual=residual, seed=1)
-        assert y is target
-        if target.stride() == x.stride():
-            torch.testing.assert_close(y, expected)
+def test_inplace_writes_into_the_input_and_nowhere_else(path, device, name, grad):
+    whole = torch.randn(2, 8, 3, 10, device=device)
+    if name == "channels_last":
+        whole = whole.to(memory_format=torch.channels_last)
+    leaf = whole.clone(memory_format=torch.preserve_format).requires_grad_(grad)
+    memory = leaf * 1
+    target = memory[..., ::2] if name == "sliced" else memory
+    before, neighbours = target.detach().clone(), memory.detach()[..., 1::2].clone()
+    bias, residual = torch.randn(8, 1, 1, device=device), torch.randn_like(target.detach())
+    keep = mask_of(target.detach(), 0.5, 1)
+    expected = reference(before.double(), keep, 0.5, bias.double(), None, residual.double())
+
+    assert F.dropout(target, 0.5, True, True, bias=bias, residual=residual, seed=1) is target
+    assert_near(target.detach(), expected, torch.float32)
+    if name == "sliced":
+        assert torch.equal(memory.detach()[..., 1::2], neighbours)
+    if grad:
+        target.sum().backward()
+        gradient = leaf.grad[..., ::2] if name == "sliced" else leaf.grad
+        assert torch.equal(gradient, torch.where(keep, 2.0, 0.0))
 
 
 def test_inplace_gradient(path, device):
