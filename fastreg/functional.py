@@ -1,5 +1,6 @@
 """Functions, drop-in for ``torch.nn.functional``: a list of names, the logic is in ``fastreg.ops``."""
 
+from fastreg.ops.batch_norm import batch_norm
 from fastreg.ops.dropout import (
     alpha_dropout,
     drop_path,
@@ -9,13 +10,19 @@ from fastreg.ops.dropout import (
     dropout3d,
     feature_alpha_dropout,
 )
+from fastreg.ops.group_norm import group_norm, instance_norm
+from fastreg.ops.layer_norm import layer_norm
 
 __all__ = [
     "alpha_dropout",
+    "batch_norm",
     "drop_path",
     "dropout",
     "dropout1d",
     "dropout2d",
     "dropout3d",
     "feature_alpha_dropout",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
 ]

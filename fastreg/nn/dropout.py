@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastreg.ops import dropout as ops
+from fastreg.ops.fused import check_activation
 
 
 class _Fused:
@@ -18,8 +19,7 @@ class _Fused:
         self, p: float = 0.5, inplace: bool = False, *, activation: str | None = None, inverted: bool = True
     ) -> None:
         super().__init__(p, inplace)
-        if activation is not None and activation not in ops.ACTIVATIONS:
-            raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ops.ACTIVATIONS)}")
+        check_activation(activation)
         self.activation = activation
         self.inverted = inverted
 
@@ -51,7 +51,7 @@ class Dropout(_Fused, torch.nn.Dropout):
     Args:
         p: probability of dropping.
         inplace: write into the input.
-        activation: applied before the dropout, in the same pass: a name of ``fastreg.ops.dropout.ACTIVATIONS``.
+        activation: applied before the dropout, in the same pass: a name of ``fastreg.ops.fused.ACTIVATIONS``.
         inverted: False scales by 1 - p in evaluation instead of 1 / (1 - p) in training.
 
     ``forward(input, *, bias=None, residual=None)``: shapes as in :func:`fastreg.functional.dropout`.

@@ -17,25 +17,19 @@ from torch.overrides import has_torch_function_unary
 from fastreg import random
 from fastreg.ops import backend
 from fastreg.ops.backend import Launch
+from fastreg.ops.fused import (
+    ACTIVATIONS,
+    check_activation,
+    check_residual,
+    check_same_device,
+    result_dtype,
+    sum_dtype,
+)
 from fastreg.ops.layout import Tiling, ceil_div, dense, dense_strides, tiling, with_strides
 from fastreg.random import LANE_VALUES, Stream
 
 if backend.HAS_TRITON:
     from fastreg.kernels import dropout as kernels
-
-ACTIVATIONS = {
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "gelu": F.gelu,
-    "gelu_tanh": functools.partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "elu": F.elu,
-    "mish": F.mish,
-    "hardswish": F.hardswish,
-}
-"""What ``activation=`` may name, and its definition: torch's function with torch's default parameters."""
 
 ATEN_BELOW = 1 << 18
 """Plain dropout of fewer elements goes to ATen: its kernel then takes about the time of its launch, so there is
@@ -196,7 +190,7 @@ def _backward_launch(
     blocks = _blocks(dx, tiles)
     row_blocks, column_blocks = _block_counts(tiles, blocks)
     tensors = {"dy_ptr": dy, "x_ptr": x, "bias_ptr": bias, "dx_ptr": dx, "partial_ptr": None}
-    sums = {"dtype": _sum_dtype(dx.dtype), "device": dx.device}
+    sums = {"dtype": sum_dtype(dx.dtype), "device": dx.device}
     if not (needs_bias and tiles.bias == "columns"):
         if needs_bias:
             tensors["partial_ptr"] = torch.empty(tiles.rows, column_blocks, **sums)
@@ -229,7 +223,7 @@ def _run_forward(
     out: Tensor | None = None,
 ) -> Tensor:
     """The forward kernel on tensors of any layout. ``out``: where to write, ``x`` itself or None."""
-    result = torch.empty_like(x, dtype=_result_dtype(x, residual)) if out is None else out
+    result = torch.empty_like(x, dtype=result_dtype(x.dtype, residual)) if out is None else out
     if x.numel() == 0:
         return result
     x, tiles = _tiled(x, form)
@@ -257,7 +251,7 @@ def _run_backward(
     """
     result = torch.empty_strided(dy.shape, stride, dtype=dtype, device=dy.device)
     if dy.numel() == 0:
-        return result, dy.new_zeros(dy.shape[form.bias_dim], dtype=_sum_dtype(dtype)) if needs_bias else None
+        return result, dy.new_zeros(dy.shape[form.bias_dim], dtype=sum_dtype(dtype)) if needs_bias else None
     # The mask counts elements in the memory order of the forward pass, whatever the strides of dy.
     dx, tiles = _tiled(result, form)
     dy = with_strides(dy, dx.stride())
@@ -272,14 +266,6 @@ def _run_backward(
         else:
             partial = partial.view(-1, tiles.bias_size, tiles.bias_repeat * partial.shape[1]).sum((0, 2))
     return (result if dx is result else result.copy_(dx)), partial
-
-
-def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _result_dtype(x: Tensor, residual: Tensor | None) -> torch.dtype:
-    return x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
 
 
 # --- autograd, eager --------------------------------------------------------------------------------------
@@ -362,7 +348,7 @@ def _dropout_op(
 
 @_dropout_op.register_fake
 def _(x, bias, residual, seed, *form):
-    return torch.empty_like(x, dtype=_result_dtype(x, residual))
+    return torch.empty_like(x, dtype=result_dtype(x.dtype, residual))
 
 
 @torch.library.custom_op("fastreg::dropout_backward", mutates_args=())
@@ -390,7 +376,7 @@ def _(dy, x, bias, seed, stride, dtype, needs_bias, threshold, scale, mask_dims,
     dx = torch.empty_strided(dy.shape, stride, dtype=dtype, device=dy.device)
     if not needs_bias:
         return dx, dy.new_empty(0)
-    return dx, dy.new_empty(dy.shape[bias_dim], dtype=_sum_dtype(dtype))
+    return dx, dy.new_empty(dy.shape[bias_dim], dtype=sum_dtype(dtype))
 
 
 def _save_for_compiled_backward(ctx, inputs, output):
@@ -457,12 +443,11 @@ def _dropout(
     form = _form(p, training, inverted, alpha)._replace(mask_dims=mask_dims, activation=activation)
     if plain and form.threshold == 0 and form.scale == 1:
         return aten(input, p, False, inplace)
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
+    check_activation(activation)
     if input.dim() < mask_dims:
         raise RuntimeError("a mask of samples needs a dimension of samples, but the input has none")
     bias, form = _checked_bias(input, bias, form)
-    _check_residual(input, residual)
+    check_residual(input, residual)
     if inplace:
         _check_inplace(input, bias, residual, activation)
 
@@ -516,11 +501,7 @@ def _checked_bias(input: Tensor, bias: Tensor | None, form: _Form) -> tuple[Tens
     """The bias, and the form with the one dimension of ``input`` that it varies along."""
     if bias is None:
         return None, form
-    if bias.device != input.device:
-        raise RuntimeError(
-            "Expected all tensors to be on the same device, "
-            f"but got the input on {input.device} and the bias on {bias.device}"
-        )
+    check_same_device(input, bias, "bias")
     sizes = (1,) * (input.dim() - bias.dim()) + tuple(bias.shape)
     varying = [d for d, size in enumerate(sizes) if size != 1]
     fits = input.dim() >= max(1, bias.dim()) and all(sizes[d] == input.shape[d] for d in varying)
@@ -536,21 +517,6 @@ def _checked_bias(input: Tensor, bias: Tensor | None, form: _Form) -> tuple[Tens
     return bias, form._replace(bias_dim=varying[0])
 
 
-def _check_residual(input: Tensor, residual: Tensor | None) -> None:
-    if residual is None:
-        return
-    if residual.shape != input.shape:
-        raise ValueError(
-            "the residual has to have the shape of the input, "
-            f"but got {tuple(residual.shape)} for an input of shape {tuple(input.shape)}"
-        )
-    if residual.device != input.device:
-        raise RuntimeError(
-            "Expected all tensors to be on the same device, "
-            f"but got the input on {input.device} and the residual on {residual.device}"
-        )
-
-
 def _check_inplace(
     input: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
 ) -> None:
@@ -562,7 +528,7 @@ def _check_inplace(
                 f"inplace=True is not possible with activation={activation!r}: "
                 "its gradient needs the input, which would be overwritten"
             )
-    if _result_dtype(input, residual) != input.dtype:
+    if result_dtype(input.dtype, residual) != input.dtype:
         raise RuntimeError(
             f"inplace=True is not possible with a residual of {residual.dtype}: the result does not fit {input.dtype}"
         )
