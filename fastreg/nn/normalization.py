@@ -37,7 +37,9 @@ class _BatchNorm(_Fused):
         momentum = self.momentum
         if updates and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
-            if momentum is None:  # the average over all batches; as a tensor, so that nothing waits for the GPU
+            if (
+                momentum is None
+            ):  # the average over all batches; as a tensor, so that nothing waits for the GPU
                 momentum = self.num_batches_tracked.reciprocal()
         # Buffers that are not tracked are used in evaluation, and neither used nor changed in training.
         buffers = updates or not self.training

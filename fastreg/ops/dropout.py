@@ -4,7 +4,6 @@ Every form is one function, ``_dropout``, on two backends: the Triton kernels of
 the definition in ATen (CPU, ``torch.func`` transforms, second derivatives). Neither stores a mask.
 """
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
