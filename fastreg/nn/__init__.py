@@ -1,5 +1,6 @@
 """Modules, drop-in for ``torch.nn``: every class is a subclass of torch's own where torch has one."""
 
+from fastreg.nn.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastreg.nn.dropout import (
     AlphaDropout,
     Dropout,
@@ -9,16 +10,8 @@ from fastreg.nn.dropout import (
     DropPath,
     FeatureAlphaDropout,
 )
-from fastreg.nn.normalization import (
-    BatchNorm1d,
-    BatchNorm2d,
-    BatchNorm3d,
-    GroupNorm,
-    InstanceNorm1d,
-    InstanceNorm2d,
-    InstanceNorm3d,
-    LayerNorm,
-)
+from fastreg.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
+from fastreg.nn.layer_norm import LayerNorm
 
 __all__ = [
     "AlphaDropout",

@@ -1,0 +1,75 @@
+"""Group and instance normalization layers. What they add to torch's: ``fastreg/nn/fused.py``."""
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from fastreg import functional as F
+from fastreg.nn.fused import FusedNorm
+
+
+class GroupNorm(FusedNorm, torch.nn.GroupNorm):
+    """Group normalization of ``[N, C, *]``. See :class:`torch.nn.GroupNorm`.
+
+    Source: Wu and He 2018 (arXiv 1803.08494).
+    """
+
+    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """activation(norm(input) + residual)."""
+        return F.group_norm(
+            input,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            activation=self.activation,
+            residual=residual,
+        )
+
+
+class _InstanceNorm(FusedNorm):
+    def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
+        """activation(norm(input) + residual)."""
+        self._check_input_dim(input)
+        channels = input.size(-self._get_no_batch_dim())
+        if channels != self.num_features:
+            message = (
+                f"expected input's size at dim={input.dim() - self._get_no_batch_dim()} to match num_features"
+                f" ({self.num_features}), but got: {channels}."
+            )
+            if self.affine:
+                raise ValueError(message)
+            warnings.warn(message + " affine=False, so num_features is not used.", stacklevel=2)
+        unbatched = input.dim() == self._get_no_batch_dim()
+        if unbatched:
+            input = input.unsqueeze(0)
+            residual = None if residual is None else residual.unsqueeze(0)
+        y = F.instance_norm(
+            input,
+            self.running_mean,
+            self.running_var,
+            self.weight,
+            self.bias,
+            self.training or not self.track_running_stats,
+            0.0 if self.momentum is None else self.momentum,
+            self.eps,
+            activation=self.activation,
+            residual=residual,
+        )
+        return y.squeeze(0) if unbatched else y
+
+
+class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
+    """Instance normalization of ``[N, C, L]`` or ``[C, L]``. See :class:`torch.nn.InstanceNorm1d`.
+
+    Source: Ulyanov, Vedaldi and Lempitsky 2016 (arXiv 1607.08022).
+    """
+
+
+class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):
+    """Instance normalization of ``[N, C, H, W]`` or ``[C, H, W]``. See :class:`torch.nn.InstanceNorm2d`."""
+
+
+class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
+    """Instance normalization of ``[N, C, D, H, W]`` or ``[C, D, H, W]``. See :class:`torch.nn.InstanceNorm3d`."""
