@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastreg.ops.channel_norm import Form, Running, normalize, takes
 from fastreg.ops.fused import activated, check_activation, check_residual
 
 
@@ -19,7 +20,39 @@ def batch_norm(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
+    r"""Normalizes each channel over the batch, then adds ``residual`` and applies ``activation``, in the same passes.
+
+    .. math:: y = f\left(\frac{x - \mathrm{E}[x]}{\sqrt{\mathrm{Var}[x] + \epsilon}} \gamma + \beta + r\right)
+
+    Drop-in for :func:`torch.nn.functional.batch_norm`. In training the statistics are those of the batch, and the
+    running ones are updated in place (with the unbiased variance); otherwise the running ones are used.
+
+    Args:
+        input: floating point ``[N, C, *]``, any strides. The result has its layout.
+        running_mean, running_var: ``[C]``, or None in training.
+        weight, bias: ``[C]``, or None. fp32 parameters go with 16-bit inputs.
+        training: use and track the statistics of the batch.
+        momentum: share of the batch in the running statistics. A tensor of one element stays on its device.
+        eps: added to the variance.
+        activation: a name of ``fastreg.ops.fused.ACTIVATIONS``, with torch's default parameters.
+        residual: shape of the input. The result has the promoted dtype of both.
+
+    Raises:
+        ValueError: one value per channel in training; eps that is not positive; unknown activation; a residual
+            that does not fit. Else whatever torch raises.
+
+    Source: Ioffe and Szegedy 2015 (arXiv 1502.03167).
+    """
     check_activation(activation)
     check_residual(input, residual)
-    y = F.batch_norm(input, running_mean, running_var, weight, bias, training, float(momentum), eps)
-    return activated(y, activation, residual)
+    fused = activation is not None or residual is not None
+    statistics = (running_mean, running_var)
+    good = eps > 0 and (input.numel() > input.shape[1] if training else running_mean is not None)
+    if not (takes(input, weight, bias, statistics, fused) and good):
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, float(momentum), eps)
+        return activated(y, activation, residual)
+    running = Running(*statistics, momentum) if training and running_mean is not None else None
+    form = Form(0, eps, activation)
+    return normalize(
+        input, weight, bias, residual, None if training else statistics, running, form, input.dtype
+    )

@@ -3,6 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastreg.ops.channel_norm import Form, autocast_dtype, normalize, takes
 from fastreg.ops.fused import activated, check_activation, check_residual
 
 
@@ -16,9 +17,33 @@ def group_norm(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
+    """Normalizes groups of channels of each sample, then adds ``residual`` and applies ``activation``.
+
+    Drop-in for :func:`torch.nn.functional.group_norm`; under CUDA's autocast it returns fp32 as torch's does, but
+    reads a 16-bit input as it is.
+
+    Args:
+        input: floating point ``[N, C, *]``, any strides. The result has its layout.
+        num_groups: neighbouring channels share a group: it divides C.
+        weight, bias: ``[C]``, or None. fp32 parameters go with 16-bit inputs.
+        eps: added to the variance.
+        activation: a name of ``fastreg.ops.fused.ACTIVATIONS``, with torch's default parameters.
+        residual: shape of the input. The result has the promoted dtype of both.
+
+    Raises:
+        ValueError: unknown activation; a residual that does not fit. Else whatever torch raises.
+
+    Source: Wu and He 2018 (arXiv 1803.08494).
+    """
     check_activation(activation)
     check_residual(input, residual)
-    return activated(F.group_norm(input, num_groups, weight, bias, eps), activation, residual)
+    fused = activation is not None or residual is not None
+    good = num_groups > 0 and takes(input, weight, bias, (None, None), fused)
+    # Where a channel has one value, and each group one channel, torch refuses.
+    if not (good and input.shape[1] % num_groups == 0 and input.numel() > num_groups):
+        return activated(F.group_norm(input, num_groups, weight, bias, eps), activation, residual)
+    form = Form(num_groups, eps, activation)
+    return normalize(input, weight, bias, residual, None, None, form, autocast_dtype(input))
 
 
 def instance_norm(
@@ -34,7 +59,26 @@ def instance_norm(
     activation: str | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
+    """Normalizes each channel of each sample, then adds ``residual`` and applies ``activation``.
+
+    Drop-in for :func:`torch.nn.functional.instance_norm`. Arguments as in :func:`fastreg.functional.batch_norm`, with
+    ``use_input_stats`` for ``training``; the running statistics receive the mean over the samples of theirs.
+
+    Source: Ulyanov, Vedaldi and Lempitsky 2016 (arXiv 1607.08022).
+    """
     check_activation(activation)
     check_residual(input, residual)
-    y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
-    return activated(y, activation, residual)
+    fused = activation is not None or residual is not None
+    statistics = (running_mean, running_var)
+    tracked = use_input_stats and running_mean is not None
+    good = takes(input, weight, bias, statistics, fused) and not tracked
+    spatial = good and input.numel() // (input.shape[0] * input.shape[1])
+    if not (good and spatial > 1 if use_input_stats else good and running_mean is not None):
+        y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        return activated(y, activation, residual)
+    if not use_input_stats:  # fixed statistics of channels: batch normalization in evaluation
+        return normalize(
+            input, weight, bias, residual, statistics, None, Form(0, eps, activation), input.dtype
+        )
+    form = Form(input.shape[1], eps, activation)
+    return normalize(input, weight, bias, residual, None, None, form, input.dtype)

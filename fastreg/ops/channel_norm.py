@@ -1,0 +1,869 @@
+"""What batch, group and instance normalization share: y = f((x - mean) / sqrt(var + eps) weight + bias + residual).
+
+``normalize`` is the one function behind all of them, on the kernels of ``kernels/channel_norm.py``. What they do not
+take (CPU tensors, ``torch.func`` transforms, bad input) its callers give to ATen, with torch's own errors.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastreg.ops import backend
+from fastreg.ops.backend import Launch
+from fastreg.ops.fused import activated, result_dtype, sum_dtype
+from fastreg.ops.layout import ceil_div, dense, dense_strides, with_strides
+
+if backend.HAS_TRITON:
+    from fastreg.kernels import channel_norm as kernels
+
+ATEN_BELOW = 1 << 16
+"""Plain normalization of fewer elements goes to ATen: its kernels then take about the time of their launches.
+(An estimate, to be replaced by a measurement.)"""
+
+WHOLE_BYTES = 128 << 10
+"""What a program that takes whole units may read twice. All programs that run at a time then hold less than half of
+an H100's 50 MB L2 cache, from which the second read comes. (An estimate, to be replaced by a measurement.)"""
+
+SIGNED = ("relu", "leaky_relu")
+"""Activations whose derivative is known from the sign of their argument."""
+
+
+class Form(NamedTuple):
+    """What distinguishes one normalization from another."""
+
+    groups: int  # 0: statistics of a channel over the batch; else of a group of channels in a sample
+    eps: float
+    activation: str | None = None
+
+
+class Running(NamedTuple):
+    """Running statistics to be updated: any float dtype [channels]."""
+
+    mean: Tensor | None
+    var: Tensor | None
+    momentum: float | Tensor
+
+
+# --- the definition, in ATen ------------------------------------------------------------------------------
+
+
+def definition(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    form: Form,
+) -> Tensor:
+    """mean, var: given statistics of the channels (evaluation), or None: those of ``x``. Computes in fp32 or fp64."""
+    dtype = sum_dtype(x.dtype)
+    x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+    if form.groups:
+        y = torch.group_norm(x, form.groups, weight, bias, form.eps, False)
+    else:
+        y = torch.batch_norm(x, weight, bias, mean, var, mean is None, 0.0, form.eps, False)
+    return activated(y, form.activation, residual)
+
+
+# --- how memory is seen -----------------------------------------------------------------------------------
+
+
+class View(NamedTuple):
+    """A dense tensor as lines: [segments, lines, along] in memory, or [batches, along, lines] (last)."""
+
+    last: bool
+    batches: int
+    lines: int  # of a batch
+    along: int  # elements of a line in a segment
+    segments: int
+    channels: int
+    width: int  # neighbouring lines that share statistics
+
+    @property
+    def units(self) -> int:
+        return self.batches * self.lines // self.width
+
+    @property
+    def unit_elements(self) -> int:
+        return self.width * self.segments * self.along
+
+    @property
+    def innermost(self) -> int:
+        return self.lines if self.last else self.along
+
+
+def view(x: Tensor, groups: int) -> View | None:
+    """How to see the dense tensor ``x`` [samples, channels, ...], or None if its layout tears samples apart."""
+    count, samples, channels = x.numel(), x.shape[0], x.shape[1]
+    spatial = count // (samples * channels)
+    if groups == 0:
+        if channels == 1:
+            return View(False, 1, 1, count, 1, 1, 1)
+        after = x.stride(1)
+        if after == 1:
+            return View(True, 1, channels, count // channels, 1, channels, 1)
+        return View(False, 1, channels, after, count // (channels * after), channels, 1)
+    if samples > 1 and x.stride(0) != channels * spatial:
+        return None
+    width = channels // groups
+    if channels == 1 or x.stride(1) == spatial:
+        return View(False, 1, samples * channels, spatial, 1, channels, width)
+    if x.stride(1) == 1:
+        return View(True, samples, channels, spatial, 1, channels, width)
+    return None
+
+
+def _viewed(x: Tensor, groups: int) -> tuple[Tensor, View]:
+    """``x`` in a dense layout that the kernels can take (itself wherever possible), and the view."""
+    x = dense(x)
+    seen = view(x, groups)
+    if seen is None:
+        x = x.contiguous()
+        seen = view(x, groups)
+    return x, seen
+
+
+# --- the plan ---------------------------------------------------------------------------------------------
+
+
+def _power_of_2(number: int) -> int:
+    """The smallest power of 2 that is not below ``number``."""
+    return 1 << (number - 1).bit_length()
+
+
+def _power_below(number: int) -> int:
+    """The largest power of 2 that is not above ``number``."""
+    return 1 << number.bit_length() - 1
+
+
+class Plan(NamedTuple):
+    """How lines are dealt to programs."""
+
+    block: int  # lines of a program
+    lines: int  # of its tile: a power of 2
+    along: int
+    vector: int
+    warps: int
+    unit: str  # "line", "block" or "lines": what a unit is in the block
+
+    def blocks(self, seen: View) -> int:
+        return seen.batches * ceil_div(seen.lines, self.block)
+
+    def tiles(self, seen: View) -> int:
+        return seen.segments * ceil_div(seen.along, self.along)
+
+    def even(self, seen: View) -> bool:
+        return seen.along % self.along == 0 and self.block == self.lines and seen.lines % self.block == 0
+
+
+ELEMENTS_PER_WARP = 512  # of a tile: 16 a thread, so that sums of them stay in registers
+
+
+def _vector(seen: View, itemsize: int) -> int:
+    return math.gcd(16 // itemsize, seen.innermost)
+
+
+def _along(length: int, most: int) -> int:
+    """Elements along a line of a tile: the width that wastes least, and the widest of those."""
+    if length <= 256:
+        return min(_power_of_2(length), most)
+    return min((width for width in (1024, 512, 256) if width <= most), key=lambda w: ceil_div(length, w) * w)
+
+
+def split_plan(seen: View, itemsize: int, warps: int = 4) -> Plan:
+    """Tiles of neighbouring lines, whatever unit they are in. Channels last, 128 bytes of a row: a cache line."""
+    size = ELEMENTS_PER_WARP * warps
+    if seen.last:
+        lines = min(_power_of_2(seen.lines), 128 // itemsize)
+        along = size // lines
+    else:
+        along = _along(seen.along, size)
+        lines = min(size // along, _power_below(seen.lines))
+        if lines * seen.along >= 1 << 31:
+            lines = 1  # offsets in a tile have 32 bits
+    return Plan(lines, lines, along, _vector(seen, itemsize), warps, "lines")
+
+
+def whole_plan(seen: View, itemsize: int, tensors: int, device: torch.device) -> Plan | None:
+    """Whole units to each program, or None: where that would leave multiprocessors idle, or read memory twice.
+
+    tensors: how many tensors a program reads twice.
+    """
+    vector = _vector(seen, itemsize)
+    if seen.last:
+        # At least 64 bytes of each row.
+        block = math.lcm(seen.width, vector)
+        block = min(block * max(1, 64 // (block * itemsize)), seen.lines)
+        lines = _power_of_2(block)
+    else:
+        lines = block = seen.width
+    elements = block * seen.segments * seen.along
+    warps = 4 if elements <= 8192 else 8 if elements <= 32768 else 16
+    size = ELEMENTS_PER_WARP * warps
+    if seen.last:
+        along = size // lines
+    else:
+        # As many units as fill a tile, and at least 64 bytes along a line.
+        along = min(_along(seen.along, size), max(size // _power_of_2(block), 64 // itemsize))
+        units = max(1, size // along // _power_of_2(block))
+        if seen.width == 1:
+            units = min(units, _power_below(max(1, seen.lines // backend.multiprocessors(device))))
+        block = min(block * units, seen.lines)
+        lines = _power_of_2(block)
+    unit = "line" if seen.width == 1 else "block" if block == seen.width else "lines"
+    plan = Plan(block, lines, along, vector, warps, unit)
+    elements = block * seen.segments * seen.along
+    fills = plan.blocks(seen) >= backend.multiprocessors(device) or elements <= 16384
+    fits = along > 0 and lines * along <= size and elements * itemsize * tensors <= WHOLE_BYTES
+    return plan if fills and fits and (unit != "lines" or lines <= 256) else None
+
+
+def _merge_plan(seen: View) -> Plan | None:
+    """For the kernels that merge splits, whose lines are those of all batches."""
+    block = max(1, 8 // seen.width) * seen.width
+    unit = "line" if seen.width == 1 else "block" if block == seen.width else "lines"
+    lines = _power_of_2(block)
+    return Plan(block, lines, max(1, 1024 // lines), 1, 4, unit)
+
+
+def _arguments(seen: View, plan: Plan) -> dict:
+    outer = seen.along if seen.last else seen.lines
+    return {
+        "outer": outer,
+        "inner_vectors": seen.innermost // plan.vector,
+        "segments": seen.segments,
+        "block": plan.block,
+        "EVEN": plan.even(seen),
+        "LAST": seen.last,
+        "VECTOR": plan.vector,
+        "LINES": plan.lines,
+        "ALONG": plan.along,
+        "num_warps": plan.warps,
+    }
+
+
+# --- launches ---------------------------------------------------------------------------------------------
+# Tensors of activations are dense and laid out alike; statistics and sums are fp32 (fp64 for fp64 x).
+
+
+def _few_splits(seen: View, plan: Plan, device: torch.device) -> int:
+    """Where every split leaves sums to be merged: as many as 32 warps on each multiprocessor take."""
+    programs = 32 // plan.warps * backend.multiprocessors(device)
+    return max(1, min(plan.tiles(seen), programs // plan.blocks(seen)))
+
+
+def _many_splits(seen: View, plan: Plan, device: torch.device) -> int:
+    """Where nothing is merged: four tiles a program, for which it reads the values of its lines once."""
+    return max(_few_splits(seen, plan, device), ceil_div(plan.tiles(seen), 4))
+
+
+def _momentum(running: Running | None) -> dict:
+    momentum = 0.0 if running is None else running.momentum
+    in_memory = isinstance(momentum, Tensor)
+    return {
+        "running_mean_ptr": None if running is None else running.mean,
+        "running_var_ptr": None if running is None else running.var,
+        "momentum_ptr": momentum if in_memory else None,
+        "momentum": 0.0 if in_memory else momentum,
+    }
+
+
+def forward_launches(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    signs: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    running: Running | None,
+    form: Form,
+    seen: View,
+) -> list[Launch]:
+    """From ``x`` to ``y``, ``mean``, ``var`` and ``signs``: one launch, or three."""
+    plan = whole_plan(seen, x.element_size(), 1, x.device)
+    if plan is None:
+        return [
+            *statistics_launches(x, mean, var, running, seen),
+            apply_launch(x, weight, bias, residual, y, signs, mean, var, form, seen),
+        ]
+    arguments = {
+        "x_ptr": x,
+        "residual_ptr": residual,
+        "y_ptr": y,
+        "signs_ptr": signs,
+        "mean_ptr": mean,
+        "var_ptr": var,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        **_momentum(running),
+        "eps": form.eps,
+        "channels": seen.channels,
+        "width": seen.width,
+        "ACTIVATION": form.activation,
+        "UNIT": plan.unit,
+        **_arguments(seen, plan),
+    }
+    return [Launch(kernels.whole_forward, (plan.blocks(seen),), arguments)]
+
+
+def statistics_launches(
+    x: Tensor, mean: Tensor, var: Tensor, running: Running | None, seen: View
+) -> list[Launch]:
+    plan = split_plan(seen, x.element_size())
+    splits = _few_splits(seen, plan, x.device)
+    all_lines = seen.batches * seen.lines
+    partial_mean, partial_var = mean.new_empty(2, splits, all_lines)
+    partials = (partial_mean, partial_var, mean.new_empty(splits))
+    arguments = {
+        "x_ptr": x,
+        "mean_ptr": partials[0],
+        "var_ptr": partials[1],
+        "count_ptr": partials[2],
+        "batches": seen.batches,
+        "splits": splits,
+        **_arguments(seen, plan),
+    }
+    return [
+        Launch(kernels.statistics, (plan.blocks(seen) * splits,), arguments),
+        merge_statistics_launch(partials, mean, var, running, seen),
+    ]
+
+
+def merge_statistics_launch(
+    partials: tuple[Tensor, Tensor, Tensor], mean: Tensor, var: Tensor, running: Running | None, seen: View
+) -> Launch:
+    """partials: means and variances [splits, lines] and numbers of elements [splits]."""
+    plan = _merge_plan(seen)
+    all_lines = seen.batches * seen.lines
+    arguments = {
+        "partial_mean_ptr": partials[0],
+        "partial_var_ptr": partials[1],
+        "partial_count_ptr": partials[2],
+        "mean_ptr": mean,
+        "var_ptr": var,
+        **_momentum(running),
+        "all_lines": all_lines,
+        "splits": partials[2].numel(),
+        "width": seen.width,
+        "block": plan.block,
+        "UNIT": plan.unit,
+        "LINES": plan.lines,
+        "SPLITS": plan.along,
+        "num_warps": plan.warps,
+    }
+    return Launch(kernels.merge_statistics, (ceil_div(all_lines, plan.block),), arguments)
+
+
+def apply_launch(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    signs: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    form: Form,
+    seen: View,
+) -> Launch:
+    plan = split_plan(seen, x.element_size())
+    splits = _many_splits(seen, plan, x.device)
+    arguments = {
+        "x_ptr": x,
+        "residual_ptr": residual,
+        "y_ptr": y,
+        "signs_ptr": signs,
+        "mean_ptr": mean,
+        "var_ptr": var,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "eps": form.eps,
+        "channels": seen.channels,
+        "width": seen.width,
+        "splits": splits,
+        "ACTIVATION": form.activation,
+        **_arguments(seen, plan),
+    }
+    return Launch(kernels.apply, (plan.blocks(seen) * splits,), arguments)
+
+
+class Gradients(NamedTuple):
+    """Where the backward pass writes."""
+
+    dx: Tensor  # laid out as x
+    dweight: Tensor  # [batches, lines]: still to be summed over samples
+    dbias: Tensor
+    dv: Tensor | None  # the residual's gradient, where an activation makes it another than dy
+
+
+def backward_launches(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    signs: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    out: Gradients,
+    training: bool,
+    form: Form,
+    seen: View,
+) -> list[Launch]:
+    """From ``dy`` to ``out``: one launch, or three (two in evaluation)."""
+    forward = {
+        "x_ptr": x,
+        "mean_ptr": mean,
+        "var_ptr": var,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "eps": form.eps,
+        "channels": seen.channels,
+        "width": seen.width,
+        "ACTIVATION": form.activation,
+    }
+    kept = {"dy_ptr": dy, "residual_ptr": residual, "signs_ptr": signs}
+    plan = whole_plan(seen, x.element_size(), 2, x.device) if training else None
+    if plan is not None:
+        arguments = {f"{name}_ptr": tensor for name, tensor in out._asdict().items()}
+        arguments |= forward | kept | {"UNIT": plan.unit} | _arguments(seen, plan)
+        return [Launch(kernels.whole_backward, (plan.blocks(seen),), arguments)]
+
+    plan = split_plan(seen, x.element_size())
+    all_lines = seen.batches * seen.lines
+    splits = _few_splits(seen, plan, x.device)
+    sums, products = mean.new_empty(2, splits, all_lines)
+    arguments = {
+        "dv_ptr": out.dv,
+        "dx_ptr": None if training else out.dx,
+        "sum_ptr": sums,
+        "product_ptr": products,
+        "batches": seen.batches,
+        "splits": splits,
+    }
+    launches = [
+        Launch(
+            kernels.gradient_sums,
+            (plan.blocks(seen) * splits,),
+            forward | kept | arguments | _arguments(seen, plan),
+        )
+    ]
+    means = mean.new_empty(2, seen.units) if training else (None, None)
+    launches.append(
+        merge_gradients_launch(sums, products, var, weight, out, means, float(seen.unit_elements), form, seen)
+    )
+    if training:
+        stored = out.dv is not None  # then it is what the sums were taken of: no activation any more
+        launches.append(
+            dx_launch(
+                out.dv if stored else dy, out.dx, means, forward, None if stored else form.activation, seen
+            )
+        )
+    return launches
+
+
+def merge_gradients_launch(
+    sums: Tensor,
+    products: Tensor,
+    var: Tensor,
+    weight: Tensor | None,
+    out: Gradients,
+    means: tuple[Tensor | None, Tensor | None],
+    count: float | Tensor,
+    form: Form,
+    seen: View,
+) -> Launch:
+    """count: elements of a unit. means: where to write what ``gradient_apply`` needs."""
+    plan = _merge_plan(seen)
+    all_lines = seen.batches * seen.lines
+    in_memory = isinstance(count, Tensor)
+    arguments = {
+        "sum_ptr": sums,
+        "product_ptr": products,
+        "var_ptr": var,
+        "weight_ptr": weight,
+        "dweight_ptr": out.dweight,
+        "dbias_ptr": out.dbias,
+        "b_ptr": means[0],
+        "w_ptr": means[1],
+        "count_ptr": count if in_memory else None,
+        "count": 0.0 if in_memory else count,
+        "eps": form.eps,
+        "all_lines": all_lines,
+        "splits": sums.numel() // all_lines,
+        "channels": seen.channels,
+        "width": seen.width,
+        "block": plan.block,
+        "UNIT": plan.unit,
+        "LINES": plan.lines,
+        "SPLITS": plan.along,
+        "num_warps": plan.warps,
+    }
+    return Launch(kernels.merge_gradient_sums, (ceil_div(all_lines, plan.block),), arguments)
+
+
+def dx_launch(
+    dy: Tensor, dx: Tensor, means: tuple[Tensor, Tensor], forward: dict, activation: str | None, seen: View
+) -> Launch:
+    plan = split_plan(seen, dy.element_size())
+    splits = _many_splits(seen, plan, dx.device)
+    arguments = {
+        "dy_ptr": dy,
+        "dx_ptr": dx,
+        "b_ptr": means[0],
+        "w_ptr": means[1],
+        "splits": splits,
+        **forward,
+        "ACTIVATION": activation,
+        **_arguments(seen, plan),
+    }
+    return Launch(kernels.gradient_apply, (plan.blocks(seen) * splits,), arguments)
+
+
+# --- running them -----------------------------------------------------------------------------------------
+
+
+def _keeps_signs(residual: Tensor | None, form: Form, seen: View) -> bool:
+    return residual is not None and form.activation in SIGNED and seen.innermost % 8 == 0
+
+
+def _run_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    given: tuple[Tensor, Tensor] | None,
+    running: Running | None,
+    form: Form,
+    dtype: torch.dtype,
+    differentiated: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The forward kernels on tensors of any layout.
+
+    given: mean and variance of evaluation, or None to take (and return) those of ``x``.
+    Returns y in ``dtype``, mean, variance, and the signs where they are what the backward pass needs.
+    """
+    result = torch.empty_like(x, dtype=dtype)
+    x, seen = _viewed(x, form.groups)
+    y = result if result.stride() == x.stride() else torch.empty_like(x, dtype=dtype)
+    residual = None if residual is None else with_strides(residual, x.stride())
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    signs = None
+    if differentiated and _keeps_signs(residual, form, seen):
+        signs = torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
+    if given is None:
+        mean, var = torch.empty(2, seen.units, dtype=sum_dtype(x.dtype), device=x.device)
+        launches = forward_launches(x, weight, bias, residual, y, signs, mean, var, running, form, seen)
+    else:
+        mean, var = (t.to(sum_dtype(x.dtype)).contiguous() for t in given)
+        launches = [apply_launch(x, weight, bias, residual, y, signs, mean, var, form, seen)]
+    for launch in launches:
+        launch.run(x.device)
+    return result if y is result else result.copy_(y), mean, var, signs
+
+
+def _run_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    signs: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    training: bool,
+    form: Form,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The backward kernels on tensors of any layout.
+
+    residual_dtype: of the residual's gradient, where an activation makes it another than dy; else None.
+    Returns dx, the gradients of weight and bias (fp32 or fp64), and that of the residual.
+    """
+    result = torch.empty_like(x)
+    x, seen = _viewed(x, form.groups)
+    dx = result if result.stride() == x.stride() else torch.empty_like(x)
+    dy = with_strides(dy, x.stride())
+    residual = None if residual is None else with_strides(residual, x.stride())
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    mean, var = (t.to(sum_dtype(x.dtype)).contiguous() for t in (mean, var))
+    dv = None if residual_dtype is None else torch.empty_like(x, dtype=residual_dtype)
+    dweight, dbias = mean.new_empty(2, seen.batches * seen.lines)
+    out = Gradients(dx, dweight, dbias, dv)
+    for launch in backward_launches(
+        dy, x, weight, bias, residual, signs, mean, var, out, training, form, seen
+    ):
+        launch.run(x.device)
+    if form.groups:
+        dweight, dbias = (t.view(-1, seen.channels).sum(0) for t in (dweight, dbias))
+    return result if dx is result else result.copy_(dx), dweight, dbias, dv
+
+
+def unpacked_signs(signs: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
+    """The bits of ``signs`` as a bool tensor with these dense strides."""
+    bits = signs[:, None] >> torch.arange(8, dtype=torch.uint8, device=signs.device) & 1
+    return bits.bool().flatten().as_strided(size, stride)
+
+
+def _differentiable_backward(dy, x, weight, bias, residual, signs, given, form):
+    """The backward pass in ATen, for second derivatives (create_graph=True) and batched gradients.
+
+    given: statistics of evaluation, or None. Returns the gradients of x, weight, bias and residual.
+    """
+    create_graph = torch.is_grad_enabled()
+    inner = form
+    if signs is not None:
+        positive = unpacked_signs(signs, x.shape, dense_strides(x))
+        dy = torch.where(positive, dy, dy * (0.01 if form.activation == "leaky_relu" else 0.0))
+        inner = form._replace(activation=None)
+    with torch.enable_grad():
+        # Views stand for the inputs, so that their gradients are those of this expression alone.
+        inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias, residual)]
+        inputs = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in inputs]
+        mean, var = given or (None, None)
+        y = definition(*inputs, mean, var, inner)
+        wanted = [t for t in inputs if t is not None]
+        found = torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=create_graph)
+    found = iter(found)
+    gradients = [None if t is None else next(found) for t in inputs]
+    if signs is not None:
+        gradients[3] = dy
+    return gradients
+
+
+# --- autograd, eager --------------------------------------------------------------------------------------
+
+
+class _ChannelNorm(torch.autograd.Function):
+    """The eager path to the kernels. Saves x, a mean and a variance a unit, and what the activation needs."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, residual, mean, var, running, form, dtype):
+        given = None if mean is None else (mean, var)
+        differentiated = any(ctx.needs_input_grad)
+        y, kept_mean, kept_var, signs = _run_forward(
+            x, weight, bias, residual, given, running, form, dtype, differentiated
+        )
+        ctx.form, ctx.training = form, given is None
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        again = residual if form.activation is not None and signs is None else None
+        if given is not None:
+            kept_mean, kept_var = mean, var
+        ctx.save_for_backward(x, weight, bias, again, signs, kept_mean, kept_var)
+        return y
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, bias, residual, signs, mean, var = ctx.saved_tensors
+        form = ctx.form
+        needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+        own = needs_residual and form.activation is not None
+        if torch.is_grad_enabled() or not backend.runs_kernels(dy):
+            given = None if ctx.training else (mean, var)
+            dx, dweight, dbias, dv = _differentiable_backward(
+                dy, x, weight, bias, residual, signs, given, form
+            )
+        elif needs_x or needs_weight or needs_bias or own:
+            dx, dweight, dbias, dv = _run_backward(
+                dy, x, weight, bias, residual, signs, mean, var, ctx.training, form,
+                ctx.residual_dtype if own else None,
+            )  # fmt: skip
+        else:
+            dx = dweight = dbias = dv = None
+        return (
+            dx if needs_x else None,
+            dweight.to(weight.dtype) if needs_weight else None,
+            dbias.to(bias.dtype) if needs_bias else None,
+            (dv if own else dy).to(ctx.residual_dtype) if needs_residual else None,
+            *[None] * 5,
+        )
+
+
+# --- registered operators, for torch.compile --------------------------------------------------------------
+
+
+@torch.library.custom_op("fastreg::channel_norm", mutates_args=())
+def _channel_norm_op(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: str | None,
+    dtype: torch.dtype,
+    differentiated: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, and mean, variance and signs, each empty where there is none to return."""
+    given = None if mean is None else (mean, var)
+    y, mean, var, signs = _run_forward(
+        x, weight, bias, residual, given, None, Form(groups, eps, activation), dtype, differentiated
+    )
+    if given is not None:
+        mean, var = mean.new_empty(2, 0)
+    return y, mean.clone(), var.clone(), x.new_empty(0, dtype=torch.uint8) if signs is None else signs
+
+
+@_channel_norm_op.register_fake
+def _(x, weight, bias, residual, mean, var, groups, eps, activation, dtype, differentiated):
+    y = torch.empty_like(x, dtype=dtype)
+    seen = view(y, groups) or view(torch.empty(x.shape, device="meta"), groups)
+    signed = differentiated and _keeps_signs(residual, Form(groups, eps, activation), seen)
+    statistics = {
+        "size": (seen.units if mean is None else 0,),
+        "dtype": sum_dtype(x.dtype),
+        "device": x.device,
+    }
+    return (
+        y,
+        torch.empty(**statistics),
+        torch.empty(**statistics),
+        x.new_empty(x.numel() // 8 if signed else 0, dtype=torch.uint8),
+    )
+
+
+@torch.library.custom_op("fastreg::channel_norm_backward", mutates_args=())
+def _channel_norm_backward_op(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    signs: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    training: bool,
+    groups: int,
+    eps: float,
+    activation: str | None,
+    residual_dtype: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, weight, bias and residual (empty where ``residual_dtype`` is None)."""
+    form = Form(groups, eps, activation)
+    dx, dweight, dbias, dv = _run_backward(
+        dy, x, weight, bias, residual, signs, mean, var, training, form, residual_dtype
+    )
+    return dx, dweight.clone(), dbias.clone(), x.new_empty(0) if dv is None else dv
+
+
+@_channel_norm_backward_op.register_fake
+def _(dy, x, weight, bias, residual, signs, mean, var, training, groups, eps, activation, residual_dtype):
+    dx = torch.empty_like(x)
+    sums = {"size": (x.shape[1],), "dtype": sum_dtype(x.dtype), "device": x.device}
+    dv = x.new_empty(0) if residual_dtype is None else torch.empty_like(x, dtype=residual_dtype)
+    return dx, torch.empty(**sums), torch.empty(**sums), dv
+
+
+def _save_for_compiled_backward(ctx, inputs, output):
+    x, weight, bias, residual, mean, var, groups, eps, activation, _, _ = inputs
+    _, kept_mean, kept_var, signs = output
+    ctx.form, ctx.training = Form(groups, eps, activation), mean is None
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    signs = signs if signs.numel() else None
+    again = residual if activation is not None and signs is None else None
+    if mean is None:
+        mean, var = kept_mean, kept_var
+    ctx.save_for_backward(x, weight, bias, again, signs, mean, var)
+
+
+def _compiled_backward(ctx, dy, *_):
+    x, weight, bias, residual, signs, mean, var = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
+    own = needs_residual and ctx.form.activation is not None
+    dx = dweight = dbias = dv = None
+    if needs_x or needs_weight or needs_bias or own:
+        dx, dweight, dbias, dv = _channel_norm_backward_op(
+            dy, x, weight, bias, residual, signs, mean, var, ctx.training, *ctx.form,
+            ctx.residual_dtype if own else None,
+        )  # fmt: skip
+    return (
+        dx if needs_x else None,
+        dweight.to(weight.dtype) if needs_weight else None,
+        dbias.to(bias.dtype) if needs_bias else None,
+        (dv if own else dy).to(ctx.residual_dtype) if needs_residual else None,
+        *[None] * 7,
+    )
+
+
+_channel_norm_op.register_autograd(_compiled_backward, setup_context=_save_for_compiled_backward)
+
+
+# --- the function behind all public ones ------------------------------------------------------------------
+
+
+def takes(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: tuple[Tensor | None, Tensor | None],
+    fused: bool,
+) -> bool:
+    """Whether the kernels take it. All else, also whatever is wrong with it, is for ATen to do, or to refuse."""
+    if not (backend.runs_kernels(input) and input.dim() >= 2 and input.numel() > 0):
+        return False
+    if input.is_cuda and not fused and input.numel() < ATEN_BELOW and not torch.compiler.is_compiling():
+        return False
+    channels = input.shape[1]
+    return (statistics[0] is None) == (statistics[1] is None) and all(
+        t is None
+        or (
+            t.shape == (channels,)
+            and t.device == input.device
+            and (t.dtype == input.dtype or (t.dtype == torch.float32 and input.dtype.itemsize == 2))
+        )
+        for t in (weight, bias, *statistics)
+    )
+
+
+def autocast_dtype(input: Tensor) -> torch.dtype:
+    """What torch's group_norm and layer_norm return: fp32 under CUDA's autocast, else the dtype of the input."""
+    if input.is_cuda and input.dtype.itemsize == 2 and torch.is_autocast_enabled("cuda"):
+        return torch.float32
+    return input.dtype
+
+
+def normalize(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    given: tuple[Tensor, Tensor] | None,
+    running: Running | None,
+    form: Form,
+    dtype: torch.dtype,
+) -> Tensor:
+    """f(normalized input + residual) on the kernels.
+
+    given: mean and variance of evaluation, or None: those of the input.
+    running: updated with the statistics of the input, where those are of channels.
+    dtype: of the normalized input. The result has the promoted dtype of that and the residual.
+    """
+    dtype = result_dtype(dtype, residual)
+    mean, var = given or (None, None)
+    if not torch.compiler.is_compiling():
+        y = _ChannelNorm.apply(input, weight, bias, residual, mean, var, running, form, dtype)
+        if running is not None:
+            # The kernels wrote into them: whoever saved them for a backward pass has to hear of it.
+            torch.autograd.graph.increment_version([t for t in running[:2] if t is not None])
+        return y
+    tensors = (input, weight, bias, residual)
+    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    y, mean, var, _ = _channel_norm_op(*tensors, mean, var, *form, dtype, differentiated)
+    if running is not None:
+        update_running(running, mean, var, input.numel() // input.shape[1])
+    return y
+
+
+def update_running(running: Running, mean: Tensor, var: Tensor, count: int) -> None:
+    """running = (1 - momentum) running + momentum new, with the unbiased variance of ``count`` values."""
+    with torch.no_grad():
+        for old, new in ((running.mean, mean), (running.var, var * (count / (count - 1)))):
+            if old is not None:
+                old.copy_((1 - running.momentum) * old + running.momentum * new)

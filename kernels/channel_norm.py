@@ -1,0 +1,746 @@
+"""Batch, group and instance normalization: y = f((x - mean) / sqrt(var + eps) weight + bias + residual).
+
+Ioffe and Szegedy 2015 (batch), Ulyanov et al. 2016 (instance), Wu and He 2018 (group). One set of kernels: a LINE
+is what one channel has in one set of statistics, and ``width`` neighbouring lines make a UNIT, which shares them.
+
+                    lines                    a line                       width
+    batch norm      channels                 N x spatial positions        1
+    instance norm   samples x channels       spatial positions            1
+    group norm      samples x channels       spatial positions            channels of a group
+
+Memory has two orders. Channels first, a line is ``segments`` runs of ``along`` neighbouring elements; channels last
+(LAST), it is a column. Tiles are [LINES, ALONG] in the first and [ALONG, LINES] in the second, and that is all the
+difference: a value per line is spread over a tile by ``_spread``, and a tile summed to one by ``_line_sum``.
+
+Two plans, with accesses of an activation-sized tensor in device memory (forward / backward):
+
+    whole   one program takes whole units, reads them, and reads them again
+            from the L2 cache or its multiprocessor's own                            2 / 3
+    split   every line is spread over ``splits`` programs, so that 3 channels fill
+            a GPU as well as 3,000; sums, a small merge, and a second pass           3 / 5
+
+A residual is one more read forward and one more write backward (its gradient). Its activation needs the sign or the
+value of what it was applied to: relu and leaky_relu keep ONE BIT an element (``signs``), others read the residual
+again. Without a residual the backward pass computes that value from x. Nothing else is saved but a mean and a
+variance a unit.
+
+Statistics: sums of x - shift and its square, where the shift is the mean of the program's first tile, so nothing
+cancels whatever the mean (E[x^2] - E[x]^2 is off by 12 % at a mean of 1,000); programs are merged with the formula
+of Chan, Golub and LeVeque. No atomics: the same input gives the same bits.
+"""
+
+import triton
+import triton.language as tl
+
+from . import activation
+from .fastmath import upcast
+
+# --- where a program works --------------------------------------------------------------------------------
+
+
+@triton.jit
+def _spread(v, LAST: tl.constexpr):
+    """A value a line [LINES], to be broadcast over a tile."""
+    return v[None, :] if LAST else v[:, None]
+
+
+@triton.jit
+def _line_sum(tile, LAST: tl.constexpr):
+    return tl.sum(tile, axis=0 if LAST else 1)
+
+
+@triton.jit
+def _shape(outer, inner_vectors, segments, VECTOR: tl.constexpr, LAST: tl.constexpr):
+    """(lines, elements of a line in a segment, segments). Written as a product, so that the compiler sees that a
+    vector is inside as a whole or not at all, and aligned."""
+    inner = inner_vectors * VECTOR
+    if LAST:
+        return inner, outer, segments
+    else:
+        return outer, inner, segments
+
+
+@triton.jit
+def _place(shape, block, splits):
+    """What this program works on: (batch, first line, line behind its last one), and which split of them."""
+    lines, _, _ = shape
+    blocks = tl.cdiv(lines, block)
+    rest = tl.program_id(0) // blocks
+    first_line = (tl.program_id(0) - rest * blocks) * block
+    batch = rest // splits
+    return (batch, first_line, tl.minimum(first_line + block, lines)), rest - batch * splits
+
+
+@triton.jit
+def _lines(place, LINES: tl.constexpr):
+    """The lines of this program [LINES], and which of them are there."""
+    _, first_line, limit = place
+    line = first_line + tl.arange(0, LINES)
+    return line, line < limit
+
+
+@triton.jit
+def _tile(
+    tile, place, shape, EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr
+):
+    """Of a tile: index of its first element, offsets from there, which are inside, and how many along."""
+    lines, along, _ = shape
+    batch, first_line, limit = place
+    blocks = tl.cdiv(along, ALONG)
+    segment = tile // blocks
+    start = (tile - segment * blocks) * ALONG
+    line = _spread(tl.arange(0, LINES), LAST)
+    step = _spread(tl.arange(0, ALONG), not LAST)
+    if LAST:
+        first = (batch.to(tl.int64) * along + start) * lines + first_line
+        offset = step * lines + line
+    else:
+        first = (segment.to(tl.int64) * lines + first_line) * along + start
+        offset = line * along + step
+    if EVEN:
+        inside = tl.full([1, 1], True, tl.int1)
+    else:
+        inside = (start + step < along) & (first_line + line < limit)
+    return first, offset, inside, tl.minimum(along - start, ALONG)
+
+
+@triton.jit
+def _tiles(shape, ALONG: tl.constexpr):
+    _, along, segments = shape
+    return segments * tl.cdiv(along, ALONG)
+
+
+# --- values per line --------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _value(ptr, index, there, default, like):
+    """``ptr[index]`` in the dtype of ``like``, or the default where there is no pointer."""
+    if ptr is None:
+        return tl.full(index.shape, default, like.dtype)
+    else:
+        return upcast(tl.load(ptr + index, mask=there, other=default)).to(like.dtype)
+
+
+@triton.jit
+def _indices(place, shape, channels, width, LAST: tl.constexpr, LINES: tl.constexpr):
+    """Unit and channel of each line, and whether it is there."""
+    lines, _, _ = shape
+    batch, _, _ = place
+    line, there = _lines(place, LINES)
+    return (batch * lines + line) // width, line if LAST else line % channels, there
+
+
+@triton.jit
+def _rstd(var, eps):
+    return tl.rsqrt(var + tl.full(var.shape, eps, var.dtype))
+
+
+@triton.jit
+def _statistics_of(mean_ptr, var_ptr, eps, unit, there):
+    """Mean and 1 / sqrt(var + eps) of each line."""
+    mean = tl.load(mean_ptr + unit, mask=there, other=0.0)
+    return mean, _rstd(tl.load(var_ptr + unit, mask=there, other=1.0), eps)
+
+
+@triton.jit
+def _affine(mean, rstd, weight_ptr, bias_ptr, channel, there):
+    """(mean, scale, bias) of each line, with which v = (x - mean) scale + bias."""
+    scale = rstd * _value(weight_ptr, channel, there, 1.0, mean)
+    return mean, scale, _value(bias_ptr, channel, there, 0.0, mean)
+
+
+@triton.jit
+def _unit_sum(v, width, UNIT: tl.constexpr, LINES: tl.constexpr):
+    """At each line, the sum of ``v`` over the lines of its unit. ``v`` is 0 at lines that are not there."""
+    if UNIT == "line":
+        return v
+    elif UNIT == "block":
+        return tl.zeros_like(v) + tl.sum(v, axis=0)
+    else:
+        unit = tl.arange(0, LINES) // width
+        same = unit[:, None] == unit[None, :]
+        return tl.sum(tl.where(same, v[None, :], 0.0), axis=1)
+
+
+@triton.jit
+def _unit_moments(mean, var, there, width, UNIT: tl.constexpr, LINES: tl.constexpr):
+    """Moments of lines of equal length merged to those of their unit."""
+    if UNIT == "line":
+        return mean, var
+    else:
+        share = 1.0 / width.to(mean.dtype)
+        unit_mean = _unit_sum(tl.where(there, mean, 0.0), width, UNIT, LINES) * share
+        d = mean - unit_mean
+        return unit_mean, _unit_sum(tl.where(there, var + d * d, 0.0), width, UNIT, LINES) * share
+
+
+@triton.jit
+def _update_running(running, momentum, index, there, mean, var, count):
+    """running = (1 - momentum) running + momentum new, with the unbiased variance."""
+    running_mean_ptr, running_var_ptr = running
+    momentum_ptr, momentum = momentum
+    if momentum_ptr is not None:
+        momentum = upcast(tl.load(momentum_ptr)).to(mean.dtype)
+    new = tl.full(mean.shape, momentum, mean.dtype)
+    if running_mean_ptr is not None:
+        old = upcast(tl.load(running_mean_ptr + index, mask=there)).to(mean.dtype)
+        value = (1.0 - new) * old + new * mean
+        tl.store(running_mean_ptr + index, value.to(running_mean_ptr.dtype.element_ty), mask=there)
+    if running_var_ptr is not None:
+        old = upcast(tl.load(running_var_ptr + index, mask=there)).to(mean.dtype)
+        value = (1.0 - new) * old + new * (var * (count / (count - 1.0)))
+        tl.store(running_var_ptr + index, value.to(running_var_ptr.dtype.element_ty), mask=there)
+
+
+# --- signs: one bit an element ----------------------------------------------------------------------------
+
+
+@triton.jit
+def _sign_bytes(
+    tile, place, shape, EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr
+):
+    """``_tile`` of the bytes, each of which holds the bits of eight neighbouring elements."""
+    lines, along, segments = shape
+    batch, first_line, limit = place
+    if LAST:
+        bytes_shape = (lines // 8, along, segments)
+        bytes_place = (batch, first_line // 8, limit // 8)
+        first, offset, inside, _ = _tile(tile, bytes_place, bytes_shape, EVEN, LAST, LINES // 8, ALONG)
+    else:
+        first, offset, inside, _ = _tile(
+            tile, place, (lines, along // 8, segments), EVEN, LAST, LINES, ALONG // 8
+        )
+    return first, offset, inside
+
+
+@triton.jit
+def _store_signs(signs_ptr, v, tile, place, shape, EVEN: tl.constexpr, LAST: tl.constexpr):
+    LINES: tl.constexpr = v.shape[1] if LAST else v.shape[0]
+    ALONG: tl.constexpr = v.shape[0] if LAST else v.shape[1]
+    first, offset, inside = _sign_bytes(tile, place, shape, EVEN, LAST, LINES, ALONG)
+    bits = tl.reshape(tl.where(v <= 0, 0, 1), [v.shape[0], v.shape[1] // 8, 8])
+    packed = tl.sum(bits << tl.arange(0, 8)[None, None, :], axis=2)
+    tl.store(signs_ptr + first + offset, packed.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def _load_signs(
+    signs_ptr, tile, place, shape, like,
+    EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
+):  # fmt: skip
+    """1 where the bit is set and -1 elsewhere, shaped as ``like``: a stand-in for the value whose sign it is."""
+    first, offset, inside = _sign_bytes(tile, place, shape, EVEN, LAST, LINES, ALONG)
+    packed = tl.load(signs_ptr + first + offset, mask=inside, other=0).to(tl.int32)
+    bits = (packed[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.where(tl.reshape(bits, like.shape) != 0, 1.0, -1.0).to(like.dtype)
+
+
+# --- forward ----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _deviation(x_ptr, shift, tile, place, shape, EVEN, LAST, LINES, ALONG):
+    first, offset, inside, count = _tile(tile, place, shape, EVEN, LAST, LINES, ALONG)
+    x = upcast(tl.load(x_ptr + first + offset, mask=inside, other=0.0))
+    if shift is None:
+        shift = _line_sum(x, LAST) / count.to(x.dtype)
+    d = x - _spread(shift, LAST)
+    return d if EVEN else tl.where(inside, d, 0.0), shift, count
+
+
+@triton.jit
+def _line_moments(
+    x_ptr, place, split, splits, shape,
+    EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
+):  # fmt: skip
+    """Mean and (biased) variance of each line [LINES] over this program's tiles, and how many elements that is."""
+    d, shift, count = _deviation(x_ptr, None, split, place, shape, EVEN, LAST, LINES, ALONG)
+    sums = d
+    squares = d * d
+    tile = split + splits
+    while tile < _tiles(shape, ALONG):
+        d, _, n = _deviation(x_ptr, shift, tile, place, shape, EVEN, LAST, LINES, ALONG)
+        sums += d
+        squares = tl.fma(d, d, squares)
+        count += n
+        tile += splits
+    count = count.to(sums.dtype)
+    off = _line_sum(sums, LAST) / count
+    var = _line_sum(squares, LAST) / count - off * off
+    return shift + off, tl.maximum(var, 0.0, propagate_nan=tl.PropagateNan.ALL), count
+
+
+@triton.jit
+def _preactivation(x, values, residual_ptr, first, offset, inside, LAST: tl.constexpr):
+    """(x - mean) scale + bias + residual."""
+    mean, scale, bias = values
+    v = (x - _spread(mean, LAST)) * _spread(scale, LAST) + _spread(bias, LAST)
+    if residual_ptr is not None:
+        v += upcast(tl.load(residual_ptr + first + offset, mask=inside, other=0.0)).to(v.dtype)
+    return v
+
+
+@triton.jit
+def _apply_tiles(
+    tensors, values, place, split, splits, shape, ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
+):  # fmt: skip
+    x_ptr, residual_ptr, y_ptr, signs_ptr = tensors
+    # The last tiles first: they were read last, and are the likeliest to be in a cache.
+    tile = _tiles(shape, ALONG) - 1 - split
+    while tile >= 0:
+        first, offset, inside, _ = _tile(tile, place, shape, EVEN, LAST, LINES, ALONG)
+        x = tl.load(x_ptr + first + offset, mask=inside, other=0.0)
+        v = _preactivation(upcast(x), values, residual_ptr, first, offset, inside, LAST)
+        if signs_ptr is not None:
+            _store_signs(signs_ptr, v, tile, place, shape, EVEN, LAST)
+        y = activation.forward(v, ACTIVATION, x.dtype)
+        tl.store(y_ptr + first + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+        tile -= splits
+
+
+@triton.jit
+def whole_forward(
+    x_ptr,  # fp64, fp32, fp16 or bf16: dense, [segments, lines, along] or (LAST) [batches, along, lines]
+    residual_ptr,  # any of those, laid out as x, or None
+    y_ptr,  # any of those, laid out as x
+    signs_ptr,  # uint8 [elements / 8] or None: bit i % 8 of byte i // 8 is "element i of v is not <= 0"
+    mean_ptr,  # fp32 (fp64 for fp64 x) [units]: written
+    var_ptr,  # as mean: biased
+    weight_ptr,  # any dtype [channels], or None
+    bias_ptr,
+    running_mean_ptr,  # any dtype [units], or None: updated. Batch normalization only.
+    running_var_ptr,
+    momentum_ptr,  # any dtype [1], or None where it comes as a number
+    momentum: tl.float64,
+    eps: tl.float64,
+    outer,  # lines, or (LAST) elements of a line
+    inner_vectors,  # the innermost dimension of the view above, in vectors
+    segments,
+    channels,
+    width,  # lines of a unit
+    block,  # lines of a program: whole units
+    ACTIVATION: tl.constexpr,
+    UNIT: tl.constexpr,  # "line": a unit is a line; "block": all lines of a program; "lines": some of them
+    EVEN: tl.constexpr,  # all tiles are full
+    LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    LINES: tl.constexpr,
+    ALONG: tl.constexpr,
+):
+    """Everything, a block of whole units a program. Grid: (batches x blocks of lines,)."""
+    shape = _shape(outer, inner_vectors, segments, VECTOR, LAST)
+    place, split = _place(shape, block, 1)
+    unit, channel, there = _indices(place, shape, channels, width, LAST, LINES)
+    mean, var, count = _line_moments(x_ptr, place, split, 1, shape, EVEN, LAST, LINES, ALONG)
+    mean, var = _unit_moments(mean, var, there, width, UNIT, LINES)
+    leads = there & (tl.arange(0, LINES) % width == 0)
+    tl.store(mean_ptr + unit, mean, mask=leads)
+    tl.store(var_ptr + unit, var, mask=leads)
+    _update_running(
+        (running_mean_ptr, running_var_ptr), (momentum_ptr, momentum), unit, there, mean, var, count
+    )
+    values = _affine(mean, _rstd(var, eps), weight_ptr, bias_ptr, channel, there)
+    tensors = (x_ptr, residual_ptr, y_ptr, signs_ptr)
+    _apply_tiles(tensors, values, place, split, 1, shape, ACTIVATION, EVEN, LAST, LINES, ALONG)
+
+
+@triton.jit
+def statistics(
+    x_ptr,
+    mean_ptr,  # fp32 (fp64) [splits, batches x lines]: moments of each line over a split's tiles
+    var_ptr,
+    count_ptr,  # fp32 (fp64) [splits]: elements of a line in the split
+    outer,
+    inner_vectors,
+    segments,
+    batches,
+    block,
+    splits,
+    EVEN: tl.constexpr,
+    LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    LINES: tl.constexpr,
+    ALONG: tl.constexpr,
+):
+    """Reads x once. Grid: (batches x splits x blocks of lines,)."""
+    shape = _shape(outer, inner_vectors, segments, VECTOR, LAST)
+    place, split = _place(shape, block, splits)
+    batch, first_line, _ = place
+    mean, var, count = _line_moments(x_ptr, place, split, splits, shape, EVEN, LAST, LINES, ALONG)
+    line, there = _lines(place, LINES)
+    index = split * (batches * shape[0]) + batch * shape[0] + line
+    tl.store(mean_ptr + index, mean, mask=there)
+    tl.store(var_ptr + index, var, mask=there)
+    if batch + first_line == 0:
+        tl.store(count_ptr + split, count)
+
+
+@triton.jit
+def _merged_moments(partials, line, there, splits, stride, SPLITS: tl.constexpr, LINES: tl.constexpr):
+    """Moments of each line over all splits (Chan, Golub, LeVeque), and their number of elements."""
+    mean_ptr, var_ptr, count_ptr = partials
+    shift = tl.load(mean_ptr + line, mask=there, other=0.0)  # split 0's: the means are close together
+    total = tl.zeros([1], shift.dtype)
+    off = tl.zeros_like(shift)
+    squares = tl.zeros_like(shift)
+    start = splits * 0
+    while start < splits:
+        split = start + tl.arange(0, SPLITS)
+        count = tl.load(count_ptr + split, mask=split < splits, other=0.0)[:, None]
+        index = split[:, None] * stride + line[None, :]
+        inside = (split < splits)[:, None] & there[None, :]
+        d = tl.load(mean_ptr + index, mask=inside, other=0.0) - shift[None, :]
+        var = tl.load(var_ptr + index, mask=inside, other=0.0)
+        d = tl.where(count > 0, d, 0.0)  # an empty split says nothing about the mean
+        total += tl.sum(count, axis=0)
+        off += tl.sum(count * d, axis=0)
+        squares += tl.sum(count * (var + d * d), axis=0)
+        start += SPLITS
+    off /= total
+    var = squares / total - off * off
+    return shift + off, tl.maximum(var, 0.0, propagate_nan=tl.PropagateNan.ALL), total
+
+
+@triton.jit
+def merge_statistics(
+    partial_mean_ptr,  # what ``statistics`` wrote
+    partial_var_ptr,
+    partial_count_ptr,
+    mean_ptr,  # [units]
+    var_ptr,
+    running_mean_ptr,
+    running_var_ptr,
+    momentum_ptr,
+    momentum: tl.float64,
+    all_lines,  # batches x lines
+    splits,
+    width,
+    block,
+    UNIT: tl.constexpr,
+    LINES: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """From partial moments to those of units. Grid: (blocks of whole units,)."""
+    place = (0, tl.program_id(0) * block, tl.minimum(tl.program_id(0) * block + block, all_lines))
+    line, there = _lines(place, LINES)
+    partials = (partial_mean_ptr, partial_var_ptr, partial_count_ptr)
+    mean, var, count = _merged_moments(partials, line, there, splits, all_lines, SPLITS, LINES)
+    mean, var = _unit_moments(mean, var, there, width, UNIT, LINES)
+    unit = line // width
+    leads = there & (line % width == 0)
+    tl.store(mean_ptr + unit, mean, mask=leads)
+    tl.store(var_ptr + unit, var, mask=leads)
+    _update_running(
+        (running_mean_ptr, running_var_ptr), (momentum_ptr, momentum), unit, there, mean, var, count
+    )
+
+
+@triton.jit
+def apply(
+    x_ptr,
+    residual_ptr,
+    y_ptr,
+    signs_ptr,
+    mean_ptr,  # [units], any dtype: read
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    eps: tl.float64,
+    outer,
+    inner_vectors,
+    segments,
+    channels,
+    width,
+    block,
+    splits,
+    ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr,
+    LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    LINES: tl.constexpr,
+    ALONG: tl.constexpr,
+):
+    """y from known statistics: the second pass in training, the only one in evaluation.
+
+    Grid: (batches x splits x blocks of lines,).
+    """
+    shape = _shape(outer, inner_vectors, segments, VECTOR, LAST)
+    place, split = _place(shape, block, splits)
+    unit, channel, there = _indices(place, shape, channels, width, LAST, LINES)
+    mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there)
+    values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
+    tensors = (x_ptr, residual_ptr, y_ptr, signs_ptr)
+    _apply_tiles(tensors, values, place, split, splits, shape, ACTIVATION, EVEN, LAST, LINES, ALONG)
+
+
+# --- backward ---------------------------------------------------------------------------------------------
+#
+# With g the gradient of v, xhat = (x - mean) rstd, and sums over a unit of m elements:
+#     dbias = sum g        dweight = sum g xhat        (of each line, then over the samples)
+#     dx = rstd (weight g - B - xhat W),   B = sum (weight g) / m,   W = sum (weight g xhat) / m
+
+
+@triton.jit
+def _gradient(
+    tensors, values, tile, place, shape, ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
+):  # fmt: skip
+    """Of a tile: g, x - mean, and where it lies. g is 0 outside the tensor."""
+    dy_ptr, x_ptr, residual_ptr, signs_ptr = tensors
+    mean, _, _ = values
+    first, offset, inside, _ = _tile(tile, place, shape, EVEN, LAST, LINES, ALONG)
+    x = tl.load(x_ptr + first + offset, mask=inside, other=0.0)
+    d = upcast(x) - _spread(mean, LAST)
+    g = upcast(tl.load(dy_ptr + first + offset, mask=inside, other=0.0)).to(d.dtype)
+    if ACTIVATION is not None:
+        if signs_ptr is not None:
+            v = _load_signs(signs_ptr, tile, place, shape, d, EVEN, LAST, LINES, ALONG)
+        else:
+            v = _preactivation(upcast(x), values, residual_ptr, first, offset, inside, LAST)
+        g = activation.backward(g, v, ACTIVATION, x.dtype)
+    return g, d, first + offset, inside
+
+
+@triton.jit
+def _line_gradient_sums(
+    tensors, outputs, values, place, split, splits, shape, ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
+):  # fmt: skip
+    """Sums of g and g (x - mean) of each line [LINES] over this program's tiles. Writes what can be written then."""
+    dv_ptr, dx_ptr = outputs
+    mean, scale, _ = values
+    sums = tl.zeros([ALONG, LINES] if LAST else [LINES, ALONG], mean.dtype)
+    products = tl.zeros_like(sums)
+    tile = split
+    while tile < _tiles(shape, ALONG):
+        g, d, element, inside = _gradient(
+            tensors, values, tile, place, shape, ACTIVATION, EVEN, LAST, LINES, ALONG
+        )
+        if dv_ptr is not None:
+            tl.store(dv_ptr + element, g.to(dv_ptr.dtype.element_ty), mask=inside)
+        if dx_ptr is not None:
+            dx = g * _spread(scale, LAST)
+            tl.store(dx_ptr + element, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        sums += g
+        products = tl.fma(g, d, products)
+        tile += splits
+    return _line_sum(sums, LAST), _line_sum(products, LAST)
+
+
+@triton.jit
+def _unit_gradient_means(
+    dweight, dbias, weight, rstd, count, there, width, UNIT: tl.constexpr, LINES: tl.constexpr
+):
+    """(rstd B, rstd^2 W): the two values of a unit that dx needs, at each of its lines."""
+    b = _unit_sum(tl.where(there, weight * dbias, 0.0), width, UNIT, LINES)
+    w = _unit_sum(tl.where(there, weight * dweight, 0.0), width, UNIT, LINES)
+    return rstd * b / count, rstd * rstd * w / count
+
+
+@triton.jit
+def _dx_tiles(
+    tensors, dx_ptr, values, means, place, split, splits, shape, ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
+):  # fmt: skip
+    b, w = means
+    _, scale, _ = values
+    tile = _tiles(shape, ALONG) - 1 - split
+    while tile >= 0:
+        g, d, element, inside = _gradient(
+            tensors, values, tile, place, shape, ACTIVATION, EVEN, LAST, LINES, ALONG
+        )
+        dx = g * _spread(scale, LAST) - (d * _spread(w, LAST) + _spread(b, LAST))
+        tl.store(dx_ptr + element, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        tile -= splits
+
+
+@triton.jit
+def whole_backward(
+    dy_ptr,  # fp64, fp32, fp16 or bf16, laid out as x
+    x_ptr,
+    residual_ptr,  # forward's, where the activation needs it and there are no signs; else None
+    signs_ptr,
+    dv_ptr,  # any of those, laid out as x, or None: the gradient of v, which is the residual's
+    dx_ptr,  # any of those, laid out as x
+    mean_ptr,
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    dweight_ptr,  # fp32 (fp64) [batches x lines]: sum g xhat of each line
+    dbias_ptr,  # as dweight: sum g
+    eps: tl.float64,
+    outer,
+    inner_vectors,
+    segments,
+    channels,
+    width,
+    block,
+    ACTIVATION: tl.constexpr,
+    UNIT: tl.constexpr,
+    EVEN: tl.constexpr,
+    LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    LINES: tl.constexpr,
+    ALONG: tl.constexpr,
+):
+    """Everything, a block of whole units a program. Arguments as in ``whole_forward``."""
+    shape = _shape(outer, inner_vectors, segments, VECTOR, LAST)
+    place, split = _place(shape, block, 1)
+    unit, channel, there = _indices(place, shape, channels, width, LAST, LINES)
+    mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there)
+    values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
+    tensors = (dy_ptr, x_ptr, residual_ptr, signs_ptr)
+    dbias, dweight = _line_gradient_sums(
+        tensors, (dv_ptr, None), values, place, split, 1, shape, ACTIVATION, EVEN, LAST, LINES, ALONG
+    )
+    dweight *= rstd
+    batch, first_line, _ = place
+    index = batch * shape[0] + first_line + tl.arange(0, LINES)
+    tl.store(dweight_ptr + index, dweight, mask=there)
+    tl.store(dbias_ptr + index, dbias, mask=there)
+    count = (width * segments * shape[1]).to(mean.dtype)
+    weight = _value(weight_ptr, channel, there, 1.0, mean)
+    means = _unit_gradient_means(dweight, dbias, weight, rstd, count, there, width, UNIT, LINES)
+    _dx_tiles(tensors, dx_ptr, values, means, place, split, 1, shape, ACTIVATION, EVEN, LAST, LINES, ALONG)
+
+
+@triton.jit
+def gradient_sums(
+    dy_ptr,
+    x_ptr,
+    residual_ptr,
+    signs_ptr,
+    dv_ptr,
+    dx_ptr,  # evaluation: rstd weight g, as the statistics do not depend on x; else None
+    mean_ptr,
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    sum_ptr,  # fp32 (fp64) [splits, batches x lines]: sum of g
+    product_ptr,  # as sum: sum of g (x - mean)
+    eps: tl.float64,
+    outer,
+    inner_vectors,
+    segments,
+    channels,
+    width,
+    batches,
+    block,
+    splits,
+    ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr,
+    LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    LINES: tl.constexpr,
+    ALONG: tl.constexpr,
+):
+    """The first pass. Grid: (batches x splits x blocks of lines,)."""
+    shape = _shape(outer, inner_vectors, segments, VECTOR, LAST)
+    place, split = _place(shape, block, splits)
+    unit, channel, there = _indices(place, shape, channels, width, LAST, LINES)
+    mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there)
+    values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
+    tensors = (dy_ptr, x_ptr, residual_ptr, signs_ptr)
+    total, product = _line_gradient_sums(
+        tensors, (dv_ptr, dx_ptr), values, place, split, splits, shape,
+        ACTIVATION, EVEN, LAST, LINES, ALONG,
+    )  # fmt: skip
+    batch, first_line, _ = place
+    index = split * (batches * shape[0]) + batch * shape[0] + first_line + tl.arange(0, LINES)
+    tl.store(sum_ptr + index, total, mask=there)
+    tl.store(product_ptr + index, product, mask=there)
+
+
+@triton.jit
+def merge_gradient_sums(
+    sum_ptr,  # what ``gradient_sums`` wrote
+    product_ptr,
+    var_ptr,
+    weight_ptr,
+    dweight_ptr,  # [all_lines]
+    dbias_ptr,
+    b_ptr,  # [units]: rstd B, for ``gradient_apply``; or None
+    w_ptr,  # [units]: rstd^2 W
+    count_ptr,  # [1]: elements of a unit, or None where they come as a number
+    count: tl.float64,
+    eps: tl.float64,
+    all_lines,
+    splits,
+    channels,
+    width,
+    block,
+    UNIT: tl.constexpr,
+    LINES: tl.constexpr,
+    SPLITS: tl.constexpr,
+):
+    """From partial sums to the gradients of each line and what dx needs. Grid: (blocks of whole units,)."""
+    place = (0, tl.program_id(0) * block, tl.minimum(tl.program_id(0) * block + block, all_lines))
+    line, there = _lines(place, LINES)
+    unit = line // width
+    rstd = _rstd(tl.load(var_ptr + unit, mask=there, other=1.0), eps)
+    dbias = tl.zeros_like(rstd)
+    dweight = tl.zeros_like(rstd)
+    start = splits * 0
+    while start < splits:
+        split = start + tl.arange(0, SPLITS)
+        index = split[:, None] * all_lines + line[None, :]
+        inside = (split < splits)[:, None] & there[None, :]
+        dbias += tl.sum(tl.load(sum_ptr + index, mask=inside, other=0.0), axis=0)
+        dweight += tl.sum(tl.load(product_ptr + index, mask=inside, other=0.0), axis=0)
+        start += SPLITS
+    dweight *= rstd
+    tl.store(dweight_ptr + line, dweight, mask=there)
+    tl.store(dbias_ptr + line, dbias, mask=there)
+    if b_ptr is not None:
+        if count_ptr is not None:
+            count = tl.load(count_ptr)
+        weight = _value(weight_ptr, line % channels, there, 1.0, rstd)
+        elements = tl.full(rstd.shape, count, rstd.dtype)
+        b, w = _unit_gradient_means(dweight, dbias, weight, rstd, elements, there, width, UNIT, LINES)
+        leads = there & (line % width == 0)
+        tl.store(b_ptr + unit, b, mask=leads)
+        tl.store(w_ptr + unit, w, mask=leads)
+
+
+@triton.jit
+def gradient_apply(
+    dy_ptr,  # or, with ACTIVATION None, what ``gradient_sums`` wrote to dv
+    x_ptr,
+    dx_ptr,
+    mean_ptr,
+    var_ptr,
+    weight_ptr,
+    bias_ptr,
+    b_ptr,
+    w_ptr,
+    eps: tl.float64,
+    outer,
+    inner_vectors,
+    segments,
+    channels,
+    width,
+    block,
+    splits,
+    ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr,
+    LAST: tl.constexpr,
+    VECTOR: tl.constexpr,
+    LINES: tl.constexpr,
+    ALONG: tl.constexpr,
+):
+    """dx: the second pass. Grid: (batches x splits x blocks of lines,)."""
+    shape = _shape(outer, inner_vectors, segments, VECTOR, LAST)
+    place, split = _place(shape, block, splits)
+    unit, channel, there = _indices(place, shape, channels, width, LAST, LINES)
+    mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there)
+    values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
+    means = (
+        tl.load(b_ptr + unit, mask=there, other=0.0),
+        tl.load(w_ptr + unit, mask=there, other=0.0),
+    )
+    _dx_tiles(
+        (dy_ptr, x_ptr, None, None), dx_ptr, values, means, place, split, splits, shape,
+        ACTIVATION, EVEN, LAST, LINES, ALONG,
+    )  # fmt: skip
