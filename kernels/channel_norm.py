@@ -1,7 +1,7 @@
 """Batch, group and instance normalization: y = f((x - mean) / sqrt(var + eps) weight + bias + residual).
 
 Ioffe and Szegedy 2015 (batch), Ulyanov et al. 2016 (instance), Wu and He 2018 (group). One set of kernels: a LINE
-is what one channel has in one set of statistics, and ``width`` neighbouring lines make a UNIT, which shares them.
+is what one channel has in one set of statistics, and ``width`` neighbouring lines make a UNITS, which shares them.
 
                     lines                    a line                       width
     batch norm      channels                 N x spatial positions        1
@@ -50,33 +50,35 @@ def _line_sum(tile, LAST: tl.constexpr):
 
 
 @triton.jit
-def _shape(outer, inner_vectors, segments, VECTOR: tl.constexpr, LAST: tl.constexpr):
-    """(lines, elements of a line in a segment, segments). Written as a product, so that the compiler sees that a
-    vector is inside as a whole or not at all, and aligned."""
+def _shape(outer, inner_vectors, segments, block, VECTOR: tl.constexpr, LAST: tl.constexpr):
+    """(lines, elements of a line in a segment, segments), and the lines of a program.
+
+    Written as products, so that the compiler sees that a vector is inside as a whole or not at all, and aligned.
+    """
     inner = inner_vectors * VECTOR
     if LAST:
-        return inner, outer, segments
+        return (inner, outer, segments), block * VECTOR
     else:
-        return outer, inner, segments
+        return (outer, inner, segments), block
 
 
 @triton.jit
 def _place(shape, block, splits):
-    """What this program works on: (batch, first line, line behind its last one), and which split of them."""
+    """What this program works on: (batch, first line, number of lines), and which split of them."""
     lines, _, _ = shape
     blocks = tl.cdiv(lines, block)
     rest = tl.program_id(0) // blocks
     first_line = (tl.program_id(0) - rest * blocks) * block
     batch = rest // splits
-    return (batch, first_line, tl.minimum(first_line + block, lines)), rest - batch * splits
+    return (batch, first_line, block), rest - batch * splits
 
 
 @triton.jit
-def _lines(place, LINES: tl.constexpr):
+def _lines(place, lines, LINES: tl.constexpr):
     """The lines of this program [LINES], and which of them are there."""
-    _, first_line, limit = place
-    line = first_line + tl.arange(0, LINES)
-    return line, line < limit
+    _, first_line, block = place
+    line = tl.arange(0, LINES)
+    return first_line + line, (line < block) & (first_line + line < lines)
 
 
 @triton.jit
@@ -84,30 +86,38 @@ def _tile(
     tile, place, shape, EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr
 ):
     """Of a tile: index of its first element, offsets from there, which are inside, and how many along."""
-    lines, along, _ = shape
-    batch, first_line, limit = place
-    blocks = tl.cdiv(along, ALONG)
-    segment = tile // blocks
-    start = (tile - segment * blocks) * ALONG
+    lines, along, segments = shape
+    batch, first_line, block = place
+    if segments is None:
+        start = tile * ALONG
+        segment = batch
+    else:
+        blocks = tl.cdiv(along, ALONG)
+        segment = tile // blocks
+        start = (tile - segment * blocks) * ALONG
     line = _spread(tl.arange(0, LINES), LAST)
     step = _spread(tl.arange(0, ALONG), not LAST)
     if LAST:
-        first = (batch.to(tl.int64) * along + start) * lines + first_line
+        first = (segment.to(tl.int64) * along + start) * lines + first_line
         offset = step * lines + line
     else:
         first = (segment.to(tl.int64) * lines + first_line) * along + start
         offset = line * along + step
-    if EVEN:
-        inside = tl.full([1, 1], True, tl.int1)
-    else:
-        inside = (start + step < along) & (first_line + line < limit)
+    inside = (
+        tl.full([1, 1], True, tl.int1)
+        if EVEN
+        else (start + step < along) & (line < block) & (first_line + line < lines)
+    )
     return first, offset, inside, tl.minimum(along - start, ALONG)
 
 
 @triton.jit
 def _tiles(shape, ALONG: tl.constexpr):
     _, along, segments = shape
-    return segments * tl.cdiv(along, ALONG)
+    if segments is None:
+        return tl.cdiv(along, ALONG)
+    else:
+        return segments * tl.cdiv(along, ALONG)
 
 
 # --- values per line --------------------------------------------------------------------------------------
@@ -123,12 +133,12 @@ def _value(ptr, index, there, default, like):
 
 
 @triton.jit
-def _indices(place, shape, channels, width, LAST: tl.constexpr, LINES: tl.constexpr):
+def _indices(place, shape, channels, repeat, width, LINES: tl.constexpr):
     """Unit and channel of each line, and whether it is there."""
     lines, _, _ = shape
     batch, _, _ = place
-    line, there = _lines(place, LINES)
-    return (batch * lines + line) // width, line if LAST else line % channels, there
+    line, there = _lines(place, lines, LINES)
+    return (batch * lines + line) // width, line // repeat % channels, there
 
 
 @triton.jit
@@ -151,28 +161,29 @@ def _affine(mean, rstd, weight_ptr, bias_ptr, channel, there):
 
 
 @triton.jit
-def _unit_sum(v, width, UNIT: tl.constexpr, LINES: tl.constexpr):
+def _unit_sum(v, width, UNITS: tl.constexpr, LINES: tl.constexpr):
     """At each line, the sum of ``v`` over the lines of its unit. ``v`` is 0 at lines that are not there."""
-    if UNIT == "line":
+    if UNITS == 0:
         return v
-    elif UNIT == "block":
+    elif UNITS == 1:
         return tl.zeros_like(v) + tl.sum(v, axis=0)
     else:
-        unit = tl.arange(0, LINES) // width
-        same = unit[:, None] == unit[None, :]
-        return tl.sum(tl.where(same, v[None, :], 0.0), axis=1)
+        # Units of any width: each line finds its own among all of them, there and back.
+        own = (tl.arange(0, LINES) // width)[:, None] == tl.arange(0, UNITS)[None, :]
+        sums = tl.sum(tl.where(own, v[:, None], 0.0), axis=0)
+        return tl.sum(tl.where(own, sums[None, :], 0.0), axis=1)
 
 
 @triton.jit
-def _unit_moments(mean, var, there, width, UNIT: tl.constexpr, LINES: tl.constexpr):
+def _unit_moments(mean, var, there, width, UNITS: tl.constexpr, LINES: tl.constexpr):
     """Moments of lines of equal length merged to those of their unit."""
-    if UNIT == "line":
+    if UNITS == 0:
         return mean, var
     else:
         share = 1.0 / width.to(mean.dtype)
-        unit_mean = _unit_sum(tl.where(there, mean, 0.0), width, UNIT, LINES) * share
+        unit_mean = _unit_sum(tl.where(there, mean, 0.0), width, UNITS, LINES) * share
         d = mean - unit_mean
-        return unit_mean, _unit_sum(tl.where(there, var + d * d, 0.0), width, UNIT, LINES) * share
+        return unit_mean, _unit_sum(tl.where(there, var + d * d, 0.0), width, UNITS, LINES) * share
 
 
 @triton.jit
@@ -202,10 +213,10 @@ def _sign_bytes(
 ):
     """``_tile`` of the bytes, each of which holds the bits of eight neighbouring elements."""
     lines, along, segments = shape
-    batch, first_line, limit = place
+    batch, first_line, block = place
     if LAST:
         bytes_shape = (lines // 8, along, segments)
-        bytes_place = (batch, first_line // 8, limit // 8)
+        bytes_place = (batch, first_line // 8, block // 8)
         first, offset, inside, _ = _tile(tile, bytes_place, bytes_shape, EVEN, LAST, LINES // 8, ALONG)
     else:
         first, offset, inside, _ = _tile(
@@ -317,12 +328,13 @@ def whole_forward(
     eps: tl.float64,
     outer,  # lines, or (LAST) elements of a line
     inner_vectors,  # the innermost dimension of the view above, in vectors
-    segments,
+    segments,  # None: one
     channels,
+    repeat,  # neighbouring lines that are of one channel
     width,  # lines of a unit
-    block,  # lines of a program: whole units
+    block,  # lines of a program: whole units. LAST: in vectors
     ACTIVATION: tl.constexpr,
-    UNIT: tl.constexpr,  # "line": a unit is a line; "block": all lines of a program; "lines": some of them
+    UNITS: tl.constexpr,  # of a program, rounded up to a power of 2; 0: every line is one
     EVEN: tl.constexpr,  # all tiles are full
     LAST: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -330,11 +342,11 @@ def whole_forward(
     ALONG: tl.constexpr,
 ):
     """Everything, a block of whole units a program. Grid: (batches x blocks of lines,)."""
-    shape = _shape(outer, inner_vectors, segments, VECTOR, LAST)
+    shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
     place, split = _place(shape, block, 1)
-    unit, channel, there = _indices(place, shape, channels, width, LAST, LINES)
+    unit, channel, there = _indices(place, shape, channels, repeat, width, LINES)
     mean, var, count = _line_moments(x_ptr, place, split, 1, shape, EVEN, LAST, LINES, ALONG)
-    mean, var = _unit_moments(mean, var, there, width, UNIT, LINES)
+    mean, var = _unit_moments(mean, var, there, width, UNITS, LINES)
     leads = there & (tl.arange(0, LINES) % width == 0)
     tl.store(mean_ptr + unit, mean, mask=leads)
     tl.store(var_ptr + unit, var, mask=leads)
@@ -365,11 +377,11 @@ def statistics(
     ALONG: tl.constexpr,
 ):
     """Reads x once. Grid: (batches x splits x blocks of lines,)."""
-    shape = _shape(outer, inner_vectors, segments, VECTOR, LAST)
+    shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
     place, split = _place(shape, block, splits)
     batch, first_line, _ = place
     mean, var, count = _line_moments(x_ptr, place, split, splits, shape, EVEN, LAST, LINES, ALONG)
-    line, there = _lines(place, LINES)
+    line, there = _lines(place, shape[0], LINES)
     index = split * (batches * shape[0]) + batch * shape[0] + line
     tl.store(mean_ptr + index, mean, mask=there)
     tl.store(var_ptr + index, var, mask=there)
@@ -418,16 +430,15 @@ def merge_statistics(
     splits,
     width,
     block,
-    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
     LINES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """From partial moments to those of units. Grid: (blocks of whole units,)."""
-    place = (0, tl.program_id(0) * block, tl.minimum(tl.program_id(0) * block + block, all_lines))
-    line, there = _lines(place, LINES)
+    line, there = _lines((0, tl.program_id(0) * block, block), all_lines, LINES)
     partials = (partial_mean_ptr, partial_var_ptr, partial_count_ptr)
     mean, var, count = _merged_moments(partials, line, there, splits, all_lines, SPLITS, LINES)
-    mean, var = _unit_moments(mean, var, there, width, UNIT, LINES)
+    mean, var = _unit_moments(mean, var, there, width, UNITS, LINES)
     unit = line // width
     leads = there & (line % width == 0)
     tl.store(mean_ptr + unit, mean, mask=leads)
@@ -452,6 +463,7 @@ def apply(
     inner_vectors,
     segments,
     channels,
+    repeat,
     width,
     block,
     splits,
@@ -466,9 +478,9 @@ def apply(
 
     Grid: (batches x splits x blocks of lines,).
     """
-    shape = _shape(outer, inner_vectors, segments, VECTOR, LAST)
+    shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
     place, split = _place(shape, block, splits)
-    unit, channel, there = _indices(place, shape, channels, width, LAST, LINES)
+    unit, channel, there = _indices(place, shape, channels, repeat, width, LINES)
     mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there)
     values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
     tensors = (x_ptr, residual_ptr, y_ptr, signs_ptr)
@@ -531,11 +543,11 @@ def _line_gradient_sums(
 
 @triton.jit
 def _unit_gradient_means(
-    dweight, dbias, weight, rstd, count, there, width, UNIT: tl.constexpr, LINES: tl.constexpr
+    dweight, dbias, weight, rstd, count, there, width, UNITS: tl.constexpr, LINES: tl.constexpr
 ):
     """(rstd B, rstd^2 W): the two values of a unit that dx needs, at each of its lines."""
-    b = _unit_sum(tl.where(there, weight * dbias, 0.0), width, UNIT, LINES)
-    w = _unit_sum(tl.where(there, weight * dweight, 0.0), width, UNIT, LINES)
+    b = _unit_sum(tl.where(there, weight * dbias, 0.0), width, UNITS, LINES)
+    w = _unit_sum(tl.where(there, weight * dweight, 0.0), width, UNITS, LINES)
     return rstd * b / count, rstd * rstd * w / count
 
 
@@ -570,15 +582,17 @@ def whole_backward(
     bias_ptr,
     dweight_ptr,  # fp32 (fp64) [batches x lines]: sum g xhat of each line
     dbias_ptr,  # as dweight: sum g
+    count: tl.float64,  # elements of a unit
     eps: tl.float64,
     outer,
     inner_vectors,
     segments,
     channels,
+    repeat,
     width,
     block,
     ACTIVATION: tl.constexpr,
-    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
     EVEN: tl.constexpr,
     LAST: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -586,9 +600,9 @@ def whole_backward(
     ALONG: tl.constexpr,
 ):
     """Everything, a block of whole units a program. Arguments as in ``whole_forward``."""
-    shape = _shape(outer, inner_vectors, segments, VECTOR, LAST)
+    shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
     place, split = _place(shape, block, 1)
-    unit, channel, there = _indices(place, shape, channels, width, LAST, LINES)
+    unit, channel, there = _indices(place, shape, channels, repeat, width, LINES)
     mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there)
     values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
     tensors = (dy_ptr, x_ptr, residual_ptr, signs_ptr)
@@ -600,9 +614,9 @@ def whole_backward(
     index = batch * shape[0] + first_line + tl.arange(0, LINES)
     tl.store(dweight_ptr + index, dweight, mask=there)
     tl.store(dbias_ptr + index, dbias, mask=there)
-    count = (width * segments * shape[1]).to(mean.dtype)
+    count = tl.full([1], count, mean.dtype)
     weight = _value(weight_ptr, channel, there, 1.0, mean)
-    means = _unit_gradient_means(dweight, dbias, weight, rstd, count, there, width, UNIT, LINES)
+    means = _unit_gradient_means(dweight, dbias, weight, rstd, count, there, width, UNITS, LINES)
     _dx_tiles(tensors, dx_ptr, values, means, place, split, 1, shape, ACTIVATION, EVEN, LAST, LINES, ALONG)
 
 
@@ -625,6 +639,7 @@ def gradient_sums(
     inner_vectors,
     segments,
     channels,
+    repeat,
     width,
     batches,
     block,
@@ -637,9 +652,9 @@ def gradient_sums(
     ALONG: tl.constexpr,
 ):
     """The first pass. Grid: (batches x splits x blocks of lines,)."""
-    shape = _shape(outer, inner_vectors, segments, VECTOR, LAST)
+    shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
     place, split = _place(shape, block, splits)
-    unit, channel, there = _indices(place, shape, channels, width, LAST, LINES)
+    unit, channel, there = _indices(place, shape, channels, repeat, width, LINES)
     mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there)
     values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
     tensors = (dy_ptr, x_ptr, residual_ptr, signs_ptr)
@@ -669,15 +684,15 @@ def merge_gradient_sums(
     all_lines,
     splits,
     channels,
+    repeat,
     width,
     block,
-    UNIT: tl.constexpr,
+    UNITS: tl.constexpr,
     LINES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """From partial sums to the gradients of each line and what dx needs. Grid: (blocks of whole units,)."""
-    place = (0, tl.program_id(0) * block, tl.minimum(tl.program_id(0) * block + block, all_lines))
-    line, there = _lines(place, LINES)
+    line, there = _lines((0, tl.program_id(0) * block, block), all_lines, LINES)
     unit = line // width
     rstd = _rstd(tl.load(var_ptr + unit, mask=there, other=1.0), eps)
     dbias = tl.zeros_like(rstd)
@@ -696,9 +711,9 @@ def merge_gradient_sums(
     if b_ptr is not None:
         if count_ptr is not None:
             count = tl.load(count_ptr)
-        weight = _value(weight_ptr, line % channels, there, 1.0, rstd)
+        weight = _value(weight_ptr, line // repeat % channels, there, 1.0, rstd)
         elements = tl.full(rstd.shape, count, rstd.dtype)
-        b, w = _unit_gradient_means(dweight, dbias, weight, rstd, elements, there, width, UNIT, LINES)
+        b, w = _unit_gradient_means(dweight, dbias, weight, rstd, elements, there, width, UNITS, LINES)
         leads = there & (line % width == 0)
         tl.store(b_ptr + unit, b, mask=leads)
         tl.store(w_ptr + unit, w, mask=leads)
@@ -720,6 +735,7 @@ def gradient_apply(
     inner_vectors,
     segments,
     channels,
+    repeat,
     width,
     block,
     splits,
@@ -731,9 +747,9 @@ def gradient_apply(
     ALONG: tl.constexpr,
 ):
     """dx: the second pass. Grid: (batches x splits x blocks of lines,)."""
-    shape = _shape(outer, inner_vectors, segments, VECTOR, LAST)
+    shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
     place, split = _place(shape, block, splits)
-    unit, channel, there = _indices(place, shape, channels, width, LAST, LINES)
+    unit, channel, there = _indices(place, shape, channels, repeat, width, LINES)
     mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there)
     values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
     means = (

@@ -81,6 +81,7 @@ class View(NamedTuple):
     segments: int
     channels: int
     width: int  # neighbouring lines that share statistics
+    repeat: int = 1  # neighbouring lines that are of one channel
 
     @property
     def units(self) -> int:
@@ -98,6 +99,7 @@ class View(NamedTuple):
 def view(x: Tensor, groups: int) -> View | None:
     """How to see the dense tensor ``x`` [samples, channels, ...], or None if its layout tears samples apart."""
     count, samples, channels = x.numel(), x.shape[0], x.shape[1]
+    narrow = 8 // x.element_size()  # elements of an access of 8 bytes
     spatial = count // (samples * channels)
     if groups == 0:
         if channels == 1:
@@ -105,6 +107,9 @@ def view(x: Tensor, groups: int) -> View | None:
         after = x.stride(1)
         if after == 1:
             return View(True, 1, channels, count // channels, 1, channels, 1)
+        if after % narrow and channels * after % narrow == 0 and count > 8 * channels * after:
+            # Short odd planes, as 7 x 7: a row is all planes of a sample, which vectors do divide.
+            return View(True, 1, channels * after, count // (channels * after), 1, channels, after, after)
         return View(False, 1, channels, after, count // (channels * after), channels, 1)
     if samples > 1 and x.stride(0) != channels * spatial:
         return None
@@ -147,7 +152,7 @@ class Plan(NamedTuple):
     along: int
     vector: int
     warps: int
-    unit: str  # "line", "block" or "lines": what a unit is in the block
+    units: int  # of the block, rounded up to a power of 2; 0: every line is one
 
     def blocks(self, seen: View) -> int:
         return seen.batches * ceil_div(seen.lines, self.block)
@@ -170,7 +175,13 @@ def _along(length: int, most: int) -> int:
     """Elements along a line of a tile: the width that wastes least, and the widest of those."""
     if length <= 256:
         return min(_power_of_2(length), most)
-    return min((width for width in (1024, 512, 256) if width <= most), key=lambda w: ceil_div(length, w) * w)
+    return min(
+        (width for width in (1024, 512, 256, 128) if width <= most), key=lambda w: ceil_div(length, w) * w
+    )
+
+
+def _units(seen: View, block: int) -> int:
+    return 0 if seen.width == 1 else _power_of_2(block // seen.width)
 
 
 def split_plan(seen: View, itemsize: int, warps: int = 4) -> Plan:
@@ -184,7 +195,7 @@ def split_plan(seen: View, itemsize: int, warps: int = 4) -> Plan:
         lines = min(size // along, _power_below(seen.lines))
         if lines * seen.along >= 1 << 31:
             lines = 1  # offsets in a tile have 32 bits
-    return Plan(lines, lines, along, _vector(seen, itemsize), warps, "lines")
+    return Plan(lines, lines, along, _vector(seen, itemsize), warps, 0)
 
 
 def whole_plan(seen: View, itemsize: int, tensors: int, device: torch.device) -> Plan | None:
@@ -194,8 +205,8 @@ def whole_plan(seen: View, itemsize: int, tensors: int, device: torch.device) ->
     """
     vector = _vector(seen, itemsize)
     if seen.last:
-        # At least 64 bytes of each row.
-        block = math.lcm(seen.width, vector)
+        # At least 64 bytes of each row, and whole bytes of signs.
+        block = math.lcm(seen.width, math.gcd(seen.lines, 8))
         block = min(block * max(1, 64 // (block * itemsize)), seen.lines)
         lines = _power_of_2(block)
     else:
@@ -213,20 +224,18 @@ def whole_plan(seen: View, itemsize: int, tensors: int, device: torch.device) ->
             units = min(units, _power_below(max(1, seen.lines // backend.multiprocessors(device))))
         block = min(block * units, seen.lines)
         lines = _power_of_2(block)
-    unit = "line" if seen.width == 1 else "block" if block == seen.width else "lines"
-    plan = Plan(block, lines, along, vector, warps, unit)
+    plan = Plan(block, lines, along, vector, warps, _units(seen, block))
     elements = block * seen.segments * seen.along
     fills = plan.blocks(seen) >= backend.multiprocessors(device) or elements <= 16384
     fits = along > 0 and lines * along <= size and elements * itemsize * tensors <= WHOLE_BYTES
-    return plan if fills and fits and (unit != "lines" or lines <= 256) else None
+    return plan if fills and fits else None
 
 
-def _merge_plan(seen: View) -> Plan | None:
+def _merge_plan(seen: View) -> Plan:
     """For the kernels that merge splits, whose lines are those of all batches."""
     block = max(1, 8 // seen.width) * seen.width
-    unit = "line" if seen.width == 1 else "block" if block == seen.width else "lines"
     lines = _power_of_2(block)
-    return Plan(block, lines, max(1, 1024 // lines), 1, 4, unit)
+    return Plan(block, lines, max(1, 1024 // lines), 1, 4, _units(seen, block))
 
 
 def _arguments(seen: View, plan: Plan) -> dict:
@@ -234,14 +243,15 @@ def _arguments(seen: View, plan: Plan) -> dict:
     return {
         "outer": outer,
         "inner_vectors": seen.innermost // plan.vector,
-        "segments": seen.segments,
-        "block": plan.block,
+        "segments": None if seen.segments == 1 else seen.segments,
+        "block": plan.block // plan.vector if seen.last else plan.block,
         "EVEN": plan.even(seen),
         "LAST": seen.last,
         "VECTOR": plan.vector,
         "LINES": plan.lines,
         "ALONG": plan.along,
         "num_warps": plan.warps,
+        "maxnreg": 128,
     }
 
 
@@ -249,9 +259,12 @@ def _arguments(seen: View, plan: Plan) -> dict:
 # Tensors of activations are dense and laid out alike; statistics and sums are fp32 (fp64 for fp64 x).
 
 
+PROGRAMS = 4  # of 4 warps and at most 128 registers a thread, which a multiprocessor runs at a time
+
+
 def _few_splits(seen: View, plan: Plan, device: torch.device) -> int:
-    """Where every split leaves sums to be merged: as many as 32 warps on each multiprocessor take."""
-    programs = 32 // plan.warps * backend.multiprocessors(device)
+    """Where every split leaves sums to be merged: as many programs as run at a time."""
+    programs = PROGRAMS * backend.multiprocessors(device)
     return max(1, min(plan.tiles(seen), programs // plan.blocks(seen)))
 
 
@@ -303,9 +316,10 @@ def forward_launches(
         **_momentum(running),
         "eps": form.eps,
         "channels": seen.channels,
+        "repeat": seen.repeat,
         "width": seen.width,
         "ACTIVATION": form.activation,
-        "UNIT": plan.unit,
+        "UNITS": plan.units,
         **_arguments(seen, plan),
     }
     return [Launch(kernels.whole_forward, (plan.blocks(seen),), arguments)]
@@ -351,7 +365,7 @@ def merge_statistics_launch(
         "splits": partials[2].numel(),
         "width": seen.width,
         "block": plan.block,
-        "UNIT": plan.unit,
+        "UNITS": plan.units,
         "LINES": plan.lines,
         "SPLITS": plan.along,
         "num_warps": plan.warps,
@@ -384,6 +398,7 @@ def apply_launch(
         "bias_ptr": bias,
         "eps": form.eps,
         "channels": seen.channels,
+        "repeat": seen.repeat,
         "width": seen.width,
         "splits": splits,
         "ACTIVATION": form.activation,
@@ -424,6 +439,7 @@ def backward_launches(
         "bias_ptr": bias,
         "eps": form.eps,
         "channels": seen.channels,
+        "repeat": seen.repeat,
         "width": seen.width,
         "ACTIVATION": form.activation,
     }
@@ -431,7 +447,12 @@ def backward_launches(
     plan = whole_plan(seen, x.element_size(), 2, x.device) if training else None
     if plan is not None:
         arguments = {f"{name}_ptr": tensor for name, tensor in out._asdict().items()}
-        arguments |= forward | kept | {"UNIT": plan.unit} | _arguments(seen, plan)
+        arguments |= (
+            {"count": float(seen.unit_elements), "UNITS": plan.units}
+            | forward
+            | kept
+            | _arguments(seen, plan)
+        )
         return [Launch(kernels.whole_backward, (plan.blocks(seen),), arguments)]
 
     plan = split_plan(seen, x.element_size())
@@ -497,9 +518,10 @@ def merge_gradients_launch(
         "all_lines": all_lines,
         "splits": sums.numel() // all_lines,
         "channels": seen.channels,
+        "repeat": seen.repeat,
         "width": seen.width,
         "block": plan.block,
-        "UNIT": plan.unit,
+        "UNITS": plan.units,
         "LINES": plan.lines,
         "SPLITS": plan.along,
         "num_warps": plan.warps,
@@ -599,8 +621,8 @@ def _run_backward(
         dy, x, weight, bias, residual, signs, mean, var, out, training, form, seen
     ):
         launch.run(x.device)
-    if form.groups:
-        dweight, dbias = (t.view(-1, seen.channels).sum(0) for t in (dweight, dbias))
+    if dweight.numel() > seen.channels:  # lines of several samples, or several lines a channel
+        dweight, dbias = (t.view(-1, seen.channels, seen.repeat).sum((0, 2)) for t in (dweight, dbias))
     return result if dx is result else result.copy_(dx), dweight, dbias, dv
 
 
