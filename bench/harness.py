@@ -261,7 +261,7 @@ def explain(error: BaseException) -> str:
 
 FIELDS = (
     *("direction", "method", "n", "median_us", "min_us", "p20_us", "p80_us"),
-    *("floor_bytes", "gbps", "of_copy", "of_floor", "peak_memory", "error"),
+    *("floor_bytes", "gbps", "of_copy", "of_floor", "peak_memory", "backend", "error"),
 )
 
 
@@ -285,6 +285,8 @@ def measure(
 
     for peer in peers:
         row = blank | {"implementation": peer.name}
+        if peer.name == "torch" and case.eager_backend is not None:
+            row["backend"] = case.eager_backend(*inputs)
         try:
             with time_limit(limit), peer.context():
                 function = peer.build(case)

@@ -22,9 +22,9 @@ ATEN_BELOW = 1 << 16
 """Plain normalization of fewer elements goes to ATen: its kernels then take about the time of their launches.
 (An estimate, to be replaced by a measurement.)"""
 
-WHOLE_BYTES = 128 << 10
-"""What a program that takes whole units may read twice. All programs that run at a time then hold less than half of
-an H100's 50 MB L2 cache, from which the second read comes. (An estimate, to be replaced by a measurement.)"""
+WHOLE_BYTES = 224 << 10
+"""What the programs of one multiprocessor that take whole units may read twice. All together, on an H100, that is 60 %
+of the L2 cache, from which the second read comes. (An estimate, to be replaced by a measurement.)"""
 
 SIGNED = ("relu", "leaky_relu")
 """Activations whose derivative is known from the sign of their argument."""
@@ -171,13 +171,12 @@ def _vector(seen: View, itemsize: int) -> int:
     return math.gcd(16 // itemsize, seen.innermost)
 
 
-def _along(length: int, most: int) -> int:
+def _along(length: int, least: int, most: int) -> int:
     """Elements along a line of a tile: the width that wastes least, and the widest of those."""
     if length <= 256:
         return min(_power_of_2(length), most)
-    return min(
-        (width for width in (1024, 512, 256, 128) if width <= most), key=lambda w: ceil_div(length, w) * w
-    )
+    widths = [width for width in (2048, 1024, 512, 256, 128) if least <= width <= most]
+    return min(widths, key=lambda width: ceil_div(length, width) * width)
 
 
 def _units(seen: View, block: int) -> int:
@@ -191,8 +190,10 @@ def split_plan(seen: View, itemsize: int, warps: int = 4) -> Plan:
         lines = min(_power_of_2(seen.lines), 128 // itemsize)
         along = size // lines
     else:
-        along = _along(seen.along, size)
-        lines = min(size // along, _power_below(seen.lines))
+        # As many lines as fill a tile; of a few, no more than divide them.
+        lines = math.gcd(seen.lines, size) if seen.lines < 64 else size
+        along = _along(seen.along, min(size // lines, 2048), size)
+        lines = min(size // along, lines)
         if lines * seen.along >= 1 << 31:
             lines = 1  # offsets in a tile have 32 bits
     return Plan(lines, lines, along, _vector(seen, itemsize), warps, 0)
@@ -203,32 +204,33 @@ def whole_plan(seen: View, itemsize: int, tensors: int, device: torch.device) ->
 
     tensors: how many tensors a program reads twice.
     """
-    vector = _vector(seen, itemsize)
+    line_bytes = seen.segments * seen.along * itemsize * tensors
+    room = WHOLE_BYTES // line_bytes  # lines
+    block = math.lcm(seen.width, math.gcd(seen.lines, 8)) if seen.last else seen.width
     if seen.last:
-        # At least 64 bytes of each row, and whole bytes of signs.
-        block = math.lcm(seen.width, math.gcd(seen.lines, 8))
-        block = min(block * max(1, 64 // (block * itemsize)), seen.lines)
-        lines = _power_of_2(block)
-    else:
-        lines = block = seen.width
-    elements = block * seen.segments * seen.along
-    warps = 4 if elements <= 8192 else 8 if elements <= 32768 else 16
+        # 64 bytes of each row where there is room, 32 at least, and whole vectors and bytes of signs.
+        block = min(block * max(1, min(room, 64 // itemsize) // block), seen.lines)
+        if block < min(seen.lines, 32 // itemsize):
+            return None
+    if block > room:
+        return None
+    # A multiprocessor runs 16 warps of these kernels at a time, which together read so many bytes twice.
+    warps = next(warps for warps in (4, 8, 16) if block * line_bytes * 16 <= WHOLE_BYTES * warps)
     size = ELEMENTS_PER_WARP * warps
     if seen.last:
-        along = size // lines
+        along = size // _power_of_2(block)
     else:
         # As many units as fill a tile, and at least 64 bytes along a line.
-        along = min(_along(seen.along, size), max(size // _power_of_2(block), 64 // itemsize))
-        units = max(1, size // along // _power_of_2(block))
+        along = min(_along(seen.along, 0, size), max(size // _power_of_2(block), 64 // itemsize))
+        units = min(size // along // _power_of_2(block), room * warps // (16 * block))
         if seen.width == 1:
-            units = min(units, _power_below(max(1, seen.lines // backend.multiprocessors(device))))
-        block = min(block * units, seen.lines)
-        lines = _power_of_2(block)
-    plan = Plan(block, lines, along, vector, warps, _units(seen, block))
-    elements = block * seen.segments * seen.along
-    fills = plan.blocks(seen) >= backend.multiprocessors(device) or elements <= 16384
-    fits = along > 0 and lines * along <= size and elements * itemsize * tensors <= WHOLE_BYTES
-    return plan if fills and fits else None
+            units = min(units, seen.lines // backend.multiprocessors(device))
+        block = min(block * _power_below(max(1, units)), seen.lines)
+    lines = _power_of_2(block)
+    plan = Plan(block, lines, along, _vector(seen, itemsize), warps, _units(seen, block))
+    fills = plan.blocks(seen) >= backend.multiprocessors(device)
+    alone = block * seen.segments * seen.along <= 16384  # so few elements that three launches take longer
+    return plan if (fills or alone) and 0 < lines * along <= size else None
 
 
 def _merge_plan(seen: View) -> Plan:
@@ -431,18 +433,7 @@ def backward_launches(
     seen: View,
 ) -> list[Launch]:
     """From ``dy`` to ``out``: one launch, or three (two in evaluation)."""
-    forward = {
-        "x_ptr": x,
-        "mean_ptr": mean,
-        "var_ptr": var,
-        "weight_ptr": weight,
-        "bias_ptr": bias,
-        "eps": form.eps,
-        "channels": seen.channels,
-        "repeat": seen.repeat,
-        "width": seen.width,
-        "ACTIVATION": form.activation,
-    }
+    forward = forward_arguments(x, weight, bias, mean, var, form, seen)
     kept = {"dy_ptr": dy, "residual_ptr": residual, "signs_ptr": signs}
     plan = whole_plan(seen, x.element_size(), 2, x.device) if training else None
     if plan is not None:
@@ -455,25 +446,8 @@ def backward_launches(
         )
         return [Launch(kernels.whole_backward, (plan.blocks(seen),), arguments)]
 
-    plan = split_plan(seen, x.element_size())
-    all_lines = seen.batches * seen.lines
-    splits = _few_splits(seen, plan, x.device)
-    sums, products = mean.new_empty(2, splits, all_lines)
-    arguments = {
-        "dv_ptr": out.dv,
-        "dx_ptr": None if training else out.dx,
-        "sum_ptr": sums,
-        "product_ptr": products,
-        "batches": seen.batches,
-        "splits": splits,
-    }
-    launches = [
-        Launch(
-            kernels.gradient_sums,
-            (plan.blocks(seen) * splits,),
-            forward | kept | arguments | _arguments(seen, plan),
-        )
-    ]
+    launch, (sums, products) = gradient_sums_launch(kept, out.dv, None if training else out.dx, forward, seen)
+    launches = [launch]
     means = mean.new_empty(2, seen.units) if training else (None, None)
     launches.append(
         merge_gradients_launch(sums, products, var, weight, out, means, float(seen.unit_elements), form, seen)
@@ -486,6 +460,54 @@ def backward_launches(
             )
         )
     return launches
+
+
+def forward_arguments(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    form: Form,
+    seen: View,
+) -> dict:
+    """What the forward pass was given and took, as the backward kernels name it."""
+    return {
+        "x_ptr": x,
+        "mean_ptr": mean,
+        "var_ptr": var,
+        "weight_ptr": weight,
+        "bias_ptr": bias,
+        "eps": form.eps,
+        "channels": seen.channels,
+        "repeat": seen.repeat,
+        "width": seen.width,
+        "ACTIVATION": form.activation,
+    }
+
+
+def gradient_sums_launch(
+    kept: dict, dv: Tensor | None, dx: Tensor | None, forward: dict, seen: View
+) -> tuple[Launch, Tensor]:
+    """kept: dy, residual and signs. Returns also where the sums and products go: [2, splits, lines]."""
+    x = forward["x_ptr"]
+    plan = split_plan(seen, x.element_size())
+    splits = _few_splits(seen, plan, x.device)
+    partials = forward["mean_ptr"].new_empty(2, splits, seen.batches * seen.lines)
+    arguments = {
+        "dv_ptr": dv,
+        "dx_ptr": dx,
+        "sum_ptr": partials[0],
+        "product_ptr": partials[1],
+        "batches": seen.batches,
+        "splits": splits,
+    }
+    launch = Launch(
+        kernels.gradient_sums,
+        (plan.blocks(seen) * splits,),
+        forward | kept | arguments | _arguments(seen, plan),
+    )
+    return launch, partials
 
 
 def merge_gradients_launch(

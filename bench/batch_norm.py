@@ -1,0 +1,203 @@
+"""Batch normalization as it stands in convolutional networks: with its activation, and with a residual."""
+
+import math
+
+import torch
+import torch.nn.functional as torch_functional
+
+import fastreg.functional as fast
+from fastreg.ops import channel_norm as ops
+
+from .cases import Case, close_to, images
+from .sass import Budget, Kernel
+
+
+def inputs(channels_last: bool, residual: bool, channels: int = 256, side: int = 56):
+    """x and residual in the dtype of the case; weight and bias in fp32, as under autocast."""
+
+    def make(numel, dtype, device):
+        shape = images(numel, side, channels)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        x, r = (torch.randn(shape, dtype=dtype, device=device).to(memory_format=layout) for _ in range(2))
+        parameter = torch.float32 if dtype.itemsize == 2 else dtype
+        w, b = torch.rand(2, shape[1], dtype=parameter, device=device).unbind()
+        tensors = (x, w.clone(), b.clone(), r) if residual else (x, w.clone(), b.clone())
+        return tuple(t.requires_grad_() for t in tensors)
+
+    return make
+
+
+def eager_backend(x, w, b, *_) -> str:
+    """What eager PyTorch runs: one block a channel where that is "Native"."""
+    return torch._C._select_batch_norm_backend(x, w, b, None, None, True, 1e-5).name
+
+
+def attorch(activation):
+    def build():
+        import attorch
+        from torch import nn
+
+        class Layer(nn.Module):
+            layers: dict = {}  # noqa: RUF012
+
+            def forward(self, x, w, b, r=None):
+                layer = attorch.BatchNorm2d(x.shape[1], act_func=activation).to(x.device)
+                layer.weight, layer.bias = nn.Parameter(w), nn.Parameter(b)
+                return layer.train()(x) if r is None else layer.train()(x, r)
+
+        return Layer()
+
+    return build
+
+
+def training(layout: str, activation: str | None = None, residual: bool = False) -> Case:
+    def eager(x, w, b, r=None):
+        y = torch_functional.batch_norm(x, None, None, w, b, True)
+        y = y if r is None else y + r
+        return y if activation is None else getattr(torch_functional, activation)(y)
+
+    def ours(x, w, b, r=None):
+        return fast.batch_norm(x, None, None, w, b, True, activation=activation, residual=r)
+
+    signs = 1 / 8 if residual and activation == "relu" else 0
+    return Case(
+        "batch_norm"
+        + f" {layout}"
+        + (f"+{activation}" if activation else "")
+        + ("+residual" if residual else ""),
+        inputs(layout == "NHWC", residual),
+        ours=ours,
+        torch=eager,
+        # Read x for its statistics, then x (and the residual) again to write y: 3 (4).
+        forward_bytes=lambda e: (4 if residual else 3) * e + signs,
+        # Read dy and x for two sums, then both again to write dx: 5. With a residual the first pass writes its
+        # gradient, which the second reads in place of dy: 6.
+        backward_bytes=lambda e: (6 if residual and activation else 5) * e + signs,
+        check=close_to(eager),
+        eager_backend=eager_backend,
+    )
+
+
+def evaluation(layout: str) -> Case:
+    def call(batch_norm, **fused):
+        def run(x, w, b):
+            mean, var = torch.zeros_like(w), torch.ones_like(w)
+            return batch_norm(x, mean, var, w, b, False, **fused)
+
+        return run
+
+    def eager(x, w, b):
+        return call(torch_functional.batch_norm)(x, w, b).relu()
+
+    return Case(
+        f"batch_norm evaluation {layout}+relu",
+        inputs(layout == "NHWC", False),
+        ours=call(fast.batch_norm, activation="relu"),
+        torch=eager,
+        forward_bytes=lambda e: 2 * e,  # read x, write y
+        backward_bytes=lambda e: 3 * e,  # read dy and x, write dx
+        check=close_to(eager),
+        eager_backend=eager_backend,
+    )
+
+
+CASES = (
+    *(
+        training(layout, activation, residual)
+        for layout in ("NCHW", "NHWC")
+        for activation, residual in ((None, False), ("relu", False), ("silu", False), ("relu", True))
+    ),
+    evaluation("NCHW"),
+    evaluation("NHWC"),
+)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# What ``fastreg inspect`` compiles: the launches of the public functions, on tensors without data
+
+LARGE = (64, 256, 56, 56)  # two passes
+SMALL = (32, 2048, 7, 7)  # one launch
+
+
+def kernels() -> list[Kernel]:
+    found = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for layout in ("NCHW", "NHWC"):
+            show = {"headline": dtype == torch.bfloat16}
+            found += variants(dtype, LARGE, layout, **show)
+            found += variants(dtype, LARGE, layout, activation="relu", residual=True, **show)
+            found += variants(dtype, LARGE, layout, activation="silu")
+    for dtype in (torch.bfloat16, torch.float32):
+        found += variants(dtype, (256, 3, 112, 112), "NCHW", budget=Budget(min_headroom=0.8, **FEW_NARROW))
+        # 7 x 7: nothing that divides a plane. Both passes run from the caches, at the price of instructions.
+        found += variants(
+            dtype, SMALL, "NCHW", activation="relu", budget=Budget(min_headroom=0.3, **FEW_NARROW)
+        )
+    return found
+
+
+def label(dtype) -> str:
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+
+
+def variants(dtype, size, layout, groups=0, activation=None, residual=False, budget=None, headline=False):
+    """All kernels of one form, as forward and backward launch them in training."""
+    x = torch.empty(size, dtype=dtype, device="meta")
+    x = x.to(memory_format=torch.channels_last) if layout == "NHWC" else x
+    seen, form = ops.view(x, groups), ops.Form(groups, 1e-5, activation)
+    parameter, statistic = (x.new_empty(n, dtype=torch.float32) for n in (size[1], seen.units))
+    signed = ops._keeps_signs(x if residual else None, form, seen)
+    signs = x.new_empty(x.numel() // 8, dtype=torch.uint8) if signed else None
+    r = x if residual else None
+    running = None if groups else ops.Running(parameter, parameter, 0.1)
+    launches = ops.forward_launches(
+        x, parameter, parameter, r, x, signs, statistic, statistic, running, form, seen
+    )
+    lines = statistic.new_empty(seen.batches * seen.lines)
+    out = ops.Gradients(x, lines, lines, x if residual and activation else None)
+    again = r if activation and not signed else None
+    launches += ops.backward_launches(
+        x, x, parameter, parameter, again, signs, statistic, statistic, out, True, form, seen
+    )
+    e, bit = dtype.itemsize, 1 / 8 if signed else 0
+    accesses = {
+        "statistics": e,  # x
+        "apply": 2 * e + residual * e + bit,  # x, the residual, y
+        "gradient_sums": 2 * e + (e if out.dv is not None else 0) + bit,  # dy, x, dv
+        "gradient_apply": 3 * e,  # dy or dv, x, dx
+        "whole_forward": 2 * e + residual * e + bit,
+        "whole_backward": 3 * e + (e if out.dv is not None else 0) + bit,
+    }
+    form_name = "+".join(filter(None, (activation, "residual" if residual else None)))
+    for launch in launches:
+        name = _name(launch.kernel)
+        if name in accesses:
+            tiles = seen.segments * math.ceil(seen.along / launch.arguments["ALONG"])
+            trips = tiles / launch.arguments.get("splits", 1)
+            trips = {
+                "statistics": trips - 1,  # the first tile is ahead of the loop
+                "whole_forward": [max(trips - 1, 0), trips],
+                "whole_backward": [trips, trips],
+            }.get(name, trips)
+            yield Kernel.of(
+                f"{name} {label(dtype)} {layout} {form_name}".rstrip(),
+                launch,
+                x.numel(),
+                accesses[name],
+                trips=trips,
+                budget=budget or BUDGET,
+                headline=headline,
+            )
+
+
+def _name(kernel) -> str:
+    return getattr(kernel, "__name__", None) or kernel.fn.__name__
+
+
+# Values of lines, and sums of lines, are narrow: a handful a program.
+FEW_NARROW = {"narrow_loads": 64, "narrow_stores": 16, "shared_bytes": 8192}
+BUDGET = Budget(
+    # The statistics read 2 bytes an element and write nothing: on a B200 10 instructions' time, of which masks take 1.
+    min_headroom={80: 1, 90: 1, 100: 0.9},
+    **FEW_NARROW,
+)
