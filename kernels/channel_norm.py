@@ -191,6 +191,8 @@ def _update_running(running, momentum, index, there, mean, var, count):
     """running = (1 - momentum) running + momentum new, with the unbiased variance."""
     running_mean_ptr, running_var_ptr = running
     momentum_ptr, momentum = momentum
+    count += tl.zeros_like(mean)
+    there &= count > 1  # fewer values have no variance: processes that all got an empty batch
     if momentum_ptr is not None:
         momentum = upcast(tl.load(momentum_ptr)).to(mean.dtype)
     new = tl.full(mean.shape, momentum, mean.dtype)

@@ -4,7 +4,6 @@
 take (CPU tensors, ``torch.func`` transforms, bad input) its callers give to ATen, with torch's own errors.
 """
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -13,7 +12,8 @@ from torch import Tensor
 from fastreg.ops import backend
 from fastreg.ops.backend import Launch
 from fastreg.ops.fused import activated, result_dtype, sum_dtype
-from fastreg.ops.layout import ceil_div, dense, dense_strides, with_strides
+from fastreg.ops.layout import ceil_div, dense_strides, with_strides
+from fastreg.ops.lines import Plan, View, merge_plan, split_plan, view, viewed, whole_plan
 
 if backend.HAS_TRITON:
     from fastreg.kernels import channel_norm as kernels
@@ -21,10 +21,6 @@ if backend.HAS_TRITON:
 ATEN_BELOW = 1 << 16
 """Plain normalization of fewer elements goes to ATen: its kernels then take about the time of their launches.
 (An estimate, to be replaced by a measurement.)"""
-
-WHOLE_BYTES = 224 << 10
-"""What the programs of one multiprocessor that take whole units may read twice. All together, on an H100, that is 60 %
-of the L2 cache, from which the second read comes. (An estimate, to be replaced by a measurement.)"""
 
 SIGNED = ("relu", "leaky_relu")
 """Activations whose derivative is known from the sign of their argument."""
@@ -68,176 +64,8 @@ def definition(
     return activated(y, form.activation, residual)
 
 
-# --- how memory is seen -----------------------------------------------------------------------------------
-
-
-class View(NamedTuple):
-    """A dense tensor as lines: [segments, lines, along] in memory, or [batches, along, lines] (last)."""
-
-    last: bool
-    batches: int
-    lines: int  # of a batch
-    along: int  # elements of a line in a segment
-    segments: int
-    channels: int
-    width: int  # neighbouring lines that share statistics
-    repeat: int = 1  # neighbouring lines that are of one channel
-
-    @property
-    def units(self) -> int:
-        return self.batches * self.lines // self.width
-
-    @property
-    def unit_elements(self) -> int:
-        return self.width * self.segments * self.along
-
-    @property
-    def innermost(self) -> int:
-        return self.lines if self.last else self.along
-
-
-def view(x: Tensor, groups: int) -> View | None:
-    """How to see the dense tensor ``x`` [samples, channels, ...], or None if its layout tears samples apart."""
-    count, samples, channels = x.numel(), x.shape[0], x.shape[1]
-    narrow = 8 // x.element_size()  # elements of an access of 8 bytes
-    spatial = count // (samples * channels)
-    if groups == 0:
-        if channels == 1:
-            return View(False, 1, 1, count, 1, 1, 1)
-        after = x.stride(1)
-        if after == 1:
-            return View(True, 1, channels, count // channels, 1, channels, 1)
-        if after % narrow and channels * after % narrow == 0 and count > 8 * channels * after:
-            # Short odd planes, as 7 x 7: a row is all planes of a sample, which vectors do divide.
-            return View(True, 1, channels * after, count // (channels * after), 1, channels, after, after)
-        return View(False, 1, channels, after, count // (channels * after), channels, 1)
-    if samples > 1 and x.stride(0) != channels * spatial:
-        return None
-    width = channels // groups
-    if channels == 1 or x.stride(1) == spatial:
-        return View(False, 1, samples * channels, spatial, 1, channels, width)
-    if x.stride(1) == 1:
-        return View(True, samples, channels, spatial, 1, channels, width)
-    return None
-
-
-def _viewed(x: Tensor, groups: int) -> tuple[Tensor, View]:
-    """``x`` in a dense layout that the kernels can take (itself wherever possible), and the view."""
-    x = dense(x)
-    seen = view(x, groups)
-    if seen is None:
-        x = x.contiguous()
-        seen = view(x, groups)
-    return x, seen
-
-
-# --- the plan ---------------------------------------------------------------------------------------------
-
-
-def _power_of_2(number: int) -> int:
-    """The smallest power of 2 that is not below ``number``."""
-    return 1 << (number - 1).bit_length()
-
-
-def _power_below(number: int) -> int:
-    """The largest power of 2 that is not above ``number``."""
-    return 1 << number.bit_length() - 1
-
-
-class Plan(NamedTuple):
-    """How lines are dealt to programs."""
-
-    block: int  # lines of a program
-    lines: int  # of its tile: a power of 2
-    along: int
-    vector: int
-    warps: int
-    units: int  # of the block, rounded up to a power of 2; 0: every line is one
-
-    def blocks(self, seen: View) -> int:
-        return seen.batches * ceil_div(seen.lines, self.block)
-
-    def tiles(self, seen: View) -> int:
-        return seen.segments * ceil_div(seen.along, self.along)
-
-    def even(self, seen: View) -> bool:
-        return seen.along % self.along == 0 and self.block == self.lines and seen.lines % self.block == 0
-
-
-ELEMENTS_PER_WARP = 512  # of a tile: 16 a thread, so that sums of them stay in registers
-
-
-def _vector(seen: View, itemsize: int) -> int:
-    return math.gcd(16 // itemsize, seen.innermost)
-
-
-def _along(length: int, least: int, most: int) -> int:
-    """Elements along a line of a tile: the width that wastes least, and the widest of those."""
-    if length <= 256:
-        return min(_power_of_2(length), most)
-    widths = [width for width in (2048, 1024, 512, 256, 128) if least <= width <= most]
-    return min(widths, key=lambda width: ceil_div(length, width) * width)
-
-
-def _units(seen: View, block: int) -> int:
-    return 0 if seen.width == 1 else _power_of_2(block // seen.width)
-
-
-def split_plan(seen: View, itemsize: int, warps: int = 4) -> Plan:
-    """Tiles of neighbouring lines, whatever unit they are in. Channels last, 128 bytes of a row: a cache line."""
-    size = ELEMENTS_PER_WARP * warps
-    if seen.last:
-        lines = min(_power_of_2(seen.lines), 128 // itemsize)
-        along = size // lines
-    else:
-        # As many lines as fill a tile; of a few, no more than divide them.
-        lines = math.gcd(seen.lines, size) if seen.lines < 64 else size
-        along = _along(seen.along, min(size // lines, 2048), size)
-        lines = min(size // along, lines)
-        if lines * seen.along >= 1 << 31:
-            lines = 1  # offsets in a tile have 32 bits
-    return Plan(lines, lines, along, _vector(seen, itemsize), warps, 0)
-
-
-def whole_plan(seen: View, itemsize: int, tensors: int, device: torch.device) -> Plan | None:
-    """Whole units to each program, or None: where that would leave multiprocessors idle, or read memory twice.
-
-    tensors: how many tensors a program reads twice.
-    """
-    line_bytes = seen.segments * seen.along * itemsize * tensors
-    room = WHOLE_BYTES // line_bytes  # lines
-    block = math.lcm(seen.width, math.gcd(seen.lines, 8)) if seen.last else seen.width
-    if seen.last:
-        # 64 bytes of each row where there is room, 32 at least, and whole vectors and bytes of signs.
-        block = min(block * max(1, min(room, 64 // itemsize) // block), seen.lines)
-        if block < min(seen.lines, 32 // itemsize):
-            return None
-    if block > room:
-        return None
-    # A multiprocessor runs 16 warps of these kernels at a time, which together read so many bytes twice.
-    warps = next(warps for warps in (4, 8, 16) if block * line_bytes * 16 <= WHOLE_BYTES * warps)
-    size = ELEMENTS_PER_WARP * warps
-    if seen.last:
-        along = size // _power_of_2(block)
-    else:
-        # As many units as fill a tile, and at least 64 bytes along a line.
-        along = min(_along(seen.along, 0, size), max(size // _power_of_2(block), 64 // itemsize))
-        units = min(size // along // _power_of_2(block), room * warps // (16 * block))
-        if seen.width == 1:
-            units = min(units, seen.lines // backend.multiprocessors(device))
-        block = min(block * _power_below(max(1, units)), seen.lines)
-    lines = _power_of_2(block)
-    plan = Plan(block, lines, along, _vector(seen, itemsize), warps, _units(seen, block))
-    fills = plan.blocks(seen) >= backend.multiprocessors(device)
-    alone = block * seen.segments * seen.along <= 16384  # so few elements that three launches take longer
-    return plan if (fills or alone) and 0 < lines * along <= size else None
-
-
-def _merge_plan(seen: View) -> Plan:
-    """For the kernels that merge splits, whose lines are those of all batches."""
-    block = max(1, 8 // seen.width) * seen.width
-    lines = _power_of_2(block)
-    return Plan(block, lines, max(1, 1024 // lines), 1, 4, _units(seen, block))
+# --- launches --------------------------------------------------------------------------------------------
+# Tensors of activations are dense and laid out alike; statistics and sums are fp32 (fp64 for fp64 x).
 
 
 def _arguments(seen: View, plan: Plan) -> dict:
@@ -255,10 +83,6 @@ def _arguments(seen: View, plan: Plan) -> dict:
         "num_warps": plan.warps,
         "maxnreg": 128,
     }
-
-
-# --- launches ---------------------------------------------------------------------------------------------
-# Tensors of activations are dense and laid out alike; statistics and sums are fp32 (fp64 for fp64 x).
 
 
 PROGRAMS = 4  # of 4 warps and at most 128 registers a thread, which a multiprocessor runs at a time
@@ -354,7 +178,7 @@ def merge_statistics_launch(
     partials: tuple[Tensor, Tensor, Tensor], mean: Tensor, var: Tensor, running: Running | None, seen: View
 ) -> Launch:
     """partials: means and variances [splits, lines] and numbers of elements [splits]."""
-    plan = _merge_plan(seen)
+    plan = merge_plan(seen)
     all_lines = seen.batches * seen.lines
     arguments = {
         "partial_mean_ptr": partials[0],
@@ -446,6 +270,9 @@ def backward_launches(
         )
         return [Launch(kernels.whole_backward, (plan.blocks(seen),), arguments)]
 
+    if training and (residual is not None or signs is not None) and out.dv is None:
+        # The residual's gradient is not wanted, but it is what the second pass starts from.
+        out = out._replace(dv=torch.empty_like(x))
     launch, (sums, products) = gradient_sums_launch(kept, out.dv, None if training else out.dx, forward, seen)
     launches = [launch]
     means = mean.new_empty(2, seen.units) if training else (None, None)
@@ -522,7 +349,7 @@ def merge_gradients_launch(
     seen: View,
 ) -> Launch:
     """count: elements of a unit. means: where to write what ``gradient_apply`` needs."""
-    plan = _merge_plan(seen)
+    plan = merge_plan(seen)
     all_lines = seen.batches * seen.lines
     in_memory = isinstance(count, Tensor)
     arguments = {
@@ -593,7 +420,7 @@ def _run_forward(
     Returns y in ``dtype``, mean, variance, and the signs where they are what the backward pass needs.
     """
     result = torch.empty_like(x, dtype=dtype)
-    x, seen = _viewed(x, form.groups)
+    x, seen = viewed(x, form.groups)
     y = result if result.stride() == x.stride() else torch.empty_like(x, dtype=dtype)
     residual = None if residual is None else with_strides(residual, x.stride())
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
@@ -630,7 +457,7 @@ def _run_backward(
     Returns dx, the gradients of weight and bias (fp32 or fp64), and that of the residual.
     """
     result = torch.empty_like(x)
-    x, seen = _viewed(x, form.groups)
+    x, seen = viewed(x, form.groups)
     dx = result if result.stride() == x.stride() else torch.empty_like(x)
     dy = with_strides(dy, x.stride())
     residual = None if residual is None else with_strides(residual, x.stride())
@@ -852,7 +679,10 @@ def takes(
     """Whether the kernels take it. All else, also whatever is wrong with it, is for ATen to do, or to refuse."""
     if not (backend.runs_kernels(input) and input.dim() >= 2 and input.numel() > 0):
         return False
-    if input.is_cuda and not fused and input.numel() < ATEN_BELOW and not torch.compiler.is_compiling():
+    # ATen's group norm refuses parameters of another dtype on a GPU, so those are ours at any size.
+    mixed = any(t is not None and t.dtype != input.dtype for t in (weight, bias))
+    small = input.numel() < ATEN_BELOW and not torch.compiler.is_compiling()
+    if input.is_cuda and small and not (fused or mixed):
         return False
     channels = input.shape[1]
     return (statistics[0] is None) == (statistics[1] is None) and all(

@@ -1,0 +1,183 @@
+"""Tensors as lines of channels, and lines dealt to programs: the geometry of ``kernels/channel_norm.py``."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastreg.ops import backend
+from fastreg.ops.layout import ceil_div, dense
+
+WHOLE_BYTES = 224 << 10
+"""What the programs of one multiprocessor that take whole units may read twice. All together, on an H100, that is 60 %
+of the L2 cache, from which the second read comes. (An estimate, to be replaced by a measurement.)"""
+
+
+class View(NamedTuple):
+    """A dense tensor as lines: [segments, lines, along] in memory, or [batches, along, lines] (last)."""
+
+    last: bool
+    batches: int
+    lines: int  # of a batch
+    along: int  # elements of a line in a segment
+    segments: int
+    channels: int
+    width: int  # neighbouring lines that share statistics
+    repeat: int = 1  # neighbouring lines that are of one channel
+
+    @property
+    def units(self) -> int:
+        return self.batches * self.lines // self.width
+
+    @property
+    def unit_elements(self) -> int:
+        return self.width * self.segments * self.along
+
+    @property
+    def innermost(self) -> int:
+        return self.lines if self.last else self.along
+
+
+def view(x: Tensor, groups: int) -> View | None:
+    """How to see the dense tensor ``x`` [samples, channels, ...], or None if its layout tears samples apart."""
+    count, samples, channels = x.numel(), x.shape[0], x.shape[1]
+    narrow = 8 // x.element_size()  # elements of an access of 8 bytes
+    spatial = count // (samples * channels)
+    if groups == 0:
+        if channels == 1:
+            return View(False, 1, 1, count, 1, 1, 1)
+        after = x.stride(1)
+        if after == 1:
+            return View(True, 1, channels, count // channels, 1, channels, 1)
+        if after % narrow and channels * after % narrow == 0 and count > 8 * channels * after:
+            # Short odd planes, as 7 x 7: a row is all planes of a sample, which vectors do divide.
+            return View(True, 1, channels * after, count // (channels * after), 1, channels, after, after)
+        return View(False, 1, channels, after, count // (channels * after), channels, 1)
+    if samples > 1 and x.stride(0) != channels * spatial:
+        return None
+    width = channels // groups
+    if channels == 1 or x.stride(1) == spatial:
+        return View(False, 1, samples * channels, spatial, 1, channels, width)
+    if x.stride(1) == 1:
+        return View(True, samples, channels, spatial, 1, channels, width)
+    return None
+
+
+def viewed(x: Tensor, groups: int) -> tuple[Tensor, View]:
+    """``x`` in a dense layout that the kernels can take (itself wherever possible), and the view."""
+    x = dense(x)
+    seen = view(x, groups)
+    if seen is None:
+        x = x.contiguous()
+        seen = view(x, groups)
+    return x, seen
+
+
+# --- plans -----------------------------------------------------------------------------------------------
+
+
+def _power_of_2(number: int) -> int:
+    """The smallest power of 2 that is not below ``number``."""
+    return 1 << (number - 1).bit_length()
+
+
+def _power_below(number: int) -> int:
+    """The largest power of 2 that is not above ``number``."""
+    return 1 << number.bit_length() - 1
+
+
+class Plan(NamedTuple):
+    """How lines are dealt to programs."""
+
+    block: int  # lines of a program
+    lines: int  # of its tile: a power of 2
+    along: int
+    vector: int
+    warps: int
+    units: int  # of the block, rounded up to a power of 2; 0: every line is one
+
+    def blocks(self, seen: View) -> int:
+        return seen.batches * ceil_div(seen.lines, self.block)
+
+    def tiles(self, seen: View) -> int:
+        return seen.segments * ceil_div(seen.along, self.along)
+
+    def even(self, seen: View) -> bool:
+        return seen.along % self.along == 0 and self.block == self.lines and seen.lines % self.block == 0
+
+
+ELEMENTS_PER_WARP = 512  # of a tile: 16 a thread, so that sums of them stay in registers
+
+
+def _vector(seen: View, itemsize: int) -> int:
+    return math.gcd(16 // itemsize, seen.innermost)
+
+
+def _along(length: int, least: int, most: int) -> int:
+    """Elements along a line of a tile: the width that wastes least, and the widest of those."""
+    if length <= 256:
+        return min(_power_of_2(length), most)
+    widths = [width for width in (2048, 1024, 512, 256, 128) if least <= width <= most]
+    return min(widths, key=lambda width: ceil_div(length, width) * width)
+
+
+def _units(seen: View, block: int) -> int:
+    return 0 if seen.width == 1 else _power_of_2(block // seen.width)
+
+
+def split_plan(seen: View, itemsize: int, warps: int = 4) -> Plan:
+    """Tiles of neighbouring lines, whatever unit they are in. Channels last, 128 bytes of a row: a cache line."""
+    size = ELEMENTS_PER_WARP * warps
+    if seen.last:
+        lines = min(_power_of_2(seen.lines), 128 // itemsize)
+        along = size // lines
+    else:
+        # As many lines as fill a tile; of a few, no more than divide them.
+        lines = math.gcd(seen.lines, size) if seen.lines < 64 else size
+        along = _along(seen.along, min(size // lines, 2048), size)
+        lines = min(size // along, lines)
+        if lines * seen.along >= 1 << 31:
+            lines = 1  # offsets in a tile have 32 bits
+    return Plan(lines, lines, along, _vector(seen, itemsize), warps, 0)
+
+
+def whole_plan(seen: View, itemsize: int, tensors: int, device: torch.device) -> Plan | None:
+    """Whole units to each program, or None: where that would leave multiprocessors idle, or read memory twice.
+
+    tensors: how many tensors a program reads twice.
+    """
+    line_bytes = seen.segments * seen.along * itemsize * tensors
+    room = WHOLE_BYTES // line_bytes  # lines
+    block = math.lcm(seen.width, math.gcd(seen.lines, 8)) if seen.last else seen.width
+    if seen.last:
+        # 64 bytes of each row where there is room, 32 at least, and whole vectors and bytes of signs.
+        block = min(block * max(1, min(room, 64 // itemsize) // block), seen.lines)
+        if block < min(seen.lines, 32 // itemsize):
+            return None
+    if block > room:
+        return None
+    # A multiprocessor runs 16 warps of these kernels at a time, which together read so many bytes twice.
+    warps = next(warps for warps in (4, 8, 16) if block * line_bytes * 16 <= WHOLE_BYTES * warps)
+    size = ELEMENTS_PER_WARP * warps
+    if seen.last:
+        along = size // _power_of_2(block)
+    else:
+        # As many units as fill a tile, and at least 64 bytes along a line.
+        along = min(_along(seen.along, 0, size), max(size // _power_of_2(block), 64 // itemsize))
+        units = min(size // along // _power_of_2(block), room * warps // (16 * block))
+        if seen.width == 1:
+            units = min(units, seen.lines // backend.multiprocessors(device))
+        block = min(block * _power_below(max(1, units)), seen.lines)
+    lines = _power_of_2(block)
+    plan = Plan(block, lines, along, _vector(seen, itemsize), warps, _units(seen, block))
+    fills = plan.blocks(seen) >= backend.multiprocessors(device)
+    alone = block * seen.segments * seen.along <= 16384  # so few elements that three launches take longer
+    return plan if (fills or alone) and 0 < lines * along <= size else None
+
+
+def merge_plan(seen: View) -> Plan:
+    """For the kernels that merge splits, whose lines are those of all batches."""
+    block = max(1, 8 // seen.width) * seen.width
+    lines = _power_of_2(block)
+    return Plan(block, lines, max(1, 1024 // lines), 1, 4, _units(seen, block))
