@@ -28,7 +28,7 @@ class Case:
     the first input, of ``e`` bytes each: every byte that must be read once plus every byte that must be
     written once. ``check(inputs, output, output_grad, input_grads)`` returns what is wrong, or None.
     ``peers`` maps the name of a library to a builder: called once, it imports the library and returns a
-    function of the same inputs.
+    function of the same inputs. ``eager_backend(*inputs)`` names what eager PyTorch runs for them, where it chooses.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Case:
     backward_bytes: Callable[[int], float]
     check: Callable[[tuple[Tensor, ...], Tensor, Tensor, tuple[Tensor, ...]], str | None]
     peers: Mapping[str, Callable[[], Callable[..., Tensor]]] = field(default_factory=dict)
+    eager_backend: Callable[..., str] | None = None
 
     def floor(self, direction: str, x: Tensor) -> int:
         """Bytes that must move between memory and chip for ``direction`` on first input ``x``."""
@@ -125,6 +126,47 @@ def masked(p: float, kept: Callable[..., Tensor], dropped: Callable[..., Tensor]
             return f"drop rate {rate:.4f} of {draws} draws, not {p}"
         if not close(dx, torch.where(is_kept, slope, 0))[clear].all():
             return "the gradient does not follow the mask of the forward pass"
+        return None
+
+    return check
+
+
+def close_to(reference: Callable[..., Tensor], rowwise: bool = False):
+    """The check of a function without chance: output and gradients are those of ``reference``, in fp32 throughout.
+
+    rowwise: the first dimensions are independent of each other, so that of a large batch only both ends (2²⁰
+    elements each) are compared, and the gradients of parameters, sums over all of it, are not. Otherwise everything
+    is. What a sum over the batch may differ by is measured against its largest element.
+    """
+
+    def check(inputs: tuple[Tensor, ...], y: Tensor, dy: Tensor, grads: tuple[Tensor, ...]) -> str | None:
+        x, tolerance = inputs[0], TOLERANCE[inputs[0].dtype]
+        if y.shape != x.shape or y.dtype != x.dtype:
+            return f"output is {tuple(y.shape)} {y.dtype}, input {tuple(x.shape)} {x.dtype}"
+        count = max(1, 2**20 // max(1, x[0].numel()))
+        part = rowwise and len(x) > 2 * count
+
+        def ends(t: Tensor) -> Tensor:
+            t = t.detach()
+            return (torch.cat([t[:count], t[-count:]]) if part and t.shape == x.shape else t).float()
+
+        exact = [ends(t).requires_grad_() for t in inputs]
+        with torch.enable_grad():
+            expected = reference(*exact)
+            slopes = torch.autograd.grad(expected, exact, ends(dy))
+        found = [("output", ends(y), expected)]
+        found += [
+            (f"gradient of input {i}", ends(grad), slope)
+            for i, (grad, slope) in enumerate(zip(grads, slopes, strict=True))
+            if not part or grad.shape == x.shape
+        ]
+        for name, actual, wanted in found:
+            scale = 1.0 if wanted.shape == expected.shape else max(1.0, float(wanted.abs().max()))
+            wrong = ~torch.isclose(actual, wanted, rtol=tolerance, atol=tolerance * scale)
+            if wrong.any():
+                return (
+                    f"{int(wrong.sum())} of {wrong.numel()} elements of the {name} differ from the reference"
+                )
         return None
 
     return check

@@ -7,6 +7,8 @@
 __version__ = "0.1.0"
 
 from fastreg import functional, nn, random
+from fastreg.folding import fold_batch_norm
 from fastreg.nn.dropout import mc_dropout
+from fastreg.population import update_bn
 
-__all__ = ["functional", "mc_dropout", "nn", "random"]
+__all__ = ["fold_batch_norm", "functional", "mc_dropout", "nn", "random", "update_bn"]

@@ -11,7 +11,8 @@ from fastreg.ops.dropout import (
     feature_alpha_dropout,
 )
 from fastreg.ops.group_norm import group_norm, instance_norm
-from fastreg.ops.layer_norm import layer_norm
+from fastreg.ops.layer_norm import dropout_add_layer_norm, layer_norm
+from fastreg.ops.local_response_norm import local_response_norm
 
 __all__ = [
     "alpha_dropout",
@@ -21,8 +22,10 @@ __all__ = [
     "dropout1d",
     "dropout2d",
     "dropout3d",
+    "dropout_add_layer_norm",
     "feature_alpha_dropout",
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "local_response_norm",
 ]

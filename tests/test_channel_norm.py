@@ -196,7 +196,7 @@ def test_without_affine_parameters(plan, device, groups):
     check((4, 6, 5, 3), norm, exact(groups), affine=False, activation="gelu", device=device)
 
 
-@pytest.mark.parametrize("dtypes", itertools.permutations([torch.float32, torch.bfloat16], 2), ids=str)
+@pytest.mark.parametrize("dtypes", list(itertools.permutations([torch.float32, torch.bfloat16])), ids=str)
 def test_result_has_promoted_dtype_of_input_and_residual(path, device, dtypes):
     x, r = (torch.randn(4, 6, 5, dtype=dtype, device=device, requires_grad=True) for dtype in dtypes)
     y = batch(x, None, None, activation="relu", residual=r)

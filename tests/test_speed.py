@@ -21,14 +21,17 @@ LAYERS = {
     "Dropout3d": (16, 64, 8, 16, 8),
     "AlphaDropout": (256, 4096),
     "FeatureAlphaDropout": (64, 64, 16, 16),
+    "LayerNorm": (256, 4096),
 }
+ARGUMENTS = {"LayerNorm": (4096,)}  # of the constructors; a probability where not named
 ALLOWED = 1.05
 
 
 def training_step(package, name):
     """Forward and backward of one layer on an fp32 batch."""
     shape = LAYERS[name]
-    layer, x, dy = getattr(package, name)(0.1), torch.randn(shape, requires_grad=True), torch.randn(shape)
+    layer = getattr(package, name)(*ARGUMENTS.get(name, (0.1,)))
+    x, dy = torch.randn(shape, requires_grad=True), torch.randn(shape)
 
     def step():
         x.grad = None

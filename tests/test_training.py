@@ -1,6 +1,7 @@
 """`fastreg train`: data, splits, the loop, resuming, several processes, and what it says to bad input."""
 
 import copy
+import dataclasses
 import gzip
 import json
 import os
@@ -30,6 +31,7 @@ from fastreg.training.regularizers import REGULARIZERS, Recipe, recipe_for, regu
 from fastreg.training.run_folder import replace
 from fastreg.training.seeds import seed_for
 from fastreg.training.settings import Settings
+from fastreg.training.studies import STUDIES, study
 from fastreg.training.workers import Workers
 
 pytestmark = pytest.mark.usefixtures("aten")  # a training run takes too long in the interpreter
@@ -247,6 +249,89 @@ def test_models_take_odd_images_and_use_our_dropout(model):
     assert not any(isinstance(layer, nn.Dropout) for layer in baseline)
 
 
+def layers_of(model, setting):
+    network = MODELS[model]((1, 8, 8), 4, recipe_for(setting, quick_settings(model=model)))
+    return [str(layer) for layer in network if not isinstance(layer, nn.Linear | nn.Conv2d)]
+
+
+def test_models_without_normalization_stay_as_they_are():
+    assert layers_of("mlp", "none") == [str(nn.Flatten()), "ReLU()", "ReLU()"]
+    pool, flatten = str(nn.MaxPool2d(2)), str(nn.Flatten())
+    assert layers_of("cnn", "none") == ["ReLU()", pool, "ReLU()", pool, flatten, "ReLU()"]
+
+
+NORMALIZATIONS = {
+    "batchnorm": (lambda c: fnn.BatchNorm2d(c, activation="relu"), fnn.BatchNorm1d(256, activation="relu")),
+    "groupnorm": (lambda c: fnn.GroupNorm(8, c, activation="relu"), fnn.GroupNorm(8, 256, activation="relu")),
+    "layernorm": (lambda c: fnn.GroupNorm(1, c, activation="relu"), fnn.LayerNorm(256, activation="relu")),
+    "instancenorm": (lambda c: fnn.InstanceNorm2d(c, affine=True, activation="relu"), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("setting", NORMALIZATIONS)
+def test_normalization_and_relu_are_one_layer(setting):
+    convolutional, dense = NORMALIZATIONS[setting]
+    pool, dropout = str(nn.MaxPool2d(2)), str(fnn.Dropout(0.5))
+    expected = [str(convolutional(16)), pool, str(convolutional(32)), pool, str(nn.Flatten()), str(dense)]
+    assert layers_of("cnn", setting) == expected
+    with_dropout = [str(fnn.Dropout(0.2)), *expected[:5], dropout, expected[5], dropout]
+    assert layers_of("cnn", f"dropout+{setting}") == with_dropout
+
+
+def test_groups_divide_the_channels():
+    network = MODELS["cnn"]((1, 8, 8), 4, recipe_for("groupnorm", quick_settings()), channels=6)
+    assert [layer.num_groups for layer in network if isinstance(layer, nn.GroupNorm)] == [2, 4, 8]
+
+
+@pytest.mark.parametrize("setting", NORMALIZATIONS)
+def test_normalization_leaves_the_weights_of_a_seed_alone(setting, digits):
+    plain, normalized = (
+        Trial(quick_settings(model="cnn"), name, 5, digits, ALONE).model for name in ("none", setting)
+    )
+    kinds = nn.Linear | nn.Conv2d
+    for mine, others in zip(plain, normalized, strict=True):
+        assert isinstance(mine, kinds) == isinstance(others, kinds)
+        if isinstance(mine, kinds):
+            assert torch.equal(mine.weight, others.weight)
+            assert torch.equal(mine.bias, others.bias)
+
+
+@pytest.mark.parametrize(
+    ("setting", "size", "expected"),
+    [
+        ("none", 9, [9, 9, 9, 9, 1]),
+        ("groupnorm", 9, [9, 9, 9, 9, 1]),
+        ("batchnorm", 9, [9, 9, 9, 10]),
+        ("dropout+batchnorm", 2, [2] * 17 + [3]),
+        ("batchnorm", 35, [35, 2]),
+        ("batchnorm", 100, [37]),
+    ],
+)
+def test_a_last_batch_that_cannot_be_normalized_joins_the_one_before(digits, setting, size, expected):
+    trial, seen = Trial(quick_settings(batch_size=size), setting, 0, digits, ALONE), []
+    trial.split = dataclasses.replace(trial.split, train=trial.split.train[:37])
+    trial.network.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
+    trial._train_once_through()
+    assert [len(images) for images in seen] == expected
+    assert rows(data.Examples(torch.cat(seen), None)) == rows(trial.split.train)
+
+
+@pytest.mark.parametrize(
+    ("setting", "examples", "expected"),
+    [
+        ("groupnorm", 21, [10, 10, 1]),
+        ("instancenorm", 21, [10, 11]),
+        ("instancenorm", 22, [10, 10, 2]),
+        ("batchnorm", 23, [10, 13]),
+        ("batchnorm", 24, [10, 10, 4]),
+    ],
+)
+def test_a_last_batch_has_enough_for_each_of_two_processes(digits, setting, examples, expected):
+    trial = Trial(quick_settings(model="cnn", batch_size=10), setting, 0, digits, ALONE)
+    trial.workers = Workers(rank=0, count=2, device=torch.device("cpu"))
+    assert [len(batch) for batch in trial._batches(torch.arange(examples))] == expected
+
+
 def test_cnn_refuses_images_it_would_pool_away():
     with pytest.raises(InputError, match="3 x 9 pixels"):
         MODELS["cnn"]((1, 3, 9), 4, Recipe())
@@ -330,7 +415,8 @@ def test_workers_start_from_the_same_weights_with_masks_of_their_own(digits):
 
 def test_divergence_is_reported(digits):
     trial = Trial(quick_settings(lr=1e30), "none", 0, digits, ALONE)
-    with pytest.raises(DivergedError, match=r"loss of 'none' became (nan|inf) in epoch 1: try a lower --lr"):
+    message = r"'none' became (nan|inf) in epoch 1 at batch size 100 and lr 1e\+30: try a lower --lr"
+    with pytest.raises(DivergedError, match=message):
         trial.run_epoch()
 
 
@@ -409,6 +495,17 @@ BAD_INPUT = {
     ),
     "same twice": (["--compare", "none,none"], "needs one or more different names"),
     "empty": (["--compare", ""], "unknown regularizer ''"),
+    "two normalizations": (["--compare", "batchnorm+dropout+groupnorm"], "cannot join two with +"),
+    "normalization without pixels": (
+        ["--compare", "none,instancenorm"],
+        "instancenorm needs channels with pixels, which the mlp has not: choose --model cnn",
+    ),
+    "batch of one": (
+        ["--compare", "none,batchnorm", "--batch-size", "1"],
+        "batchnorm needs a batch of 2 in each process: --batch-size has to be at least 2, but got 1",
+    ),
+    "study": (["--study", "batch"], "unknown study 'batch': choose from batch-size"),
+    "study with a bad value": (["--study", "batch-size", "--lr", "1e308"], "--lr has to be a number above 0"),
     "model": (["--model", "transformer"], "unknown model 'transformer': choose from mlp, cnn"),
     "p above 1": (["--dropout", "1.5"], "dropout probability has to be between 0 and 1, but got 1.5"),
     "p below 0": (["--input-dropout", "-0.1"], "dropout probability has to be between 0 and 1, but got -0.1"),
@@ -441,6 +538,165 @@ def test_bad_input_gives_one_line_and_writes_nothing(tmp_path, monkeypatch, name
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# Studies -------------------------------------------------------------------------------------------------
+
+
+TWO_NORMS = "batchnorm,groupnorm"
+
+
+@pytest.fixture
+def few_images(tmp_path):
+    """Arguments of a study on 36 training images of noise."""
+    images = write_idx_folder(tmp_path / "images", parts=["train"])
+    return [
+        "--study",
+        "batch-size",
+        "--data",
+        images,
+        "--epochs",
+        "2",
+        "--seeds",
+        "2",
+        "--compare",
+        TWO_NORMS,
+    ]
+
+
+def test_study_varies_the_batch_and_the_learning_rate_with_it():
+    settings = quick_settings(study="batch-size", compare=("none", "dropout"), seeds=2, lr=0.1, batch_size=32)
+    trials = settings.trials()
+    assert len(trials) == 2 * 6 * 2
+    assert list(trials)[:3] == [
+        "none, batch size 2, seed 0",
+        "dropout, batch size 2, seed 0",
+        "none, batch size 4, seed 0",
+    ]
+    comparison, setting, seed = trials["dropout, batch size 64, seed 1"]
+    assert (comparison.batch_size, comparison.lr, setting, seed) == (64, pytest.approx(0.2), "dropout", 1)
+    for comparison, _, _ in trials.values():
+        assert comparison.lr / comparison.batch_size == pytest.approx(0.1 / 32)
+    assert list(quick_settings().trials()) == ["none, seed 0", "dropout, seed 0"]
+    with pytest.raises(InputError, match="--lr has to be a number above 0"):
+        dataclasses.replace(settings, batch_size=1, lr=1e307)
+
+
+def test_study_gives_every_process_batches_that_it_can_normalize():
+    settings = quick_settings(study="batch-size", compare=("batchnorm",), processes=4, batch_size=1)
+    assert [comparison.batch_size for comparison in settings.comparisons().values()] == [
+        8, 16, 32, 64, 128, 256
+    ]  # fmt: skip
+    with pytest.raises(InputError, match="--batch-size has to be at least 8, but got 7"):
+        quick_settings(compare=("batchnorm",), processes=4, batch_size=7)
+
+
+def test_study_has_defaults_of_its_own_and_options_win(monkeypatch):
+    asked = []
+    monkeypatch.setattr("fastreg.training.command.run", lambda settings, *_: asked.append(settings))
+    for arguments in (["--study", "batch-size"], ["--model", "mlp", "--study", "batch-size"], []):
+        assert run_here(*arguments, "--compare", "none").exit_code == 0
+    assert run_here("--study", "batch-size").exit_code == 0
+    alone, with_option, without, everything = asked
+    defaults = STUDIES["batch-size"].defaults
+    assert (alone.model, alone.epochs, alone.compare) == ("cnn", defaults["epochs"], ("none",))
+    assert (with_option.model, with_option.epochs) == ("mlp", defaults["epochs"])
+    assert (without.study, without.model, without.epochs) == (None, "mlp", Settings.epochs)
+    assert everything.compare == ("batchnorm", "groupnorm", "layernorm", "instancenorm")
+    assert alone.default_folder().name.startswith("mnist5k-cnn-batch-size-none-")
+
+
+def test_study_writes_metrics_picture_and_weights(few_images, tmp_path):
+    result = run_here(*few_images, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "batchnorm, batch size 2, seed 1, epoch 2/2" in result.output
+    table = result.output[result.output.index("test error in % by batch size") :].splitlines()
+    assert [cell.strip() for cell in table[2].split("┃")[1:-1]] == [
+        "setting",
+        "2",
+        "4",
+        "8",
+        "16",
+        "32",
+        "64",
+    ]
+
+    metrics = metrics_in(tmp_path / "run")
+    assert metrics["settings"]["study"] == "batch-size"
+    assert list(metrics["summary"]) == ["2", "4", "8", "16", "32", "64"]
+    for size, summary in metrics["summary"].items():
+        assert list(summary) == TWO_NORMS.split(",")
+        for setting, figures in summary.items():
+            trials = [
+                trial
+                for trial in metrics["trials"]
+                if (trial["batch_size"], trial["setting"]) == (int(size), setting)
+            ]
+            assert [trial["seed"] for trial in trials] == [0, 1]
+            assert figures["test_error"]["values"] == [trial["best"]["test_error"] for trial in trials]
+            # The mean of the first line of the row and the deviation of the second.
+            first = next(number for number, line in enumerate(table) if f"│ {setting} " in line)
+            column = list(metrics["summary"]).index(size) + 2
+            assert table[first].split("│")[column].strip() == f"{figures['test_error']['mean']:.2f}"
+            assert table[first + 1].split("│")[column].strip() == f"± {figures['test_error']['std']:.2f}"
+    assert (tmp_path / "run" / "study.png").read_bytes().startswith(b"\x89PNG")
+    assert len(list((tmp_path / "run").glob("weights-*-batchsize*-seed*.pt"))) == 2 * 6 * 2
+    assert not (tmp_path / "run" / "learning_curves.png").exists()
+
+    again = run_here(*few_images, "--out", tmp_path / "run")
+    assert again.output.splitlines()[3:] == table[1:-1]
+
+
+def test_interrupted_study_continues_to_the_same_bits(few_images, tmp_path, monkeypatch):
+    class Stopped(Exception):
+        pass
+
+    def stop(display, name, setting, record):
+        if (name, record["epoch"]) == ("groupnorm, batch size 8, seed 0", 1):
+            raise Stopped
+
+    with monkeypatch.context() as patch:
+        patch.setattr("fastreg.training.display.Display.epoch", stop)
+        assert isinstance(run_here(*few_images, "--out", tmp_path / "killed").exception, Stopped)
+    continued = run_here(*few_images, "--out", tmp_path / "killed")
+    assert continued.exit_code == 0, continued.output
+    assert continued.output.startswith("Continuing groupnorm, batch size 8, seed 0, after epoch 1.")
+    assert "batchnorm, batch size 8, seed 0, epoch" not in continued.output
+
+    assert run_here(*few_images, "--out", tmp_path / "whole").exit_code == 0
+    killed, whole = (metrics_in(tmp_path / run) for run in ("killed", "whole"))
+    for metrics in (killed, whole):
+        without_times({"trials": metrics["trials"], "summary": {}})
+        for summary in metrics["summary"].values():
+            without_times({"trials": [], "summary": summary})
+    assert killed == whole
+
+
+def test_restart_leaves_no_picture_of_another_kind(few_images, tmp_path):
+    study_arguments = [*few_images, "--out", tmp_path / "run", "--restart"]
+    plain = [argument for argument in study_arguments if argument not in ("--study", "batch-size")]
+    for arguments, picture in [(plain, "learning_curves.png"), (study_arguments, "study.png")] * 2:
+        result = run_here(*arguments, "--compare", "none")
+        assert result.exit_code == 0, result.output
+        assert [path.name for path in (tmp_path / "run").glob("*.png")] == [picture]
+
+
+def test_a_registered_study_varies_another_option(tmp_path, monkeypatch):
+    monkeypatch.setitem(STUDIES, "dropout", None)  # and taken out again after the test
+
+    @study("dropout", compare="dropout", epochs=1)
+    def rates(options):
+        return [{"dropout": rate} for rate in (0.2, 0.4, 0.8)]
+
+    images = write_idx_folder(tmp_path / "images")
+    result = run_here("--study", "dropout", "--data", images, "--seeds", "1", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "dropout, dropout 0.4, seed 0, epoch 1/1" in result.output
+    assert "test error in %" in result.output
+    metrics = metrics_in(tmp_path / "run")
+    assert list(metrics["summary"]) == ["0.2", "0.4", "0.8"]
+    losses = {trial["history"][0]["step_loss"] for trial in metrics["trials"]}
+    assert len(losses) == 3
 
 
 # Interruptions -------------------------------------------------------------------------------------------
@@ -601,6 +857,29 @@ def test_two_processes_end_together_and_train_what_one_does(tmp_path, command_fi
     )
     for name in mine:
         torch.testing.assert_close(mine[name], theirs[name], rtol=1e-3, atol=1e-5)
+
+
+def test_two_processes_share_the_statistics_of_batch_norm(tmp_path, command_file):
+    """Batches of 269, as above: the last image joins the batch before it."""
+    arguments = [*QUICK, "--compare", "batchnorm", "--batch-size", "269", "--lr", "1e-6", "--epochs", "1"]
+    process = torchrun(command_file, *arguments, "--out", tmp_path / "two")
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, output + errors
+    assert run_here(*arguments, "--out", tmp_path / "one").exit_code == 0
+    one, two = (
+        torch.load(tmp_path / run / "weights-batchnorm-seed0.pt", weights_only=True) for run in ("one", "two")
+    )
+    # The mean of 269 images is that of 135 and 134 of them, but for a 500th of what these differ by.
+    torch.testing.assert_close(two["2.running_mean"], one["2.running_mean"], rtol=0, atol=1e-3)
+
+    # Both evaluated the network that was saved, and not each its own.
+    settings = quick_settings(compare=("batchnorm",))
+    trial = Trial(settings, "batchnorm", 0, data.load("digits"), ALONE)
+    trial.model.load_state_dict(two)
+    (result,) = metrics_in(tmp_path / "two")["trials"]
+    assert trial.evaluate(trial.split.validation)[0] == pytest.approx(
+        result["history"][0]["validation_loss"], rel=1e-5
+    )
 
 
 @pytest.mark.slow

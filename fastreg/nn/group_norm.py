@@ -17,6 +17,8 @@ class GroupNorm(FusedNorm, torch.nn.GroupNorm):
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """activation(norm(input) + residual)."""
+        if self._is_leaf(input):
+            return self._leaf(input, residual)
         return F.group_norm(
             input,
             self.num_groups,
@@ -31,17 +33,23 @@ class GroupNorm(FusedNorm, torch.nn.GroupNorm):
 class _InstanceNorm(FusedNorm):
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """activation(norm(input) + residual)."""
+        if self._is_leaf(input):
+            return self._leaf(input, residual)
         self._check_input_dim(input)
-        channels = input.size(-self._get_no_batch_dim())
-        if channels != self.num_features:
-            message = (
-                f"expected input's size at dim={input.dim() - self._get_no_batch_dim()} to match num_features"
-                f" ({self.num_features}), but got: {channels}."
-            )
+        dim = input.dim() - self._get_no_batch_dim()
+        if input.size(dim) != self.num_features:
             if self.affine:
-                raise ValueError(message)
-            warnings.warn(message + " affine=False, so num_features is not used.", stacklevel=2)
-        unbatched = input.dim() == self._get_no_batch_dim()
+                raise ValueError(
+                    f"expected input's size at dim={dim} to match num_features"
+                    f" ({self.num_features}), but got: {input.size(dim)}."
+                )
+            warnings.warn(
+                f"input's size at dim={dim} does not match num_features. "
+                "You can silence this warning by not passing in num_features, "
+                "which is not used because affine=False",
+                stacklevel=2,
+            )
+        unbatched = dim == 0
         if unbatched:
             input = input.unsqueeze(0)
             residual = None if residual is None else residual.unsqueeze(0)

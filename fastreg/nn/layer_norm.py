@@ -1,4 +1,4 @@
-"""Layer normalization. What it adds to torch's: ``fastreg/nn/fused.py``."""
+"""Layer normalization, alone and behind a residual branch. What it adds to torch's: ``fastreg/nn/fused.py``."""
 
 import torch
 from torch import Tensor
@@ -24,3 +24,55 @@ class LayerNorm(FusedNorm, torch.nn.LayerNorm):
             activation=self.activation,
             residual=residual,
         )
+
+
+class DropoutAddLayerNorm(FusedNorm, torch.nn.LayerNorm):
+    """The seam between two blocks of a transformer in one pass: h = residual + dropout(input), then norm(h).
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: as in :class:`torch.nn.LayerNorm`, whose
+            parameters and ``state_dict`` it has.
+        p: probability of dropping.
+        prenorm: return (norm(h), h), as blocks that normalize first need it, instead of norm(h).
+        activation: applied to the normalized values, in the same pass.
+
+    ``forward(input, residual)``: see :func:`fastreg.functional.dropout_add_layer_norm`.
+    """
+
+    def __init__(
+        self,
+        normalized_shape,
+        p: float = 0.5,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        prenorm: bool = False,
+        activation: str | None = None,
+    ) -> None:
+        if not 0.0 <= p <= 1.0:
+            raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+        super().__init__(
+            normalized_shape, eps, elementwise_affine, bias, device, dtype, activation=activation
+        )
+        self.p = p
+        self.prenorm = prenorm
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+        return F.dropout_add_layer_norm(
+            input,
+            residual,
+            self.normalized_shape,
+            self.weight,
+            self.bias,
+            self.p,
+            self.training,
+            self.eps,
+            prenorm=self.prenorm,
+            activation=self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, p={self.p}, prenorm={self.prenorm}"

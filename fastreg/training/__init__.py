@@ -2,5 +2,5 @@
 
 ``command`` is the command line, ``settings`` what it asks for, ``loop`` the training of one network.
 A new regularizer for ``--compare`` is a function in ``regularizers``, a new network one in ``models``, a new
-data set one in ``data``.
+data set one in ``data``, a new ``--study`` one in ``studies``.
 """

@@ -24,7 +24,7 @@ class Trial:
     """Trains one network, and can be stopped and taken up again after any epoch with nothing changed.
 
     Args:
-        settings, setting, seed: what to train; ``setting`` is one of ``settings.compare``.
+        settings, setting, seed: what to train, as ``Settings.trials`` has it.
         dataset: split by ``seed`` alone, so that all settings have the same three sets.
         workers: the processes that share each batch.
 
@@ -80,7 +80,8 @@ class Trial:
         for loss in (step_loss, train_loss, validation_loss):
             if not math.isfinite(loss):
                 what = f"the loss of '{self.setting}' became {loss} in epoch {self.epoch + 1}"
-                raise DivergedError(f"{what}: try a lower --lr")
+                where = f"at batch size {self.settings.batch_size} and lr {self.settings.lr:g}"
+                raise DivergedError(f"{what} {where}: try a lower --lr")
         record = {
             "epoch": self.epoch + 1,
             "step_loss": step_loss,
@@ -102,7 +103,7 @@ class Trial:
         total_loss = torch.zeros((), device=self.workers.device)
         order = torch.randperm(len(examples), generator=self.order).to(self.workers.device)
         self.network.train()
-        for batch in order.split(self.settings.batch_size):
+        for batch in self._batches(order):
             mine = examples[self.workers.shard(batch)]
             images = mine.images
             for transform in self.recipe.transforms:
@@ -114,7 +115,15 @@ class Trial:
             self.optimizer.step()
             self.optimizer.zero_grad()
             total_loss += loss.detach()
+        self.workers.average_buffers(self.model)
         return self.workers.sum(total_loss) / len(examples)
+
+    def _batches(self, order: Tensor) -> list[Tensor]:
+        """``order`` in pieces of the batch size. A rest too small to be trained on joins the one before it."""
+        batches = list(order.split(self.settings.batch_size))
+        if len(batches) > 1 and len(batches[-1]) < self.recipe.smallest_share * self.workers.count:
+            batches[-2:] = [torch.cat(batches[-2:])]
+        return batches
 
     @torch.no_grad()
     def evaluate(self, examples: Examples) -> tuple[float, float]:
@@ -139,6 +148,8 @@ class Trial:
         return {
             "setting": self.setting,
             "seed": self.seed,
+            "batch_size": self.settings.batch_size,
+            "lr": self.settings.lr,
             "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
             "examples": {part: len(getattr(self.split, part)) for part in ("train", "validation", "test")},
             "pixel_mean": self.split.mean,

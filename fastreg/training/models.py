@@ -37,10 +37,10 @@ def cnn(image_shape: tuple[int, int, int], classes: int, recipe: Recipe, channel
     return nn.Sequential(
         *_made(recipe.input_layers),
         nn.Conv2d(colours, channels, 5, padding=2),
-        nn.ReLU(),
+        _activation(channels, 2, recipe),
         nn.MaxPool2d(2),
         nn.Conv2d(channels, 2 * channels, 5, padding=2),
-        nn.ReLU(),
+        _activation(2 * channels, 2, recipe),
         nn.MaxPool2d(2),
         nn.Flatten(),
         *_made(recipe.hidden_layers),
@@ -58,7 +58,13 @@ INPUT_DROPOUT = {"mlp": 0.2, "cnn": 0.0}
 
 
 def _dense(inputs: int, outputs: int, recipe: Recipe) -> list[nn.Module]:
-    return [nn.Linear(inputs, outputs), nn.ReLU(), *_made(recipe.hidden_layers)]
+    return [nn.Linear(inputs, outputs), _activation(outputs, 0, recipe), *_made(recipe.hidden_layers)]
+
+
+def _activation(channels: int, spatial: int, recipe: Recipe) -> nn.Module:
+    # The layer in front keeps its bias where the normalization takes it away again: without, the same seed
+    # would not draw the same weights for every setting.
+    return nn.ReLU() if recipe.normalization is None else recipe.normalization(channels, spatial)
 
 
 def _made(makers: list[Callable[[], nn.Module]]) -> list[nn.Module]:

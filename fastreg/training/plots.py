@@ -1,4 +1,4 @@
-"""The picture of a run: how error and loss went, on what was trained and on what was not."""
+"""The picture of a run: how error and loss went from epoch to epoch, or the test error over a study."""
 
 from typing import BinaryIO
 
@@ -15,15 +15,12 @@ def draw_learning_curves(metrics: dict, file: BinaryIO) -> None:
         metrics: the content of ``metrics.json``.
         file: open for writing bytes.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
     from matplotlib.ticker import MaxNLocator
 
     settings = metrics["settings"]
-    figure = Figure(figsize=(11, 4.6), layout="constrained", dpi=150)
+    figure = _new_figure(metrics, width=11)
     figure.get_layout_engine().set(wspace=0.06)
-    FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
     for panel, what, label in zip(
         panels, ("error", "loss"), ("error (%)", "cross-entropy (nats)"), strict=True
@@ -42,16 +39,8 @@ def draw_learning_curves(metrics: dict, file: BinaryIO) -> None:
         panel.set_ylim(bottom=0, top=_top(metrics["trials"], what))
         panel.set_xlim(left=min(1, settings["epochs"] - 1), right=settings["epochs"])
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.grid(color="0.9", linewidth=0.8)
-        panel.set_axisbelow(True)
-        panel.spines[["top", "right"]].set_visible(False)
+        _tidy(panel)
 
-    seeds = settings["seeds"]
-    figure.suptitle(
-        f"{metrics['data']['name']}, {settings['model']}: "
-        + (f"mean and range over {seeds} seeds" if seeds > 1 else f"seed {settings['seed']}"),
-        fontsize=12,
-    )
     handles = [
         Line2D([], [], color=COLOURS[number % len(COLOURS)], linewidth=3, label=setting)
         for number, setting in enumerate(settings["compare"])
@@ -62,6 +51,57 @@ def draw_learning_curves(metrics: dict, file: BinaryIO) -> None:
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     figure.savefig(file, format="png")
+
+
+def draw_study(metrics: dict, file: BinaryIO) -> None:
+    """Write test error against the values of the study as PNG: a line a setting, mean and range over seeds.
+
+    Args:
+        metrics: the content of ``metrics.json``.
+        file: open for writing bytes.
+    """
+    settings = metrics["settings"]
+    values = [float(value) for value in metrics["summary"]]
+    figure = _new_figure(metrics, width=7)
+    panel = figure.subplots()
+    for number, setting in enumerate(settings["compare"]):
+        errors = np.array(
+            [summary[setting]["test_error"]["values"] for summary in metrics["summary"].values()]
+        )
+        colour = COLOURS[number % len(COLOURS)]
+        panel.plot(values, errors.mean(1), ".-", color=colour, linewidth=1.8, markersize=8, label=setting)
+        if settings["seeds"] > 1:
+            panel.fill_between(values, errors.min(1), errors.max(1), color=colour, alpha=0.13, lw=0)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(values, metrics["summary"].keys())
+    panel.set_xlabel(settings["study"].replace("-", " "))
+    panel.set_ylabel("test error (%)")
+    panel.set_ylim(bottom=0)
+    _tidy(panel)
+    figure.legend(loc="outside lower center", ncols=len(settings["compare"]), frameon=False)
+    figure.savefig(file, format="png")
+
+
+def _new_figure(metrics: dict, width: float):
+    """An empty figure under a title that says what was trained, and with how many seeds."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, 4.6), layout="constrained", dpi=150)
+    FigureCanvasAgg(figure)
+    settings, seeds = metrics["settings"], metrics["settings"]["seeds"]
+    figure.suptitle(
+        f"{metrics['data']['name']}, {settings['model']}: "
+        + (f"mean and range over {seeds} seeds" if seeds > 1 else f"seed {settings['seed']}"),
+        fontsize=12,
+    )
+    return figure
+
+
+def _tidy(panel) -> None:
+    panel.grid(color="0.9", linewidth=0.8)
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _top(trials: list[dict], what: str) -> float:

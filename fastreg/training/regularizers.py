@@ -11,6 +11,7 @@ and ``--compare none,weight-decay,dropout+weight-decay`` works. An option of its
 ``settings.Settings`` and one more parameter of ``command.train``.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,12 +29,18 @@ class Recipe:
     Attributes:
         input_layers: makers of the layers between the images and the network.
         hidden_layers: makers of the layers behind the activation of every hidden dense layer.
+        normalization: maker of what stands between a hidden layer and the next in place of a ReLU: one layer
+            that normalizes and applies the ReLU. It is given the number of channels and of spatial
+            dimensions, 2 behind a convolution and 0 behind a dense layer.
+        smallest_share: the fewest examples of a batch that the layers can train on, in every process.
         optimizer: keyword arguments of ``torch.optim.SGD``.
         transforms: functions of the training images of a batch, ``(B, 1, H, W)``, applied in order.
     """
 
     input_layers: list[Callable[[], nn.Module]] = field(default_factory=list)
     hidden_layers: list[Callable[[], nn.Module]] = field(default_factory=list)
+    normalization: Callable[[int, int], nn.Module] | None = None
+    smallest_share: int = 0
     optimizer: dict = field(default_factory=dict)
     transforms: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
 
@@ -57,7 +64,7 @@ def recipe_for(setting: str, options: Any) -> Recipe:
     """The recipe of one setting: a name, or several joined with ``+``, applied from left to right.
 
     Raises:
-        InputError: a name is not registered.
+        InputError: a name is not registered, or does not go with the others or with the options.
     """
     recipe = Recipe(optimizer={"lr": options.lr, "momentum": options.momentum})
     for name in setting.split("+"):
@@ -80,3 +87,59 @@ def dropout(recipe: Recipe, options: Any) -> None:
     if options.input_dropout > 0:
         recipe.input_layers.append(lambda: fnn.Dropout(options.input_dropout))
     recipe.hidden_layers.append(lambda: fnn.Dropout(options.dropout))
+
+
+@regularizer("batchnorm")
+def batchnorm(recipe: Recipe, options: Any) -> None:
+    """Batch normalization (Ioffe and Szegedy, 2015), in each process over its own share of the batch."""
+
+    def layer(channels: int, spatial: int) -> nn.Module:
+        return (fnn.BatchNorm2d if spatial else fnn.BatchNorm1d)(channels, activation="relu")
+
+    _normalize(recipe, layer)
+    recipe.smallest_share = 2  # one example is its own mean, and leaves nothing of itself
+
+
+@regularizer("groupnorm")
+def groupnorm(recipe: Recipe, options: Any) -> None:
+    """Group normalization (Wu and He, 2018) in 8 groups, or the most that divide both 8 and the channels."""
+
+    def layer(channels: int, spatial: int) -> nn.Module:
+        return fnn.GroupNorm(math.gcd(8, channels), channels, activation="relu")
+
+    _normalize(recipe, layer)
+
+
+@regularizer("layernorm")
+def layernorm(recipe: Recipe, options: Any) -> None:
+    """Layer normalization (Ba et al., 2016): each example over all its channels and pixels.
+
+    Scale and shift are those of a channel behind a convolution too, so that it is GroupNorm with one group,
+    as Wu and He compare it.
+    """
+
+    def layer(channels: int, spatial: int) -> nn.Module:
+        if spatial:
+            return fnn.GroupNorm(1, channels, activation="relu")
+        return fnn.LayerNorm(channels, activation="relu")
+
+    _normalize(recipe, layer)
+
+
+@regularizer("instancenorm")
+def instancenorm(recipe: Recipe, options: Any) -> None:
+    """Instance normalization (Ulyanov et al., 2016): each channel over its pixels, behind convolutions alone."""
+    if options.model == "mlp":
+        raise InputError("instancenorm needs channels with pixels, which the mlp has not: choose --model cnn")
+
+    def layer(channels: int, spatial: int) -> nn.Module:
+        return fnn.InstanceNorm2d(channels, affine=True, activation="relu") if spatial else nn.ReLU()
+
+    _normalize(recipe, layer)
+    recipe.smallest_share = 1  # torch's instance_norm refuses an empty batch
+
+
+def _normalize(recipe: Recipe, layer: Callable[[int, int], nn.Module]) -> None:
+    if recipe.normalization is not None:
+        raise InputError("a network has one normalization, and --compare cannot join two with +")
+    recipe.normalization = layer

@@ -15,7 +15,22 @@ SELECTION = "the weights of the epoch with the lowest validation error (the firs
 
 
 def metrics_of(settings: Settings, dataset: Dataset, workers: Workers, trials: list[dict]) -> dict:
-    """The content of ``metrics.json``, of JSON types only. ``trials`` are the results of ``loop.Trial``."""
+    """The content of ``metrics.json``, of JSON types only.
+
+    Args:
+        settings, dataset, workers: of the run.
+        trials: the results of ``loop.Trial``, in the order of ``settings.trials()``.
+
+    Returns:
+        What the keys say. The summary of a study has a summary as of a comparison for each of its values.
+    """
+    owners = [comparison for comparison, _, _ in settings.trials().values()]
+    summaries = {
+        value: summarize(
+            comparison, [trial for owner, trial in zip(owners, trials, strict=True) if owner == comparison]
+        )
+        for value, comparison in settings.comparisons().items()
+    }
     return {
         "settings": settings.as_json(),
         "data": {
@@ -39,7 +54,7 @@ def metrics_of(settings: Settings, dataset: Dataset, workers: Workers, trials: l
         },
         "units": {"errors": "percent", "losses": "nats", "seconds": "training time of one epoch"},
         "selection": SELECTION,
-        "summary": summarize(settings, trials),
+        "summary": summaries if settings.study else summaries[""],
         "trials": trials,
     }
 
@@ -58,7 +73,7 @@ def summarize(settings: Settings, trials: list[dict]) -> dict[str, dict]:
             part: [trial["best"][part] for trial in mine]
             for part in ("train_error", "validation_error", "test_error", "epoch")
         }
-        if mine and setting != settings.compare[0]:
+        if setting != settings.compare[0]:
             figures["test_error_difference"] = [
                 trial["best"]["test_error"] - first["best"]["test_error"]
                 for trial, first in zip(mine, baseline, strict=True)

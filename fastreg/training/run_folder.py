@@ -15,15 +15,16 @@ from fastreg.training.settings import Settings
 class RunFolder:
     """Reads and writes the files of one run. Every file is replaced as a whole, or not at all.
 
-    ``checkpoint.pt`` is there from the first epoch to the last, ``metrics.json`` and ``learning_curves.png``
-    from then on, and ``weights-<setting>-seed<seed>.pt`` as soon as that network is trained.
+    ``checkpoint.pt`` is there from the first epoch to the last, ``metrics.json`` and the picture from then on,
+    and ``weights-<setting>-seed<seed>.pt`` as soon as that network is trained.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.checkpoint = path / "checkpoint.pt"
         self.metrics = path / "metrics.json"
-        self.curves = path / "learning_curves.png"
+        self.learning_curves = path / "learning_curves.png"
+        self.study = path / "study.png"
 
     def check_usable(self) -> None:
         """Raises InputError where files cannot be written here. Leaves nothing behind."""
@@ -70,20 +71,22 @@ class RunFolder:
 
     def clear(self) -> None:
         """Delete the files of an earlier run, and only these."""
-        for file in (self.checkpoint, self.metrics, self.curves, *self.path.glob("weights-*-seed*.pt")):
+        files = (self.checkpoint, self.metrics, self.learning_curves, self.study)
+        for file in (*files, *self.path.glob("weights-*-seed*.pt")):
             file.unlink(missing_ok=True)
 
     def write_checkpoint(self, state: dict) -> None:
         replace(self.checkpoint, lambda file: torch.save(state, file))
 
-    def write_weights(self, setting: str, seed: int, weights: dict) -> None:
-        """``weights`` is the ``state_dict`` of the network; the file can be loaded without a GPU."""
+    def write_weights(self, name: str, weights: dict) -> None:
+        """``weights`` is the ``state_dict`` of the trial ``name``; the file can be loaded without a GPU."""
         weights = {name: tensor.cpu() for name, tensor in weights.items()}
-        replace(self.path / f"weights-{setting}-seed{seed}.pt", lambda file: torch.save(weights, file))
+        name = name.replace(", ", "-").replace(" ", "")
+        replace(self.path / f"weights-{name}.pt", lambda file: torch.save(weights, file))
 
-    def write_results(self, metrics: dict, draw_curves: Callable) -> None:
+    def write_results(self, metrics: dict, picture: Path, draw: Callable) -> None:
         """Write what stays: the picture first, since ``metrics.json`` says that the run is finished."""
-        replace(self.curves, draw_curves)
+        replace(picture, draw)
         text = json.dumps(metrics, indent=2, allow_nan=False) + "\n"
         replace(self.metrics, lambda file: file.write(text.encode()))
         self.checkpoint.unlink(missing_ok=True)

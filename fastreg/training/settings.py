@@ -13,6 +13,7 @@ from fastreg.training.data import SOURCES
 from fastreg.training.errors import InputError
 from fastreg.training.models import INPUT_DROPOUT, MODELS
 from fastreg.training.regularizers import recipe_for
+from fastreg.training.studies import STUDIES
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Settings:
     Attributes:
         data: a key of ``data.SOURCES``, or the absolute path of a folder with IDX files.
         compare: settings of the comparison: names of regularizers, or several joined with ``+``.
+        study: a key of ``studies.STUDIES``, to make the comparison at each of its values, or None.
         dropout, input_dropout: probabilities of dropping a hidden unit and an input pixel.
         epochs, batch_size: passes over the training set; examples of a step, over all processes.
         seed, seeds: the first seed and how many consecutive ones are run.
@@ -36,6 +38,7 @@ class Settings:
     data: str = "mnist5k"
     model: str = "mlp"
     compare: tuple[str, ...] = ("none", "dropout")
+    study: str | None = None
     dropout: float = 0.5
     input_dropout: float = INPUT_DROPOUT["mlp"]
     epochs: int = 20
@@ -64,26 +67,50 @@ class Settings:
         if not 0 <= self.momentum < 1:
             raise InputError(f"--momentum has to be at least 0 and below 1, but got {self.momentum}")
         for setting in self.compare:
-            recipe_for(setting, self)
+            smallest_share = recipe_for(setting, self).smallest_share
+            if self.study is None and self.batch_size // self.processes < smallest_share:
+                raise InputError(
+                    f"{setting} needs a batch of {smallest_share} in each process: --batch-size has to be "
+                    f"at least {smallest_share * self.processes}, but got {self.batch_size}"
+                )
         if not self.compare or len(set(self.compare)) < len(self.compare):
             raise InputError(
                 f"--compare needs one or more different names, but got '{','.join(self.compare)}'"
             )
+        if self.study is not None and self.study not in STUDIES:
+            raise InputError(f"unknown study '{self.study}': choose from {', '.join(STUDIES)}")
+        self.comparisons()  # each is checked as it is made
 
-    def trials(self) -> list[tuple[str, int]]:
-        """Every (setting, seed) of the run, in the order in which they are trained."""
-        seeds = range(self.seed, self.seed + self.seeds)
-        return [(setting, seed) for seed in seeds for setting in self.compare]
+    def comparisons(self) -> dict[str, "Settings"]:
+        """The settings at each value of the study, by value. Without a study, these alone, by ""."""
+        if self.study is None:
+            return {"": self}
+        varied = self.study.replace("-", "_")
+        return {
+            str(changes[varied]): dataclasses.replace(self, study=None, **changes)
+            for changes in STUDIES[self.study].changes(self)
+        }
+
+    def trials(self) -> dict[str, tuple["Settings", str, int]]:
+        """Every (settings of a comparison, setting, seed) of the run, by name, in the order of training."""
+        where = f", {self.study.replace('-', ' ')} " if self.study else ""
+        return {
+            f"{setting}{where}{value}, seed {seed}": (comparison, setting, seed)
+            for seed in range(self.seed, self.seed + self.seeds)
+            for value, comparison in self.comparisons().items()
+            for setting in self.compare
+        }
 
     def as_json(self) -> dict:
         """The settings in the types that JSON has, for files and comparisons."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
     def default_folder(self) -> Path:
-        """``runs/<data>-<model>-<compared>-<fingerprint>``: a rerun finds it, other settings do not."""
+        """``runs/<data>-<model>-<study>-<compared>-<fingerprint>``: a rerun finds it, other settings do not."""
         data = self.data if self.data in SOURCES else Path(self.data).name
         fingerprint = hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()[:6]
-        return Path("runs") / f"{data}-{self.model}-{'-vs-'.join(self.compare)}-{fingerprint}"
+        parts = (data, self.model, self.study, "-vs-".join(self.compare), fingerprint)
+        return Path("runs") / "-".join(filter(None, parts))
 
 
 def option(name: str) -> str:

@@ -70,8 +70,16 @@ class Workers:
         """``model``, averaging its gradients over the workers."""
         if self.count == 1:
             return model
-        on_gpu = self.device.type == "cuda"
-        return nn.parallel.DistributedDataParallel(model, device_ids=[self.device] if on_gpu else None)
+        device_ids = [self.device] if self.device.type == "cuda" else None
+        # The buffers may differ until average_buffers. DDP would let the first worker's win, at every step.
+        return nn.parallel.DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Give all workers the mean of their buffers: batch norm's statistics, each of its own examples."""
+        if self.count > 1:
+            for buffer in model.buffers():
+                if buffer.is_floating_point():  # and not the number of batches, the same everywhere
+                    self.sum(buffer).div_(self.count)
 
 
 def process_count() -> int:
