@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import upcast
+from .fastmath import INTERPRETED, upcast
 from .philox import lanes
 
 # Numbers that change from call to call. The rows start on 16 bytes without a kernel of their own: columns are
@@ -220,7 +220,8 @@ def forward_long(
     lane_mean = tl.zeros([1, BLOCK_COLUMNS], statistics_ptr.dtype.element_ty)
     lane_squares = tl.zeros([1, BLOCK_COLUMNS], statistics_ptr.dtype.element_ty)
     count = tl.zeros([1, 1], lane_mean.dtype)
-    for first_column in range(0, columns, BLOCK_COLUMNS):
+    first_column = tl.full([], 0, tl.int64 if WIDE else tl.int32)
+    while first_column < columns:
         first, element, _, in_columns = _tile(row, first_column, shape, True, EVEN_COLUMNS, 1, BLOCK_COLUMNS)
         h = _hidden(
             (x_ptr, skip_ptr, h_ptr), draw, first, element, in_columns, shape, DROP, 1, BLOCK_COLUMNS, VECTOR
@@ -231,6 +232,7 @@ def forward_long(
             distance = tl.where(in_columns, distance, 0.0)
         lane_mean += distance * (1.0 / count)
         lane_squares += distance * (h - lane_mean)
+        first_column += BLOCK_COLUMNS
 
     share = 1.0 / columns.to(lane_mean.dtype)
     lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
@@ -242,7 +244,8 @@ def forward_long(
     _write_statistics(statistics_ptr, row, rows, tl.full([1, 1], True, tl.int1), mean, rstd, 1)
 
     tl.debug_barrier()  # another thread may read a part of h than the one that wrote it
-    for first_column in range(0, columns, BLOCK_COLUMNS):
+    first_column = tl.full([], 0, tl.int64 if WIDE else tl.int32)
+    while first_column < columns:
         first, element, _, in_columns = _tile(row, first_column, shape, True, EVEN_COLUMNS, 1, BLOCK_COLUMNS)
         h = _load(x_ptr if h_ptr is None else h_ptr, first, element, in_columns)
         parameters = _parameters(
@@ -251,6 +254,7 @@ def forward_long(
         _write_output(
             (h - mean) * rstd, parameters, residual_ptr, y_ptr, first, element, in_columns, ACTIVATION
         )
+        first_column += BLOCK_COLUMNS
 
 
 @triton.jit
@@ -286,6 +290,38 @@ def _write_gradients(
         _store(dx_ptr, first, element, inside, dh)
 
 
+@triton.jit
+def _backward_rows(
+    block, sums, tensors, parameters, draw, shape, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
+    DROP: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """All gradients of one block of rows. Returns the sums over the rows with what the block adds to them."""
+    dy_ptr, dh_ptr, h_ptr, residual_ptr, statistics_ptr, dx_ptr, dskip_ptr, dresidual_ptr = tensors
+    dweight, dbias = sums
+    weight, _ = parameters
+    rows, columns = shape
+    first_row = _index(block, WIDE) * BLOCK_ROWS
+    first, element, in_rows, in_columns = _tile(
+        first_row, 0, shape, EVEN_ROWS, EVEN_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS
+    )
+    inside = in_rows & in_columns
+    mean, rstd = _read_statistics(statistics_ptr, first_row, rows, in_rows, BLOCK_ROWS)
+    xhat = (_load(h_ptr, first, element, inside) - mean) * rstd
+    g = _gradient(xhat, parameters, (dy_ptr, residual_ptr), first, element, inside, ACTIVATION)
+    # Columns outside count nothing: g is 0 there.
+    wg = g * weight
+    share = 1.0 / columns.to(wg.dtype)
+    mean_wg = tl.sum(wg, 1, keep_dims=True) * share
+    mean_wg_xhat = tl.sum(wg * xhat, 1, keep_dims=True) * share
+    dh = rstd * (wg - mean_wg - xhat * mean_wg_xhat)
+    _write_gradients(
+        dh, g, (dh_ptr, dx_ptr, dskip_ptr, dresidual_ptr), draw, first, element, inside, shape,
+        DROP, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR,
+    )  # fmt: skip
+    return dweight + g * xhat, dbias + g
+
+
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def backward(
     dy_ptr,  # fp64, fp32, fp16 or bf16 [rows, columns], contiguous like all of that shape
@@ -307,36 +343,29 @@ def backward(
     """All gradients. A program walks down the rows, one block in every ``programs``; grid: (programs,)."""
     shape = (rows, _index(vectors, WIDE) * VECTOR)
     draw = (seed_ptr, seed, offset, threshold, scale)
-    share = 1.0 / shape[1].to(statistics_ptr.dtype.element_ty)
+    tensors = (dy_ptr, dh_ptr, h_ptr, residual_ptr, statistics_ptr, dx_ptr, dskip_ptr, dresidual_ptr)
     _, _, _, in_columns = _tile(0, 0, shape, True, EVEN_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
     parameters = _parameters(weight_ptr, bias_ptr, 0, in_columns, statistics_ptr, BLOCK_COLUMNS)
-    weight, _ = parameters
     # A thread adds up each of its positions in the tile; the rows of the tile are added once, at the end.
     dweight = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], statistics_ptr.dtype.element_ty)
     dbias = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], statistics_ptr.dtype.element_ty)
-    # Two stages: the next rows are on their way to shared memory while these are computed.
-    for block in tl.range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0), num_stages=2):
-        first_row = _index(block, WIDE) * BLOCK_ROWS
-        first, element, in_rows, in_columns = _tile(
-            first_row, 0, shape, EVEN_ROWS, EVEN_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS
-        )
-        inside = in_rows & in_columns
-        mean, rstd = _read_statistics(statistics_ptr, first_row, rows, in_rows, BLOCK_ROWS)
-        xhat = (_load(h_ptr, first, element, inside) - mean) * rstd
-        g = _gradient(xhat, parameters, (dy_ptr, residual_ptr), first, element, inside, ACTIVATION)
-        if dweight_ptr is not None:
-            dweight += g * xhat
-        if dbias_ptr is not None:
-            dbias += g
-        # Columns outside count nothing: g is 0 there.
-        wg = g * weight
-        mean_wg = tl.sum(wg, 1, keep_dims=True) * share
-        mean_wg_xhat = tl.sum(wg * xhat, 1, keep_dims=True) * share
-        dh = rstd * (wg - mean_wg - xhat * mean_wg_xhat)
-        tensors = (dh_ptr, dx_ptr, dskip_ptr, dresidual_ptr)
-        _write_gradients(
-            dh, g, tensors, draw, first, element, inside, shape, DROP, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR
-        )
+    blocks = tl.cdiv(rows, BLOCK_ROWS)
+    if INTERPRETED:
+        # The same loop for the interpreter of Triton 3.6, which cannot count one with numpy 2.4.
+        block = tl.program_id(0)
+        while block < blocks:
+            dweight, dbias = _backward_rows(
+                block, (dweight, dbias), tensors, parameters, draw, shape, EVEN_ROWS, EVEN_COLUMNS,
+                DROP, ACTIVATION, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR, WIDE,
+            )  # fmt: skip
+            block += tl.num_programs(0)
+    else:
+        # Two stages: the next rows are on their way to shared memory while these are computed.
+        for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=2):
+            dweight, dbias = _backward_rows(
+                block, (dweight, dbias), tensors, parameters, draw, shape, EVEN_ROWS, EVEN_COLUMNS,
+                DROP, ACTIVATION, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR, WIDE,
+            )  # fmt: skip
     column = tl.arange(0, BLOCK_COLUMNS)
     partial = tl.program_id(0).to(tl.int64) * shape[1] + column
     if dweight_ptr is not None:
@@ -359,7 +388,8 @@ def backward_long(
     mean, rstd = _read_statistics(statistics_ptr, row, rows, tl.full([1, 1], True, tl.int1), 1)
     sum_wg = tl.zeros([1, BLOCK_COLUMNS], statistics_ptr.dtype.element_ty)
     sum_wg_xhat = tl.zeros([1, BLOCK_COLUMNS], statistics_ptr.dtype.element_ty)
-    for first_column in range(0, shape[1], BLOCK_COLUMNS):
+    first_column = tl.full([], 0, tl.int64 if WIDE else tl.int32)
+    while first_column < shape[1]:
         first, element, _, in_columns = _tile(row, first_column, shape, True, EVEN_COLUMNS, 1, BLOCK_COLUMNS)
         xhat = (_load(h_ptr, first, element, in_columns) - mean) * rstd
         parameters = _parameters(
@@ -369,11 +399,13 @@ def backward_long(
         wg = g * parameters[0]
         sum_wg += wg
         sum_wg_xhat += wg * xhat
+        first_column += BLOCK_COLUMNS
 
     share = 1.0 / shape[1].to(sum_wg.dtype)
     mean_wg = tl.sum(sum_wg, 1, keep_dims=True) * share
     mean_wg_xhat = tl.sum(sum_wg_xhat, 1, keep_dims=True) * share
-    for first_column in range(0, shape[1], BLOCK_COLUMNS):
+    first_column = tl.full([], 0, tl.int64 if WIDE else tl.int32)
+    while first_column < shape[1]:
         first, element, _, in_columns = _tile(row, first_column, shape, True, EVEN_COLUMNS, 1, BLOCK_COLUMNS)
         xhat = (_load(h_ptr, first, element, in_columns) - mean) * rstd
         parameters = _parameters(
@@ -386,6 +418,7 @@ def backward_long(
         _write_gradients(
             dh, g, tensors, draw, first, element, in_columns, shape, DROP, 1, BLOCK_COLUMNS, VECTOR
         )
+        first_column += BLOCK_COLUMNS
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -401,8 +434,8 @@ def backward_columns(
     dbias = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], statistics_ptr.dtype.element_ty)
     _, _, _, in_columns = _tile(0, first_column, shape, True, EVEN_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
     parameters = _parameters(weight_ptr, bias_ptr, first_column, in_columns, statistics_ptr, BLOCK_COLUMNS)
-    for block in range(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.num_programs(0)):
-        first_row = _index(block, WIDE) * BLOCK_ROWS
+    first_row = _index(tl.program_id(0), WIDE) * BLOCK_ROWS
+    while first_row < rows:
         first, element, in_rows, in_columns = _tile(
             first_row, first_column, shape, EVEN_ROWS, EVEN_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS
         )
@@ -412,6 +445,7 @@ def backward_columns(
         g = _gradient(xhat, parameters, (dy_ptr, residual_ptr), first, element, inside, ACTIVATION)
         dweight += g * xhat
         dbias += g
+        first_row += _index(tl.num_programs(0), WIDE) * BLOCK_ROWS
     column = first_column + tl.arange(0, BLOCK_COLUMNS)
     partial = tl.program_id(0).to(tl.int64) * shape[1] + column
     if dweight_ptr is not None:
@@ -435,9 +469,11 @@ def sum_partials(
     row = tl.arange(0, BLOCK_ROWS)[:, None]
     partial_ptr += tl.program_id(1).to(tl.int64) * programs * columns
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], partial_ptr.dtype.element_ty)
-    for first_row in range(0, programs, BLOCK_ROWS):
+    first_row = tl.full([], 0, tl.int32)
+    while first_row < programs:
         inside = (first_row + row < programs) & (column < columns)
         total += tl.load(partial_ptr + (first_row + row) * columns + column, mask=inside, other=0.0)
+        first_row += BLOCK_ROWS
     total = tl.sum(total, 0, keep_dims=True)
     if tl.program_id(1) == 0:
         tl.store(first_ptr + column, total.to(first_ptr.dtype.element_ty), mask=column < columns)

@@ -147,7 +147,8 @@ def _backward_launches(tensors: dict, sums: _Sums, stream: Stream, form: _Form) 
     """tensors: the pointer arguments by name, contiguous, without the partial sums, which are made here."""
     h = tensors["h_ptr"]
     rows = h.numel() // form.columns
-    long = 2 * form.columns * h.element_size() > ROW_BYTES  # h and dy
+    narrow = form.columns * h.element_size() % 16 != 0
+    long = 2 * form.columns * h.element_size() > (ROW_BYTES // 4 if narrow else ROW_BYTES)  # h and dy
     together = not long and form.columns <= SUMMED_COLUMNS
     launches = []
     if any(tensors[name] is not None for name in _GRADIENTS):
@@ -157,12 +158,16 @@ def _backward_launches(tensors: dict, sums: _Sums, stream: Stream, form: _Form) 
             launches.append(Launch(kernels.backward_long, (rows,), tensors | arguments))
         else:
             # 16 elements a thread, so that the sums have registers beside them, and 16 warps on a multiprocessor.
+            # Narrow accesses, fp64 and activations need more registers than that leaves: 8 warps, and no spills.
             blocks = _blocks(h, form.columns, 16)
+            crowded = narrow or h.dtype == torch.float64 or form.activation is not None
             # Four row blocks a program at least, so that its sums are a small part of the traffic.
-            most = backend.multiprocessors(h.device) * (16 // blocks.warps)
+            most = backend.multiprocessors(h.device) * max(1, (8 if crowded else 16) // blocks.warps)
             programs = min(ceil_div(ceil_div(rows, blocks.rows), 4), most)
             partial = _partial(h, programs, form, sums if together else (None, None))
-            arguments = _arguments(rows, blocks, stream, form)
+            # Said, or the assembler may spill to fit more programs, which memory does not need.
+            registers = 255 if crowded and blocks.warps <= 8 else 128
+            arguments = _arguments(rows, blocks, stream, form) | {"maxnreg": registers}
             launches.append(Launch(kernels.backward, (programs,), tensors | partial | arguments))
     if any(t is not None for t in sums):
         if not launches or not together:
