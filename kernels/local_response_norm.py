@@ -112,7 +112,9 @@ def _packed(parts, ROWS: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _row(x_ptr, place, shape, START: tl.constexpr, STOP: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr):
+def _row(
+    x_ptr, place, shape, START: tl.constexpr, STOP: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr
+):
     """What ``_take`` takes from where LAST: the channels from START to STOP, which it rounds to whole vectors."""
     channel, first, inside = place
     channels, _ = shape

@@ -91,9 +91,9 @@ def test_fused_form_equals_fp64_reference(path, device, dtype, layout):
         ((2, 3, 5), 1),
         ((1, 6, 4), 2),
         ((2, 5, 1, 3), 4),
-        ((1, 33, 2), 5),
+        ((1, 17, 2), 5),
         ((2, 20, 1, 2, 1), 3),
-        ((1, 17, 2), 16),
+        ((1, 10, 2), 16),
         ((3, 1, 2, 2), 5),
         ((2, 4, 3), 30),
         ((70, 2, 1), 2),
@@ -133,7 +133,9 @@ def test_denominators_that_may_not_be_positive_are_torchs(device, constants):
     x = torch.randn(2, 3, 4, device=device, requires_grad=True)
     y = F.local_response_norm(x, 3, **constants)
     assert not on_kernels(y)
-    assert_close(y, torch.nn.functional.local_response_norm(x, 3, **constants), equal_nan=True, rtol=0, atol=0)
+    assert_close(
+        y, torch.nn.functional.local_response_norm(x, 3, **constants), equal_nan=True, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("activation", ["relu", "mish", None])
@@ -299,12 +301,14 @@ def test_only_the_input_is_saved_and_the_residual_for_an_activation(device):
     x, residual = torch.randn(2, 2, 4, 8, device=device)
     for activation, expected in ((None, [x]), ("relu", [x, residual])):
         saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, saved=saved: saved.append(t) or t, lambda t: t
+        ):
             F.local_response_norm(x.requires_grad_(), 3, activation=activation, residual=residual)
         assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in expected]
 
 
-def test_compiled_is_one_graph_with_eagers_numbers(path, device):
+def test_compiled_is_one_graph_with_eagers_numbers(device):
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
 
@@ -313,15 +317,18 @@ def test_compiled_is_one_graph_with_eagers_numbers(path, device):
 
     compiled = torch.compile(step, backend=counter, fullgraph=True, dynamic=True)
     compilations = []
-    for batch in (5, 7):  # other numbers than those of the other dimensions, which Dynamo would take for the same
+    for batch in (
+        5,
+        7,
+    ):  # other numbers than those of the other dimensions, which Dynamo would take for the same
         x = channels_last(torch.randn(batch, 2, 1, 3, device=device)).requires_grad_()
         residual = torch.randn(batch, 2, 1, 3, device=device, requires_grad=True)
         y, expected = compiled(x, residual), step(x, residual)
         assert y.stride() == expected.stride()
-        assert_close(y, expected, rtol=0, atol=0)  # the same kernel, or the same ATen operations
+        assert_close(y, expected, rtol=0, atol=0)  # the same kernel
         dy = torch.randn_like(y)
         gradients = torch.autograd.grad(y, (x, residual), dy)
-        assert_close(gradients, torch.autograd.grad(expected, (x, residual), dy), rtol=1e-6, atol=1e-6)
+        assert_close(gradients, torch.autograd.grad(expected, (x, residual), dy), rtol=0, atol=0)
         compilations.append(counter.frame_count)
     # The first batch may compile twice, as dynamic=True begins with symbols for alpha, beta and k.
     assert compilations == compilations[:1] * 2
@@ -335,7 +342,9 @@ def test_opcheck(device, name):
     form = (2, 0.5, 0.75, 1.0, "relu" if name == "contiguous" else None)
     residual = torch.randn_like(x) if name == "contiguous" else None
     tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(torch.ops.fastreg.local_response_norm.default, (x, residual, *form), test_utils=tests)
+    torch.library.opcheck(
+        torch.ops.fastreg.local_response_norm.default, (x, residual, *form), test_utils=tests
+    )
     x = x.detach()
     torch.library.opcheck(
         torch.ops.fastreg.local_response_norm_backward.default,
@@ -351,7 +360,7 @@ def test_opcheck(device, name):
 
 
 def small(tensor):
-    return tensor.numel() <= 200
+    return tensor.numel() <= 100
 
 
 @pytest.mark.parametrize("dtype", sorted(OP_INFO.dtypes, key=str), ids=str)
@@ -405,7 +414,9 @@ def outcome(call):
     return raised.type, str(raised.value)
 
 
-@pytest.mark.parametrize(("shape", "size"), [((2, 3), 3), ((3,), 1), ((2, 3, 4), 0), ((2, 3, 4), -1), ((2, 3, 4), 1.5)])
+@pytest.mark.parametrize(
+    ("shape", "size"), [((2, 3), 3), ((3,), 1), ((2, 3, 4), 0), ((2, 3, 4), -1), ((2, 3, 4), 1.5)]
+)
 def test_errors_are_torchs(path, device, shape, size):
     x = torch.randn(shape, device=device)
     theirs = outcome(lambda: torch.nn.functional.local_response_norm(x, size))
