@@ -311,7 +311,7 @@ def _plan(
 ) -> dict[_Region, list[_Replacement]]:
     places = defaultdict(list)
     for parent in model.modules():
-        for name, child in parent.named_children():
+        for name, child in parent._modules.items():  # named_children() gives a module once
             places[child].append((parent, name))
     calls, caller = defaultdict(list), defaultdict(set)
     for region in regions:
@@ -352,7 +352,6 @@ def _plan(
             or type(norm).forward not in _FORWARDS
             or norm.running_mean is None
             or norm.running_var is None
-            or any(_input(node) is None for node in nodes)
         ):
             continue
         (place,), (region,) = places[norm], caller[norm]
@@ -390,11 +389,9 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _input(node: fx.Node) -> fx.Node | None:
-    """The input of a batch normalization's call, None if it is called in an unusual way."""
-    arguments = dict(zip(("input",), node.args, strict=False)) | node.kwargs
-    unusual = len(node.args) > 1 or arguments.keys() - {"input", "residual"}
-    source = arguments.get("input")
-    return source if isinstance(source, fx.Node) and not unusual else None
+    """The input of a batch normalization's call, if it was computed."""
+    source = node.args[0] if node.args else node.kwargs.get("input")
+    return source if isinstance(source, fx.Node) else None
 
 
 def _folded_rank(layer: nn.Module, norm: nn.Module, known: set[int]) -> int | None:

@@ -36,3 +36,15 @@ def path(request, monkeypatch) -> str:
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
     torch.manual_seed(0)
+
+
+# Thousands of cases, minutes on the interpreter: by default these run on ATen, and with ``-m slow`` on the kernels.
+_SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py", "test_norm_compile.py")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items) -> None:
+    for item in items:
+        interpreted = getattr(item, "callspec", None) and item.callspec.params.get("path") == "kernels"
+        if item.path.name in _SWEEPS and interpreted and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.slow)

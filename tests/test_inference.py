@@ -632,6 +632,9 @@ def test_linear_of_three_dimensions_is_not_folded():
     check_fold(model, torch.randn(5, 4, 6), affine=["1"])
     check_fold(model, torch.randn(5, 4, 6), affine=["1"], example=torch.randn(5, 4, 6))
     check_fold(Reshaped(lambda x: x.flatten(2)), torch.randn(5, 4, 2, 3), affine=["norm"])
+    check_fold(Reshaped(nn.Flatten(2)), torch.randn(5, 4, 2, 3), affine=["norm"])
+    check_fold(Reshaped(nn.ReLU()), torch.randn(5, 4, 6), affine=["norm"])
+    check_fold(Reshaped(F.relu), torch.randn(5, 4, 6), affine=["norm"])
     check_fold(Reshaped(lambda x: x.view(-1, 4, 6)), torch.randn(5, 4, 6), affine=["norm"])
 
 
@@ -751,6 +754,28 @@ def test_residual_that_is_the_input():
         affine=["norm"],
         left=["again"],
     )
+
+
+def test_residual_without_activation():
+    model = Using(lambda self, x: self.norm(self.conv(x), residual=x), fnn.BatchNorm2d)
+    check_fold(model, torch.randn(2, 4, 3, 3), left=["again"])
+
+
+def test_unbatched_input_of_another_rank():
+    """BatchNorm1d takes [C, H, W] of an unbatched convolution for [N, C, L]: its channels are the rows."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm1d(4))
+    check_fold(model, torch.randn(3, 4, 5), affine=["1"])
+
+
+def test_layers_that_do_not_fit():
+    """They fail when they are called, as before."""
+    for model in (
+        nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(4)),
+        nn.Sequential(nn.Conv2d(4, 8, 1), nn.BatchNorm2d(1)),
+    ):
+        folded = fastreg.fold_batch_norm(model.eval())
+        with pytest.raises((AssertionError, RuntimeError), match=r"channels|expand"):
+            folded(torch.randn(2, 4, 3, 3))
 
 
 class Optional(nn.Module):
@@ -888,6 +913,13 @@ def test_a_pair_called_from_two_regions():
     check_fold(Model(), torch.randn(2, 4, 3, 3), left=["block.1"])
 
 
+def test_a_layer_with_two_names():
+    """Called by one of them, and seen under both."""
+    model = Using(lambda self, x: self.norm(self.conv(x)))
+    model.alias = model.norm
+    check_fold(model, torch.randn(2, 4, 3, 3), left=["norm", "again"])
+
+
 def test_shared_modules():
     block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
     check_fold(nn.Sequential(block, nn.ReLU(), block), torch.randn(2, 4, 3, 3), affine=["0.1"])
@@ -918,19 +950,29 @@ def test_channels_last():
     assert_same(folded(x), model(x), FP32)
 
 
-def test_narrow_weights_are_folded_in_fp64():
-    """bf16 convolution, fp32 normalization: each new weight is rounded once."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_folded_in_fp64(dtype):
+    """A convolution of ``dtype``, an fp32 normalization: each new weight is rounded once."""
     model = nn.Sequential(nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6))
     randomize(model).eval()
-    model[0].bfloat16()
+    model[0].to(dtype)
     folded = fastreg.fold_batch_norm(model)
     norm = copy.deepcopy(model[1]).double()
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     weight = model[0].weight.double() * scale.view(-1, 1, 1, 1)
-    assert torch.equal(folded[0].weight, weight.bfloat16())
-    assert torch.equal(folded[0].bias, (norm.bias - norm.running_mean * scale).bfloat16())
-    x = torch.randn(2, 4, 5, 5).bfloat16()
-    assert_same(folded(x), model(x), 2**-6)  # four roundings to bf16
+    assert torch.equal(folded[0].weight, weight.to(dtype))
+    assert torch.equal(folded[0].bias, (norm.bias - norm.running_mean * scale).to(dtype))
+    x = torch.randn(2, 4, 5, 5).to(dtype)
+    # four roundings to bf16: of weights, convolution, bias and result
+    assert_same(folded(x), model(x), FP32 if dtype == torch.float32 else 2**-6)
+
+
+def test_affine_form_of_narrow_parameters_is_fp32():
+    model = randomize(nn.Sequential(nn.BatchNorm2d(3))).eval().bfloat16()
+    folded = fastreg.fold_batch_norm(model)
+    assert folded[0].weight.dtype == torch.float32
+    x = torch.randn(2, 3, 4, 4).bfloat16()
+    assert_same(folded(x), model(x), 2**-8)  # computed in fp32 and rounded once, both
 
 
 def test_weights_that_would_overflow_are_not_folded():

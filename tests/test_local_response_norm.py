@@ -378,13 +378,6 @@ def test_op_info_samples_act_as_in_torch(path, device, dtype):
             assert_close(y, expected)
 
 
-def test_op_info_error_inputs_raise_as_in_torch(path, device):
-    for error in OP_INFO.error_inputs(device) if OP_INFO.error_inputs_func else ():
-        sample = error.sample_input
-        with pytest.raises(error.error_type, match=error.error_regex):
-            F.local_response_norm(sample.input, *sample.args, **sample.kwargs)
-
-
 def test_module_info_inputs_act_as_in_torch(path, device):
     inputs = MODULE_INFO.module_inputs_func(MODULE_INFO, device, torch.float32, False, training=True)
     for each in inputs:

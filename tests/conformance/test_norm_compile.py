@@ -40,6 +40,9 @@ def graph_runs_the_kernel(counter) -> bool:
     )
 
 
+pytestmark = pytest.mark.slow  # minutes of compiling
+
+
 def batch_norm(x, weight, bias, mean, var, **fused):
     return FF.batch_norm(x, mean, var, weight, bias, True, 0.3, **fused)
 
@@ -66,6 +69,12 @@ def instance_norm_with_statistics(x, weight, bias, mean, var, **fused):
 
 def instance_norm_evaluation(x, weight, bias, mean, var, **fused):
     return FF.instance_norm(x, mean, var, weight, bias, False, **fused)
+
+
+def compilations(counter) -> int:
+    """Compiled graphs that do something. Where eps turns out to be a constant, Dynamo has an empty one compiled and
+    starts again."""
+    return sum(any(node.op.startswith("call") for node in graph.graph.nodes) for graph in counter.graphs)
 
 
 KINDS = {
@@ -124,7 +133,7 @@ def check(
     assert_near(updated, statistics)
     # The first statistics are not what went in, where they are to be updated.
     assert (updated[0].equal(mean)) == (kind not in ("batch_norm", "instance_norm_with_statistics"))
-    assert counter.frame_count == 1
+    assert compilations(counter) == 1
     if kind not in ON_ATEN:
         assert graph_runs_the_kernel(counter) == (path == "kernels")
 
@@ -165,7 +174,7 @@ def test_packed_signs_have_their_size_in_the_graph(shape, device, path):
             y = function(*leaves)
             results.append((y.detach(), torch.autograd.grad(y, leaves, dy)))
         assert_near(results[1], results[0], 10)
-    assert counter.frame_count <= 2  # one for each layout
+    assert compilations(counter) <= 2  # one for each layout
 
 
 @all_kinds
@@ -179,7 +188,7 @@ def test_a_new_batch_size_does_not_recompile(kind, device, path):
         statistics = tensors(device)[4:]
         step_compiled(*given, *statistics).sum().backward()
         assert given[1].grad is not None
-    assert counter.frame_count == 1
+    assert compilations(counter) == 1
 
 
 @some_kinds
@@ -189,7 +198,7 @@ def test_automatic_dynamic_shapes_compile_twice_at_most(kind, device, path):
     for batch in (4, 6, 9, 11):
         x, weight, bias, _, mean, var = tensors(device, (batch, *SHAPE[1:]))
         assert_near(step(x, weight, bias, mean.clone(), var.clone()), KINDS[kind](x, weight, bias, mean, var))
-    assert counter.frame_count == 2
+    assert compilations(counter) == 2
 
 
 @some_kinds
@@ -228,7 +237,7 @@ def test_without_gradients(kind, device, path):
         y = step(x, weight, bias, mean.clone(), var.clone())
     assert not y.requires_grad
     assert_near(y, KINDS[kind](x, weight, bias, mean, var).detach())
-    assert counter.frame_count == 1
+    assert compilations(counter) == 1
 
 
 @some_kinds
@@ -277,8 +286,8 @@ def test_modules_train_in_a_compiled_sequential(layer, device, path):
     for p, expected in zip(model.parameters(), twin.parameters(), strict=True):
         assert_near(p.grad, expected.grad, 1000)  # sums of some hundred terms of some units
     assert_near(dict(model[1].state_dict()), dict(twin[1].state_dict()))
-    compilations = counter.frame_count
-    assert compilations == 1
+    before = compilations(counter)
+    assert before == 1
     model.eval()
     twin.eval()
     assert_near(step(x), twin(x), 10)
@@ -298,7 +307,7 @@ def test_statistics_are_those_of_torchs_eager_layer(layer, device, path):
         assert_near(step(x), theirs(x))
         assert_near(dict(mine.state_dict()), dict(theirs.state_dict()))
     assert mine.num_batches_tracked == 3
-    assert counter.frame_count == 2  # one for each mode
+    assert compilations(counter) == 2  # one for each mode
 
 
 def test_a_residual_goes_through_a_compiled_module(device, path):
