@@ -13,6 +13,7 @@ from fastreg.ops import backend
 from fastreg.ops import channel_norm as ops
 from fastreg.ops.fused import ACTIVATIONS, activated
 
+SLOW = pytest.mark.slow  # on the interpreter
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 # Of the largest value. fp32 and fp64 are computed as such; 16-bit results are rounded once on the kernels and after
@@ -139,7 +140,7 @@ LAYOUTS = ["channels_last", "channels_outermost", "planes_turned", "samples_inne
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("groups", [None, 2, 3, 12])
+@pytest.mark.parametrize("groups", [None, 2, pytest.param(3, marks=SLOW), pytest.param(12, marks=SLOW)])
 def test_any_layout_is_kept(plan, device, layout, groups):
     norm = batch if groups is None else group(groups)
     check(
@@ -153,6 +154,7 @@ def test_any_layout_is_kept(plan, device, layout, groups):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(3, 16, 4, 5), (2, 20, 6, 6), (2, 10, 3, 4, 5), (4, 7, 9)], ids=str)
 @pytest.mark.parametrize("per_group", [1, 5, 10, None])
 def test_channels_last_with_groups_of_any_width(plan, device, shape, per_group):
@@ -164,7 +166,9 @@ def test_channels_last_with_groups_of_any_width(plan, device, shape, per_group):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float64, pytest.param(torch.float16, marks=SLOW), torch.bfloat16], ids=str
+)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("groups", [None, 4])
 @pytest.mark.parametrize("fused", [(None, False), ("relu", True)], ids=str)
@@ -247,7 +251,7 @@ def test_running_statistics(plan, device, dtype, momentum):
     near(ours[1].cpu(), exact_var, kept)
 
 
-def test_whoever_saved_running_statistics_hears_of_their_update(path, device):
+def test_whoever_saved_running_statistics_hears_of_their_update(device):
     """Evaluation saves them for its backward pass: torch's own error, not a wrong gradient."""
     mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)
     x = torch.randn(3, 4, 5, device=device, requires_grad=True)
@@ -354,7 +358,7 @@ def test_same_input_same_bits(plan, device):
 
 @pytest.mark.parametrize("wanted", ["x", "w", "r", "xw", "br", "xbr"], ids="".join)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("activation", ["relu", "silu"])
+@pytest.mark.parametrize("activation", ["relu", pytest.param("silu", marks=SLOW)])
 def test_any_subset_of_gradients(plan, device, wanted, training, activation):
     names = dict(zip("xwbr", ((3, 6, 8), (6,), (6,), (3, 6, 8)), strict=True))
     tensors = {n: torch.randn(s, device=device).requires_grad_(n in wanted) for n, s in names.items()}
