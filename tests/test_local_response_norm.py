@@ -284,7 +284,8 @@ def test_gradcheck_and_gradgradcheck(path, device, activation):
 
 
 def test_second_derivative_in_every_layout_of_the_kernels(device):
-    x = torch.randn(2, 2, 3, 1, 2, dtype=torch.float64, device=device).permute(4, 2, 0, 3, 1).requires_grad_()
+    # torch's own function fails here: it takes a view of the last two dimensions as one.
+    x = torch.randn(1, 2, 1, 2, 2, dtype=torch.float64, device=device).transpose(3, 4).requires_grad_()
     assert gradgradcheck(lambda x: F.local_response_norm(x, 2, **STRONG), (x,), fast_mode=True)
 
 

@@ -49,7 +49,8 @@ def batch_norm(
     statistics = (running_mean, running_var)
     good = eps > 0 and (input.numel() > input.shape[1] if training else running_mean is not None)
     if not (takes(input, weight, bias, statistics, fused) and good):
-        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, float(momentum), eps)
+        momentum = momentum.item() if isinstance(momentum, Tensor) else momentum
+        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
         return activated(y, activation, residual)
     running = Running(*statistics, momentum) if training and running_mean is not None else None
     form = Form(0, eps, activation)
