@@ -638,6 +638,19 @@ def test_linear_of_three_dimensions_is_not_folded():
     check_fold(Reshaped(lambda x: x.view(-1, 4, 6)), torch.randn(5, 4, 6), affine=["norm"])
 
 
+@torch.fx.wrap
+def flatten(x, start_dim):
+    """Not what torch's function of this name does, and unknown to the tracer."""
+    return torch.flatten(x, start_dim).unflatten(1, (4, 6))
+
+
+def test_what_does_not_show_a_matrix():
+    unflattening = nn.Flatten()
+    unflattening.register_forward_hook(lambda module, args, output: output.unflatten(1, (4, 6)))
+    for reshape in (lambda x: flatten(x, 1), lambda x: x.flatten(1).unflatten(1, (4, 6)), unflattening):
+        check_fold(Reshaped(reshape), torch.randn(5, 4, 6), affine=["norm"])
+
+
 def test_linear_with_an_example():
     model = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4))
     folded = check_fold(model, torch.randn(5, 6), example=torch.randn(2, 6))
@@ -758,7 +771,9 @@ def test_residual_that_is_the_input():
 
 def test_residual_without_activation():
     model = Using(lambda self, x: self.norm(self.conv(x), residual=x), fnn.BatchNorm2d)
-    check_fold(model, torch.randn(2, 4, 3, 3), left=["again"])
+    folded = check_fold(model, torch.randn(2, 4, 3, 3), left=["again"])
+    with pytest.raises(ValueError, match="the residual has to have the shape of the input"):
+        folded.norm(torch.randn(2, 4, 3, 3), residual=torch.randn(4, 1, 1))
 
 
 def test_unbatched_input_of_another_rank():
@@ -799,6 +814,14 @@ def test_every_way_of_calling_is_looked_at(escape):
     folded = check_fold(Optional(escape), torch.randn(2, 4, 3, 3), affine=["norm"] if escape else [])
     x = torch.randn(2, 4, 3, 3)
     folded(x, torch.ones(()), features=True)
+
+
+def test_too_many_ways_of_calling():
+    class Model(Using):
+        def forward(self, x, a=0.0, b=0.0, c=0.0, d=0.0):
+            return self.norm(self.conv(x)) + a + b + c + d
+
+    check_fold(Model(None), torch.randn(2, 4, 3, 3), left=["norm", "again"])
 
 
 class Untraceable(nn.Module):
@@ -863,9 +886,16 @@ class Ours(Doubling):
     __module__ = "fastreg.nn.doubling"
 
 
+class Negated(nn.Module):
+    """A parametrization that cannot be traced."""
+
+    def forward(self, weight):
+        return -weight if weight.sum() > 0 else weight
+
+
 def parametrized(channels):
     layer = nn.BatchNorm2d(channels)
-    nn.utils.parametrize.register_parametrization(layer, "weight", nn.Softplus())
+    nn.utils.parametrize.register_parametrization(layer, "weight", Negated())
     return layer
 
 

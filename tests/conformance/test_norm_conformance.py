@@ -120,10 +120,9 @@ def leaves(*tensors):
 
 
 def _statistics(x):
-    """Running statistics that are no whole numbers."""
-    channels = x.shape[1]
-    mean = torch.linspace(-0.5, 0.7, channels, dtype=x.dtype, device=x.device)
-    return mean, mean.square() + 0.3
+    """Running statistics that every dtype has exactly."""
+    steps = torch.arange(x.shape[1], dtype=x.dtype, device=x.device) / 8
+    return steps - 0.375, steps + 0.25
 
 
 def _kind(name, *arguments, evaluation=False, **keywords):
@@ -1172,7 +1171,7 @@ def test_settings_changed_after_construction_are_honoured(name, device, path):
         for m in (layer, stock):
             m(x)
             change(m)
-        for training in (True, False, True):
+        for training in (True, False):
             (actual, y), (expected, expected_y) = (
                 outcome(lambda m=m, training=training: m.train(training)(x)) for m in (layer, stock)
             )
@@ -1404,7 +1403,8 @@ def test_gradients_in_every_dtype(kind, activation, dtype, device, path):
     (None, "relu", "mish"),
     ("x", "weight", "bias", "residual"),
     fast=lambda kind, activation, needed: (
-        kind == "batch_norm" or (kind != "instance_norm" and activation == "relu")
+        (kind, activation)
+        in [("batch_norm", "relu"), ("batch_norm_evaluation", None), ("group_norm", "mish")]
     ),
 )
 def test_derivatives_of_one_input_alone(kind, activation, needed, device, path):
