@@ -131,12 +131,15 @@ def masked(p: float, kept: Callable[..., Tensor], dropped: Callable[..., Tensor]
     return check
 
 
-def close_to(reference: Callable[..., Tensor], rowwise: bool = False):
+def close_to(reference: Callable[..., Tensor], rowwise: bool = False, kink: bool = False):
     """The check of a function without chance: output and gradients are those of ``reference``, in fp32 throughout.
 
     rowwise: the first dimensions are independent of each other, so that of a large batch only both ends (2²⁰
     elements each) are compared, and the gradients of parameters, sums over all of it, are not. Otherwise everything
     is. What a sum over the batch may differ by is measured against its largest element.
+
+    kink: behind a sum that is rounded, a relu may take an element for positive where exact arithmetic does not: of
+    normal values about as large a share as the rounding, far less than the tolerance.
     """
 
     def check(inputs: tuple[Tensor, ...], y: Tensor, dy: Tensor, grads: tuple[Tensor, ...]) -> str | None:
@@ -163,7 +166,8 @@ def close_to(reference: Callable[..., Tensor], rowwise: bool = False):
         for name, actual, wanted in found:
             scale = 1.0 if wanted.shape == expected.shape else max(1.0, float(wanted.abs().max()))
             wrong = ~torch.isclose(actual, wanted, rtol=tolerance, atol=tolerance * scale)
-            if wrong.any():
+            at_kinks = tolerance / 16 * wrong.numel() if kink and wanted is not expected else 0
+            if wrong.sum() > at_kinks:
                 return (
                     f"{int(wrong.sum())} of {wrong.numel()} elements of the {name} differ from the reference"
                 )

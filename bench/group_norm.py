@@ -1,13 +1,21 @@
 """Group and instance normalization of feature maps, channels first and last."""
 
+import math
+
 import torch
 import torch.nn.functional as torch_functional
 
 import fastreg.functional as fast
 
 from .batch_norm import FEW_NARROW, inputs, variants
-from .cases import Case, close_to
+from .cases import Case, close_to, images
 from .sass import Budget, Kernel
+
+
+def whole_groups(numel: int) -> tuple[int, int, int, int]:
+    """512 channels, whatever the size: where it asks for less, the planes are smaller."""
+    side = min(28, max(1, math.isqrt(numel // 512)))
+    return images(max(numel, 512), side, channels=512)
 
 
 def group(layout: str, activation: str | None = None, groups: int = 32) -> Case:
@@ -17,7 +25,7 @@ def group(layout: str, activation: str | None = None, groups: int = 32) -> Case:
 
     return Case(
         f"group_norm({groups}) {layout}" + (f"+{activation}" if activation else ""),
-        inputs(layout == "NHWC", False, channels=512, side=28),
+        inputs(layout == "NHWC", False, whole_groups),
         ours=lambda x, w, b: fast.group_norm(x, groups, w, b, activation=activation),
         torch=eager,
         forward_bytes=lambda e: (

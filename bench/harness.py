@@ -285,10 +285,10 @@ def measure(
 
     for peer in peers:
         row = blank | {"implementation": peer.name}
-        if peer.name == "torch" and case.eager_backend is not None:
-            row["backend"] = case.eager_backend(*inputs)
         try:
             with time_limit(limit), peer.context():
+                if peer.name == "torch" and case.eager_backend is not None:
+                    row["backend"] = case.eager_backend(*inputs)
                 function = peer.build(case)
                 if function is None:
                     continue

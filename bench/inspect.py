@@ -261,6 +261,9 @@ def declared(families: tuple[str, ...] = FAMILIES) -> list[tuple[str, Kernel]]:
 def inspect(
     family: Annotated[list[str] | None, typer.Option(help=f"One of: {', '.join(FAMILIES)}.")] = None,
     kernel: Annotated[str, typer.Option(help="Only variants whose name contains this.")] = "",
+    headline: Annotated[
+        bool, typer.Option("--headline", help="Only the variants of the README's table.")
+    ] = False,
     target: Annotated[list[int] | None, typer.Option(help="One of: 80, 90, 100 (sm_80, ...).")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the reports here.")] = None,
     sass: Annotated[bool, typer.Option("--sass", help="Print the machine code of one variant.")] = False,
@@ -272,7 +275,7 @@ def inspect(
     """
     console = Console(width=max(Console().width, 160))  # narrower, the numbers of the table would be cut
     try:
-        selected = _select(tuple(family or FAMILIES), kernel)
+        selected = _select(tuple(family or FAMILIES), kernel, headline)
         targets = _known(tuple(target or TARGETS), TARGETS, "target")
         if sass:
             console.out(_one_listing(selected, targets))
@@ -299,8 +302,9 @@ def inspect(
         raise typer.Exit(1)
 
 
-def _select(families: tuple[str, ...], part: str) -> list[tuple[str, Kernel]]:
-    found = [(f, k) for f, k in declared(_known(families, FAMILIES, "family")) if part in k.name]
+def _select(families: tuple[str, ...], part: str, headline: bool) -> list[tuple[str, Kernel]]:
+    known = declared(_known(families, FAMILIES, "family"))
+    found = [(f, k) for f, k in known if part in k.name and k.headline >= headline]
     if not found:
         which = f" with {part!r} in its name" if part else ""
         raise InspectError(f"{', '.join(families)} declares no kernel{which}")

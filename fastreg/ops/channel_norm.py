@@ -696,13 +696,6 @@ def takes(
     )
 
 
-def autocast_dtype(input: Tensor) -> torch.dtype:
-    """What torch's group_norm and layer_norm return: fp32 under CUDA's autocast, else the dtype of the input."""
-    if input.is_cuda and input.dtype.itemsize == 2 and torch.is_autocast_enabled("cuda"):
-        return torch.float32
-    return input.dtype
-
-
 def normalize(
     input: Tensor,
     weight: Tensor | None,

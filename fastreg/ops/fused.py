@@ -51,6 +51,16 @@ def activated(v: Tensor, activation: str | None, residual: Tensor | None = None)
     return v if activation is None else ACTIVATIONS[activation](v)
 
 
+def autocast_dtype(input: Tensor) -> torch.dtype:
+    """What torch's group_norm and layer_norm return: fp32 under CUDA's autocast, else the dtype of the input.
+
+    Torch casts the input first; we read its 16 bits.
+    """
+    if input.dtype.itemsize == 2 and input.is_cuda and torch.is_autocast_enabled("cuda"):
+        return torch.float32
+    return input.dtype
+
+
 def result_dtype(dtype: torch.dtype, residual: Tensor | None) -> torch.dtype:
     return dtype if residual is None else torch.promote_types(dtype, residual.dtype)
 

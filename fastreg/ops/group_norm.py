@@ -3,8 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastreg.ops.channel_norm import Form, autocast_dtype, normalize, takes
-from fastreg.ops.fused import activated, check_activation, check_residual
+from fastreg.ops.channel_norm import Form, normalize, takes
+from fastreg.ops.fused import activated, autocast_dtype, check_activation, check_residual
 
 
 def group_norm(

@@ -17,7 +17,14 @@ from fastreg import random
 from fastreg.ops import backend
 from fastreg.ops.backend import Launch
 from fastreg.ops.dropout import dropout
-from fastreg.ops.fused import activated, check_activation, check_residual, result_dtype, sum_dtype
+from fastreg.ops.fused import (
+    activated,
+    autocast_dtype,
+    check_activation,
+    check_residual,
+    result_dtype,
+    sum_dtype,
+)
 from fastreg.ops.layout import ceil_div
 from fastreg.random import LANE_VALUES, Stream
 
@@ -522,13 +529,6 @@ def _on_kernels(input, skip, weight, bias, residual, normalized_shape, stream, f
     return y, h
 
 
-def _autocast_dtype(input: Tensor) -> torch.dtype:
-    """The dtype of torch's result: under autocast on a GPU it normalizes in fp32. (We read 16 bits all the same.)"""
-    if input.dtype.itemsize == 2 and input.is_cuda and torch.is_autocast_enabled("cuda"):
-        return torch.float32
-    return input.dtype
-
-
 def _worth_a_launch(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or not input.is_cuda or input.numel() >= ATEN_BELOW:
         return True
@@ -572,7 +572,7 @@ def layer_norm(
         form = _Form(
             math.prod(normalized_shape),
             float(eps),
-            result_dtype(_autocast_dtype(input), residual),
+            result_dtype(autocast_dtype(input), residual),
             activation,
         )
         return _on_kernels(input, None, weight, bias, residual, normalized_shape, Stream(0), form)[0]
