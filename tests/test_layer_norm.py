@@ -676,7 +676,7 @@ def test_autocast_on_a_gpu_gives_fp32_from_16_bits(device):
 
 def test_fp32_result_of_a_16_bit_input(device, monkeypatch):
     """What autocast asks for on a GPU: the input is read in 16 bits, nothing else is rounded."""
-    monkeypatch.setattr(ops, "_autocast_dtype", lambda input: torch.float32)
+    monkeypatch.setattr(ops, "autocast_dtype", lambda input: torch.float32)
     x = normal((6, 16), device, torch.bfloat16)
     weight, bias = parameters((16,), device)
     y = F.layer_norm(x, (16,), weight, bias)
