@@ -164,6 +164,7 @@ SAMPLES = [
 # -----------------------------------------------------------------------------------------------------------
 # Compiling in processes of their own
 
+pytestmark = pytest.mark.xdist_group("inspect")  # one process compiles, once, on all cores
 HOUR = 3600  # all variants of a family take minutes to compile
 COMPILING = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
 
@@ -205,12 +206,8 @@ def violations_of(tmp_path_factory):
 
 
 def kernels(headline: bool) -> list:
-    """As parameters; each family stays in one process, which compiles it once."""
     chosen = [(family, kernel.name) for family, kernel in declared() if kernel.headline >= headline]
-    return [
-        pytest.param(family, name, id=f"{family}: {name}", marks=pytest.mark.xdist_group(f"inspect {family}"))
-        for family, name in chosen
-    ]
+    return [pytest.param(family, name, id=f"{family}: {name}") for family, name in chosen]
 
 
 @pytest.mark.parametrize(("family", "name"), kernels(headline=True))

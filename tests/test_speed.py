@@ -22,8 +22,22 @@ LAYERS = {
     "AlphaDropout": (256, 4096),
     "FeatureAlphaDropout": (64, 64, 16, 16),
     "LayerNorm": (256, 4096),
+    "BatchNorm1d": (4096, 256),
+    "BatchNorm2d": (64, 64, 16, 16),
+    "BatchNorm3d": (16, 64, 8, 16, 8),
+    "GroupNorm": (64, 64, 16, 16),
+    "InstanceNorm2d": (64, 64, 16, 16),
+    "LocalResponseNorm": (16, 64, 16, 16),
 }
-ARGUMENTS = {"LayerNorm": (4096,)}  # of the constructors; a probability where not named
+ARGUMENTS = {  # of the constructors; a probability where not named
+    "LayerNorm": (4096,),
+    "BatchNorm1d": (256,),
+    "BatchNorm2d": (64,),
+    "BatchNorm3d": (64,),
+    "GroupNorm": (8, 64),
+    "InstanceNorm2d": (64,),
+    "LocalResponseNorm": (5,),
+}
 ALLOWED = 1.05
 
 

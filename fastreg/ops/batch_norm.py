@@ -1,9 +1,10 @@
 """Batch normalization, fused with residual and activation: y = f(BN(x) + residual)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastreg.ops.channel_norm import Form, Running, normalize, takes
+from fastreg.ops.channel_norm import Form, Running, normalize, takes, update_running
 from fastreg.ops.fused import activated, check_activation, check_residual
 
 
@@ -49,11 +50,21 @@ def batch_norm(
     statistics = (running_mean, running_var)
     good = eps > 0 and (input.numel() > input.shape[1] if training else running_mean is not None)
     if not (takes(input, weight, bias, statistics, fused) and good):
-        momentum = momentum.item() if isinstance(momentum, Tensor) else momentum
-        y = F.batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
+        if training and isinstance(momentum, Tensor):
+            y = _with_momentum_on_the_device(input, statistics, weight, bias, momentum, eps)
+        else:
+            y = F.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
         return activated(y, activation, residual)
     running = Running(*statistics, momentum) if training and running_mean is not None else None
     form = Form(0, eps, activation)
     return normalize(
         input, weight, bias, residual, None if training else statistics, running, form, input.dtype
     )
+
+
+def _with_momentum_on_the_device(input, statistics, weight, bias, momentum: Tensor, eps) -> Tensor:
+    """torch's function in training, where torch would wait for the number."""
+    of_batch = [None if t is None else torch.zeros_like(t) for t in statistics]
+    y = F.batch_norm(input, *of_batch, weight, bias, True, 1.0, eps)
+    update_running(Running(*statistics, momentum), *of_batch)
+    return y

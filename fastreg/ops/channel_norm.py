@@ -399,8 +399,12 @@ def dx_launch(
 # --- running them -----------------------------------------------------------------------------------------
 
 
-def _keeps_signs(residual: Tensor | None, form: Form, seen: View) -> bool:
-    return residual is not None and form.activation in SIGNED and seen.innermost % 8 == 0
+def _may_keep_signs(residual: Tensor | None, activation: str | None) -> bool:
+    return residual is not None and activation in SIGNED
+
+
+def _signs_fit(seen: View) -> bool:
+    return seen.innermost % 8 == 0
 
 
 def _run_forward(
@@ -425,7 +429,7 @@ def _run_forward(
     residual = None if residual is None else with_strides(residual, x.stride())
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     signs = None
-    if differentiated and _keeps_signs(residual, form, seen):
+    if differentiated and _may_keep_signs(residual, form.activation) and _signs_fit(seen):
         signs = torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
     if given is None:
         mean, var = torch.empty(2, seen.units, dtype=sum_dtype(x.dtype), device=x.device)
@@ -585,13 +589,12 @@ def _channel_norm_op(
 @_channel_norm_op.register_fake
 def _(x, weight, bias, residual, mean, var, groups, eps, activation, dtype, differentiated):
     y = torch.empty_like(x, dtype=dtype)
-    seen = view(y, groups) or view(torch.empty(x.shape, device="meta"), groups)
-    signed = differentiated and _keeps_signs(residual, Form(groups, eps, activation), seen)
-    statistics = {
-        "size": (seen.units if mean is None else 0,),
-        "dtype": sum_dtype(x.dtype),
-        "device": x.device,
-    }
+    signed = differentiated and _may_keep_signs(residual, activation)
+    if signed:  # only then: the view of odd planes depends on the number of samples, which would be a guard
+        seen = view(y, groups) or view(torch.empty(x.shape, device="meta"), groups)
+        signed = _signs_fit(seen)
+    units = x.shape[0] * groups if groups else x.shape[1]
+    statistics = {"size": (units if mean is None else 0,), "dtype": sum_dtype(x.dtype), "device": x.device}
     return (
         y,
         torch.empty(**statistics),
@@ -681,8 +684,8 @@ def takes(
         return False
     # ATen's group norm refuses parameters of another dtype on a GPU, so those are ours at any size.
     mixed = any(t is not None and t.dtype != input.dtype for t in (weight, bias))
-    small = input.numel() < ATEN_BELOW and not torch.compiler.is_compiling()
-    if input.is_cuda and small and not (fused or mixed):
+    eager = input.is_cuda and not torch.compiler.is_compiling()  # compiled, the size would be a guard
+    if eager and not (fused or mixed) and input.numel() < ATEN_BELOW:
         return False
     channels = input.shape[1]
     return (statistics[0] is None) == (statistics[1] is None) and all(
@@ -724,13 +727,14 @@ def normalize(
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, mean, var, _ = _channel_norm_op(*tensors, mean, var, *form, dtype, differentiated)
     if running is not None:
-        update_running(running, mean, var, input.numel() // input.shape[1])
+        count = input.numel() // input.shape[1]
+        update_running(running, mean, var * (count / (count - 1)))
     return y
 
 
-def update_running(running: Running, mean: Tensor, var: Tensor, count: int) -> None:
-    """running = (1 - momentum) running + momentum new, with the unbiased variance of ``count`` values."""
+def update_running(running: Running, mean: Tensor | None, unbiased_var: Tensor | None) -> None:
+    """running = (1 - momentum) running + momentum new."""
     with torch.no_grad():
-        for old, new in ((running.mean, mean), (running.var, var * (count / (count - 1)))):
+        for old, new in ((running.mean, mean), (running.var, unbiased_var)):
             if old is not None:
                 old.copy_((1 - running.momentum) * old + running.momentum * new)

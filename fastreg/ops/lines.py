@@ -43,7 +43,7 @@ def view(x: Tensor, groups: int) -> View | None:
     """How to see the dense tensor ``x`` [samples, channels, ...], or None if its layout tears samples apart."""
     count, samples, channels = x.numel(), x.shape[0], x.shape[1]
     narrow = 8 // x.element_size()  # elements of an access of 8 bytes
-    spatial = count // (samples * channels)
+    spatial = math.prod(x.shape[2:])
     if groups == 0:
         if channels == 1:
             return View(False, 1, 1, count, 1, 1, 1)

@@ -16,7 +16,12 @@ from fastreg.ops import backend
 
 CHANNELS = 6
 SHAPE = (4, CHANNELS, 5, 3)
-slow = pytest.mark.slow
+slow = pytest.mark.slow  # all of this file takes five minutes
+
+
+def quick(names, among):
+    """All names as parameters, of which the default run takes some."""
+    return [name if name in names else pytest.param(name, marks=slow) for name in among]
 
 
 @pytest.fixture(autouse=True)
@@ -38,9 +43,6 @@ def graph_runs_the_kernel(counter) -> bool:
         for graph in counter.graphs
         for node in graph.graph.nodes
     )
-
-
-pytestmark = pytest.mark.slow  # minutes of compiling
 
 
 def batch_norm(x, weight, bias, mean, var, **fused):
@@ -85,7 +87,7 @@ KINDS = {
     )
 }
 ON_ATEN = ("instance_norm_with_statistics",)  # may be left to ATen, also where there are kernels
-all_kinds = pytest.mark.parametrize("kind", KINDS)
+all_kinds = pytest.mark.parametrize("kind", quick(["batch_norm", "group_norm"], KINDS))
 some_kinds = pytest.mark.parametrize("kind", ["batch_norm", "group_norm", "instance_norm"])
 
 
@@ -143,6 +145,7 @@ def test_one_graph_with_eagers_values_gradients_and_statistics(kind, device, pat
     check(kind, device, path)
 
 
+@slow
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("activation", ["relu", pytest.param("gelu", marks=slow)])
 @pytest.mark.parametrize(
@@ -156,7 +159,7 @@ def test_fused_forms_equal_eager(kind, activation, layout, device, path):
     check(kind, device, path, layout=layout, residual=True, activation=activation)
 
 
-@pytest.mark.parametrize("shape", [(4, 8, 4, 2), (3, 8, 5, 5)], ids=str)
+@pytest.mark.parametrize("shape", [(4, 8, 4, 2), pytest.param((3, 8, 5, 5), marks=slow)], ids=str)
 def test_packed_signs_have_their_size_in_the_graph(shape, device, path):
     """A residual under a relu keeps bits, eight a byte, where the innermost dimension is a multiple of eight."""
 
@@ -191,6 +194,7 @@ def test_a_new_batch_size_does_not_recompile(kind, device, path):
     assert compilations(counter) == 1
 
 
+@slow
 @some_kinds
 def test_automatic_dynamic_shapes_compile_twice_at_most(kind, device, path):
     """The default of torch.compile: static at first, dynamic from the second size on."""
@@ -240,6 +244,7 @@ def test_without_gradients(kind, device, path):
     assert compilations(counter) == 1
 
 
+@slow
 @some_kinds
 def test_frozen_parameters_and_frozen_inputs(kind, device, path):
     for needed in (0, 1):
@@ -270,7 +275,7 @@ LAYERS = {
 all_layers = pytest.mark.parametrize("layer", LAYERS)
 
 
-@all_layers
+@pytest.mark.parametrize("layer", quick(["BatchNorm2d", "GroupNorm"], LAYERS))
 def test_modules_train_in_a_compiled_sequential(layer, device, path):
     """No graph break, also not for ``momentum=None``, where torch's own layer breaks (pytorch#194504)."""
     model = torch.nn.Sequential(
@@ -294,6 +299,7 @@ def test_modules_train_in_a_compiled_sequential(layer, device, path):
     assert_near(dict(model[1].state_dict()), dict(twin[1].state_dict()))
 
 
+@slow
 @pytest.mark.parametrize("layer", ["BatchNorm2d", "BatchNorm2d_average"])
 def test_statistics_are_those_of_torchs_eager_layer(layer, device, path):
     """Not only of ours: over several steps, then in evaluation, then in training again."""
@@ -338,12 +344,13 @@ def test_an_empty_batch(device, path):
 # --- Inductor ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["batch_norm", "group_norm", pytest.param("instance_norm", marks=slow)])
+@pytest.mark.parametrize("kind", quick(["batch_norm"], ["batch_norm", "group_norm", "instance_norm"]))
 def test_inductor_equals_eager(kind, device, path):
     """The default backend, which compiles the ATen path and calls the registered operators."""
     check(kind, device, path, residual=True, compiler="inductor", activation="gelu")
 
 
+@slow
 def test_inductor_trains_a_module(device, path):
     model = torch.nn.Sequential(fnn.BatchNorm2d(CHANNELS, activation="relu"), torch.nn.Conv2d(CHANNELS, 2, 2))
     model = model.to(device)
@@ -464,12 +471,9 @@ OP_SAMPLES = {
     },
     "rows": lambda d: {"x": _x(d, (7, CHANNELS), requires_grad=True), "differentiated": True},
 }
-QUICK = ("batch_affine", "evaluation", "group_channels_last", "instance_residual", "signs", "not_dense")
 
 
-@pytest.mark.parametrize(
-    "sample", [name if name in QUICK else pytest.param(name, marks=slow) for name in OP_SAMPLES]
-)
+@pytest.mark.parametrize("sample", quick(["batch_affine", "group_channels_last", "signs"], OP_SAMPLES))
 def test_opcheck_of_the_forward_operator(sample, device):
     op = operator("channel_norm")
     torch.library.opcheck(op, (), arguments_of(op, **OP_SAMPLES[sample](device)))
@@ -489,7 +493,7 @@ BACKWARD_SAMPLES = {
 }
 
 
-@pytest.mark.parametrize("sample", BACKWARD_SAMPLES)
+@pytest.mark.parametrize("sample", quick(["residual"], BACKWARD_SAMPLES))
 def test_opcheck_of_the_backward_operator(sample, device):
     op = operator("channel_norm_backward")
     given = {"dy": _x(device), "x": _x(device), **BACKWARD_SAMPLES[sample](device)}
