@@ -48,12 +48,9 @@ def batch_norm(
     check_residual(input, residual)
     fused = activation is not None or residual is not None
     statistics = (running_mean, running_var)
-    good = eps > 0 and (input.numel() > input.shape[1] if training else running_mean is not None)
-    if not (takes(input, weight, bias, statistics, fused) and good):
-        if training and isinstance(momentum, Tensor):
-            y = _with_momentum_on_the_device(input, statistics, weight, bias, momentum, eps)
-        else:
-            y = F.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
+    good = eps > 0 and takes(input, weight, bias, statistics, fused)
+    if not (good and (input.numel() > input.shape[1] if training else running_mean is not None)):
+        y = _in_aten(input, statistics, weight, bias, training, momentum, eps)
         return activated(y, activation, residual)
     running = Running(*statistics, momentum) if training and running_mean is not None else None
     form = Form(0, eps, activation)
@@ -62,8 +59,12 @@ def batch_norm(
     )
 
 
-def _with_momentum_on_the_device(input, statistics, weight, bias, momentum: Tensor, eps) -> Tensor:
-    """torch's function in training, where torch would wait for the number."""
+def _in_aten(input, statistics, weight, bias, training, momentum: float | Tensor, eps) -> Tensor:
+    if not isinstance(momentum, Tensor) or not training:
+        return F.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
+    if not (momentum.is_cuda or torch.compiler.is_compiling()):
+        return F.batch_norm(input, *statistics, weight, bias, training, momentum.item(), eps)
+    # torch would wait for the number.
     of_batch = [None if t is None else torch.zeros_like(t) for t in statistics]
     y = F.batch_norm(input, *of_batch, weight, bias, True, 1.0, eps)
     update_running(Running(*statistics, momentum), *of_batch)

@@ -40,7 +40,6 @@ CHANNELS = 6
 SHAPES = {3: (4, CHANNELS, 5), 4: (3, CHANNELS, 5, 3), 5: (2, CHANNELS, 3, 2, 3)}
 
 slow = pytest.mark.slow
-pytestmark = slow  # all of it: tens of minutes
 
 
 def on_both(names, *values, only=lambda *case: True, fast=lambda *case: True):
