@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastreg.ops.channel_norm import Form, Running, normalize, takes, update_running
+from fastreg.ops.channel_norm import Form, Running, normalize, numbers, takes, update_running
 from fastreg.ops.fused import activated, check_activation, check_residual
 
 
@@ -48,7 +48,7 @@ def batch_norm(
     check_residual(input, residual)
     fused = activation is not None or residual is not None
     statistics = (running_mean, running_var)
-    good = eps > 0 and takes(input, weight, bias, statistics, fused)
+    good = takes(input, weight, bias, statistics, fused) and numbers(momentum, eps) and eps > 0
     if not (good and (input.numel() > input.shape[1] if training else running_mean is not None)):
         y = _in_aten(input, statistics, weight, bias, training, momentum, eps)
         return activated(y, activation, residual)

@@ -433,12 +433,15 @@ def _run_forward(
         signs = torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
     if given is None:
         mean, var = torch.empty(2, seen.units, dtype=sum_dtype(x.dtype), device=x.device)
-        launches = forward_launches(x, weight, bias, residual, y, signs, mean, var, running, form, seen)
+        kept = None if form.groups else running  # those of channels the kernels update
+        launches = forward_launches(x, weight, bias, residual, y, signs, mean, var, kept, form, seen)
     else:
         mean, var = (t.to(sum_dtype(x.dtype)).contiguous() for t in given)
         launches = [apply_launch(x, weight, bias, residual, y, signs, mean, var, form, seen)]
     for launch in launches:
         launch.run(x.device)
+    if running is not None and form.groups:
+        update_running(running, *_of_channels(mean, var, x, form.groups))
     return result if y is result else result.copy_(y), mean, var, signs
 
 
@@ -699,6 +702,11 @@ def takes(
     )
 
 
+def numbers(*values) -> bool:
+    """Whether momentum and eps are what the kernels can take. Whatever else they are, torch refuses."""
+    return all(isinstance(value, (int, float, Tensor)) for value in values)
+
+
 def normalize(
     input: Tensor,
     weight: Tensor | None,
@@ -712,7 +720,8 @@ def normalize(
     """f(normalized input + residual) on the kernels.
 
     given: mean and variance of evaluation, or None: those of the input.
-    running: updated with the statistics of the input, where those are of channels.
+    running: updated with the statistics of the input: of channels, or the average over samples of those of
+        instances.
     dtype: of the normalized input. The result has the promoted dtype of that and the residual.
     """
     dtype = result_dtype(dtype, residual)
@@ -727,9 +736,16 @@ def normalize(
     differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     y, mean, var, _ = _channel_norm_op(*tensors, mean, var, *form, dtype, differentiated)
     if running is not None:
-        count = input.numel() // input.shape[1]
-        update_running(running, mean, var * (count / (count - 1)))
+        update_running(running, *_of_channels(mean, var, input, form.groups))
     return y
+
+
+def _of_channels(mean: Tensor, var: Tensor, x: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and unbiased variance of channels; of instance normalization, averaged over the samples."""
+    samples = x.shape[0] if groups else 1
+    count = x.numel() // (samples * x.shape[1])
+    mean, var = (t.view(samples, x.shape[1]).mean(0) for t in (mean, var))
+    return mean, var * (count / (count - 1))
 
 
 def update_running(running: Running, mean: Tensor | None, unbiased_var: Tensor | None) -> None:
@@ -737,4 +753,4 @@ def update_running(running: Running, mean: Tensor | None, unbiased_var: Tensor |
     with torch.no_grad():
         for old, new in ((running.mean, mean), (running.var, unbiased_var)):
             if old is not None:
-                old.copy_((1 - running.momentum) * old + running.momentum * new)
+                old.copy_((1 - running.momentum) * old.to(new.dtype) + running.momentum * new)

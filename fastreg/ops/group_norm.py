@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastreg.ops.channel_norm import Form, normalize, takes
+from fastreg.ops.channel_norm import Form, Running, normalize, numbers, takes
 from fastreg.ops.fused import activated, autocast_dtype, check_activation, check_residual
 
 
@@ -38,7 +38,7 @@ def group_norm(
     check_activation(activation)
     check_residual(input, residual)
     fused = activation is not None or residual is not None
-    good = num_groups > 0 and takes(input, weight, bias, (None, None), fused)
+    good = num_groups > 0 and takes(input, weight, bias, (None, None), fused) and numbers(eps)
     # Where a channel has one value, and each group one channel, torch refuses.
     if not (good and input.shape[1] % num_groups == 0 and input.numel() > num_groups):
         return activated(F.group_norm(input, num_groups, weight, bias, eps), activation, residual)
@@ -70,8 +70,7 @@ def instance_norm(
     check_residual(input, residual)
     fused = activation is not None or residual is not None
     statistics = (running_mean, running_var)
-    tracked = use_input_stats and running_mean is not None
-    good = takes(input, weight, bias, statistics, fused) and not tracked
+    good = takes(input, weight, bias, statistics, fused) and numbers(momentum, eps)
     spatial = good and input.numel() // (input.shape[0] * input.shape[1])
     if not (good and spatial > 1 if use_input_stats else good and running_mean is not None):
         y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
@@ -80,5 +79,6 @@ def instance_norm(
         return normalize(
             input, weight, bias, residual, statistics, None, Form(0, eps, activation), input.dtype
         )
+    running = None if running_mean is None else Running(*statistics, momentum)
     form = Form(input.shape[1], eps, activation)
-    return normalize(input, weight, bias, residual, None, None, form, input.dtype)
+    return normalize(input, weight, bias, residual, None, running, form, input.dtype)

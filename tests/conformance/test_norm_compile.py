@@ -86,7 +86,6 @@ KINDS = {
         *(group_norm, instance_norm, instance_norm_with_statistics, instance_norm_evaluation),
     )
 }
-ON_ATEN = ("instance_norm_with_statistics",)  # may be left to ATen, also where there are kernels
 all_kinds = pytest.mark.parametrize("kind", quick(["batch_norm", "group_norm"], KINDS))
 some_kinds = pytest.mark.parametrize("kind", ["batch_norm", "group_norm", "instance_norm"])
 
@@ -136,8 +135,7 @@ def check(
     # The first statistics are not what went in, where they are to be updated.
     assert (updated[0].equal(mean)) == (kind not in ("batch_norm", "instance_norm_with_statistics"))
     assert compilations(counter) == 1
-    if kind not in ON_ATEN:
-        assert graph_runs_the_kernel(counter) == (path == "kernels")
+    assert graph_runs_the_kernel(counter) == (path == "kernels")
 
 
 @all_kinds
