@@ -251,6 +251,14 @@ def test_running_statistics(plan, device, dtype, momentum):
     near(ours[1].cpu(), exact_var, kept)
 
 
+def test_running_statistics_that_are_views_are_updated_where_they_lie(device):
+    x = torch.randn(3, 4, 5, device=device)
+    store, exact = torch.ones(2, 8, device=device), torch.ones(2, 8, dtype=torch.float64)
+    F.batch_norm(x, store[0, ::2], store[1, ::2], training=True)
+    TF.batch_norm(x.cpu().double(), exact[0, ::2], exact[1, ::2], training=True)
+    near(store.cpu(), exact, torch.float32)
+
+
 def test_whoever_saved_running_statistics_hears_of_their_update(device):
     """Evaluation saves them for its backward pass: torch's own error, not a wrong gradient."""
     mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)

@@ -56,6 +56,8 @@ def definition(
 ) -> Tensor:
     """mean, var: given statistics of the channels (evaluation), or None: those of ``x``. Computes in fp32 or fp64."""
     dtype = sum_dtype(x.dtype)
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)  # torch's second derivatives are wrong with a bias alone
     x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
     if form.groups:
         y = torch.group_norm(x, form.groups, weight, bias, form.eps, False)
@@ -433,14 +435,16 @@ def _run_forward(
         signs = torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
     if given is None:
         mean, var = torch.empty(2, seen.units, dtype=sum_dtype(x.dtype), device=x.device)
-        kept = None if form.groups else running  # those of channels the kernels update
+        # The kernels update those of channels, where they lie side by side.
+        dense = running is not None and all(t is None or t.is_contiguous() for t in running[:2])
+        kept = running if dense and not form.groups else None
         launches = forward_launches(x, weight, bias, residual, y, signs, mean, var, kept, form, seen)
     else:
         mean, var = (t.to(sum_dtype(x.dtype)).contiguous() for t in given)
         launches = [apply_launch(x, weight, bias, residual, y, signs, mean, var, form, seen)]
     for launch in launches:
         launch.run(x.device)
-    if running is not None and form.groups:
+    if running is not None and kept is None:
         update_running(running, *_of_channels(mean, var, x, form.groups))
     return result if y is result else result.copy_(y), mean, var, signs
 
