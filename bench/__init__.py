@@ -1,4 +1,7 @@
 """The benchmark suite: ``python -m bench`` in a checkout, ``fastreg bench`` where installed."""
 
 # A family is one stem: bench/<family>.py declares CASES, which are timed, and kernels(), which are inspected.
-FAMILIES = ("dropout", "batch_norm", "group_norm", "layer_norm", "local_response_norm")
+FAMILIES = (
+    *("dropout", "drop_connect", "noise"),
+    *("batch_norm", "group_norm", "layer_norm", "local_response_norm"),
+)

@@ -1,6 +1,7 @@
 """Functions, drop-in for ``torch.nn.functional``: a list of names, the logic is in ``fastreg.ops``."""
 
 from fastreg.ops.batch_norm import batch_norm
+from fastreg.ops.drop_connect import drop_connect_linear
 from fastreg.ops.dropout import (
     alpha_dropout,
     drop_path,
@@ -13,10 +14,12 @@ from fastreg.ops.dropout import (
 from fastreg.ops.group_norm import group_norm, instance_norm
 from fastreg.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fastreg.ops.local_response_norm import local_response_norm
+from fastreg.ops.noise import gaussian_noise
 
 __all__ = [
     "alpha_dropout",
     "batch_norm",
+    "drop_connect_linear",
     "drop_path",
     "dropout",
     "dropout1d",
@@ -24,6 +27,7 @@ __all__ = [
     "dropout3d",
     "dropout_add_layer_norm",
     "feature_alpha_dropout",
+    "gaussian_noise",
     "group_norm",
     "instance_norm",
     "layer_norm",

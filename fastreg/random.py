@@ -11,6 +11,9 @@ so a random number depends on seed, offset and element alone, not on device, dty
 where lane < t, t = round(p 2^16), and scales what it keeps by 2^16 / (2^16 - t): the mean is exact for the
 probability applied, which differs from p by at most 2^-17.
 
+A connection (example, output n, input k) of DropConnect receives a bit for each binary digit of its probability:
+that of its example in the 16-bit lane k % 8 of block (k // 8, n), see ``connection_lanes``.
+
 The Triton kernels (``kernels/philox.py``) equal this file bit for bit, normals up to the rounding of log, sin, cos.
 """
 
@@ -92,6 +95,68 @@ def keep_mask(size, p: float, stream: Stream, device=None) -> Tensor:
     bits = words(first_block, stream)
     drawn = torch.stack((bits & 0xFFFF, bits >> 16), dim=-1).flatten()[:count]
     return (drawn >= threshold(p)).view(size)
+
+
+class Chance(NamedTuple):
+    """A probability of keeping, keep / 2^digits. It takes a random bit a digit to decide with it."""
+
+    keep: int
+    digits: int
+
+    @property
+    def probability(self) -> float:
+        return self.keep / 2**self.digits
+
+
+EXAMPLES_PER_LANE = 16
+"""A connection's lane has a bit for each of so many examples (or groups of them)."""
+
+
+def chance(p: float) -> Chance:
+    """The chance closest to keeping with probability 1 - ``p`` in 8 digits, or in as many more (16 at most) as give
+    the smaller of p and 1 - p four significant ones. One half takes one digit."""
+    smaller = min(p, 1 - p)
+    digits = min(16, max(8, math.ceil(-math.log2(smaller)) + 4)) if smaller > 0 else 0
+    keep = round((1 - p) * 2**digits)
+    while digits and keep % 2 == 0:
+        keep, digits = keep // 2, digits - 1
+    return Chance(keep, digits)
+
+
+def connection_lanes(
+    word: int, outputs: int, inputs: int, chance: Chance, stream: Stream, device=None
+) -> Tensor:
+    """Which connections are kept, for 16 examples: int16 ``[outputs, inputs]``.
+
+    Bit 15 - i is 1 where example 16 ``word`` + i keeps the connection. Digit d of the probability (0 the last) has
+    lanes of its own: those of block (k // 8, n) under an offset whose upper half is increased by word + d 2^28. The
+    digits are read from the last to the first, as in Horner's scheme: a 1 halves the chance of dropping (or), a 0
+    that of keeping (and).
+    """
+    seed, offset = stream
+    block = torch.arange(outputs, device=device)[:, None] << 32 | torch.arange(
+        (inputs + 7) // 8, device=device
+    )
+    for digit in range(chance.digits):
+        bits = words(block, Stream(seed, offset + (word + (digit << 28) << 32)))
+        if digit == 0:
+            kept = bits  # the last digit is a 1
+        elif chance.keep >> digit & 1:
+            kept |= bits
+        else:
+            kept &= bits
+    halves = torch.stack((kept & 0xFFFF, kept >> 16), dim=-1).flatten(1)[:, :inputs]
+    return halves.to(torch.int16)
+
+
+def connection_mask(example: Tensor, outputs: int, inputs: int, chance: Chance, stream: Stream) -> Tensor:
+    """Which connections the given examples (int64 ``[B]``, or groups) keep: bool ``[B, outputs, inputs]``."""
+    masks = []
+    for index in example.tolist():
+        word, bit = divmod(index, EXAMPLES_PER_LANE)
+        lanes = connection_lanes(word, outputs, inputs, chance, stream, example.device)
+        masks.append(lanes << bit < 0)
+    return torch.stack(masks) if masks else torch.zeros(0, outputs, inputs, dtype=torch.bool)
 
 
 def normal(size, stream: Stream, *, dtype: torch.dtype = torch.float32, device=None) -> Tensor:

@@ -39,18 +39,8 @@ def high_word(x):
 
 
 @triton.jit
-def philox(block, seed, offset):
-    """Four words of 32 random bits for each block index.
-
-    block: int64 or (cheaper) non-negative int32, any shape.  seed, offset: int64 scalars.
-    Returns four uint32 tensors shaped as ``block``.
-    """
-    c0 = low_word(block)
-    c1 = tl.zeros_like(c0) if block.dtype == tl.int32 else high_word(block)
-    c2 = tl.zeros_like(c0) + low_word(offset)
-    c3 = tl.zeros_like(c0) + high_word(offset)
-    k0 = low_word(seed)
-    k1 = high_word(seed)
+def philox4x32(c0, c1, c2, c3, k0, k1):
+    """The bijection itself: counter and key are words of 32 bits, uint32, the counter's four of one shape."""
     for _ in tl.static_range(ROUNDS):
         # Widened first, a 32x32 multiply is one instruction for both halves of the product.
         product_0 = c0.to(tl.uint64) * MULTIPLIER_0
@@ -62,6 +52,20 @@ def philox(block, seed, offset):
         k0 += WEYL_0
         k1 += WEYL_1
     return c0, c1, c2, c3
+
+
+@triton.jit
+def philox(block, seed, offset):
+    """Four words of 32 random bits for each block index.
+
+    block: int64 or (cheaper) non-negative int32, any shape.  seed, offset: int64 scalars.
+    Returns four uint32 tensors shaped as ``block``.
+    """
+    c0 = low_word(block)
+    c1 = tl.zeros_like(c0) if block.dtype == tl.int32 else high_word(block)
+    c2 = tl.zeros_like(c0) + low_word(offset)
+    c3 = tl.zeros_like(c0) + high_word(offset)
+    return philox4x32(c0, c1, c2, c3, low_word(seed), high_word(seed))
 
 
 @triton.jit
@@ -116,7 +120,7 @@ def box_muller(radius_word, angle_word):
     The uniform (word + 1/2) / 2^32 is never 0, so the largest magnitude is sqrt(66 ln 2) = 6.76; the angle
     is the word read as a signed number times pi / 2^31, inside [-pi, pi] where sin and cos are accurate.
     """
-    uniform = (radius_word.to(tl.float32) + 0.5) * 2.0**-32
+    uniform = tl.fma(radius_word.to(tl.float32), 2.0**-32, 2.0**-33)
     radius = sqrt(log2(uniform) * -1.3862943611198906)  # -2 ln 2
     angle = angle_word.to(tl.int32, bitcast=True).to(tl.float32) * 1.4629180792671596e-09  # pi / 2^31
     return radius * cos(angle), radius * sin(angle)

@@ -483,6 +483,12 @@ def test_inplace_writes_into_the_input_and_nowhere_else(path, device, name, grad
         assert torch.equal(gradient, torch.where(keep, 2.0, 0.0))
 
 
+def test_inplace_returns_the_input_itself(path, device):
+    x = torch.randn(64, device=device, requires_grad=True)
+    with torch.no_grad():
+        assert F.dropout(x, 0.5, inplace=True) is x
+
+
 def test_inplace_gradient(path, device):
     leaf = torch.randn(9, 7, device=device, requires_grad=True)
     x = leaf * 1

@@ -468,7 +468,8 @@ def _dropout(
 
 def _on_kernels(input, bias, residual, stream, form, inplace):
     if not torch.compiler.is_compiling():
-        return _Dropout.apply(input, bias, residual, *stream, form, inplace)
+        y = _Dropout.apply(input, bias, residual, *stream, form, inplace)
+        return input if inplace else y  # without gradients, apply returns an alias
     seed = stream.seed
     if not isinstance(seed, Tensor):
         seed = torch.full((1,), seed, dtype=torch.int64, device=input.device)

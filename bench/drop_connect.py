@@ -1,0 +1,142 @@
+"""DropConnect with a mask of its own for every example. ``p`` is the probability of dropping."""
+
+import torch
+
+import fastreg.functional as fast
+from fastreg import random as streams
+from fastreg.ops import drop_connect as ops
+from fastreg.random import Stream
+
+from .cases import TOLERANCE, Case, rows
+from .sass import Budget, Kernel
+
+
+def inputs(features: int):
+    """v [examples, features], W [features, features] with rows of norm 1, a bias."""
+
+    def make(numel: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, ...]:
+        examples, columns = rows(numel, features)
+        v = torch.randn(examples, columns, dtype=dtype, device=device)
+        weight = (torch.randn(features, columns, device=device) / columns**0.5).to(dtype)
+        bias = torch.randn(features, dtype=dtype, device=device)
+        return tuple(t.requires_grad_() for t in (v, weight, bias))
+
+    return make
+
+
+def all_masks_at_once(p: float):
+    """What PyTorch users write: the mask in memory, a product of matrices for every example."""
+
+    def drop_connect(v, weight, bias):
+        mask = torch.rand(len(v), *weight.shape, device=v.device, dtype=v.dtype) >= p
+        masked = torch.where(mask, weight, 0) / (1 - p)
+        return torch.bmm(masked, v.unsqueeze(2)).squeeze(2) + bias
+
+    return drop_connect
+
+
+def has_the_moments(p: float):
+    """The check of any implementation: mean and variance are those of the paper, and the gradients follow the mask,
+    for z - b is linear in v and in W: (dz, z - b) = (dv, v) = (dW, W)."""
+
+    def check(inputs, z, dz, grads) -> str | None:
+        v, weight, bias, z, dz, dv, dweight, dbias = (t.detach().float() for t in (*inputs, z, dz, *grads))
+        if z.shape != (len(v), len(weight)):
+            return f"output is {tuple(z.shape)}"
+        deviation = (p / (1 - p) * v.square() @ weight.square().t()).sqrt()
+        normal = (z - bias - v @ weight.t()) / deviation
+        tolerance = TOLERANCE[inputs[0].dtype] + 6 * (2 / normal.numel()) ** 0.5
+        if abs(normal.mean()) > tolerance or abs(normal.var(correction=0) - 1) > 2 * tolerance:
+            return f"mean {normal.mean():.4f} and variance {normal.var():.4f} of z, in place of 0 and 1"
+        product, size = (dz * (z - bias)).sum(), (dz * (z - bias)).norm()
+        for name, other in (("input", (dv * v).sum()), ("weight", (dweight * weight).sum())):
+            if abs(product - other) > TOLERANCE[inputs[0].dtype] * (1 + 10 * size):
+                return f"the gradient of the {name} does not follow the mask"
+        if not torch.allclose(dbias, dz.sum(0), rtol=1e-2, atol=1e-2 * float(dz.sum(0).abs().max())):
+            return "the gradient of the bias is not the sum of dz"
+        return None
+
+    return check
+
+
+def example(features: int, p: float) -> Case:
+    return Case(
+        f"drop_connect_linear p={p:g} {features}x{features}",
+        inputs(features),
+        ours=lambda v, weight, bias: fast.drop_connect_linear(v, weight, bias, p),
+        torch=all_masks_at_once(p),
+        # v and z, dz, v and dv. What the weights add is little, and what takes the time is no byte.
+        forward_bytes=lambda e: 2 * e,
+        backward_bytes=lambda e: 3 * e,
+        check=has_the_moments(p),
+    )
+
+
+CASES = (example(1024, 0.5), example(1024, 0.25), example(4096, 0.5))
+
+
+# -----------------------------------------------------------------------------------------------------------
+# What ``fastreg inspect`` compiles. An element is a connection: an example, an output and an input
+
+
+def kernels() -> list[Kernel]:
+    found = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        found += variants(dtype, (256, 4096, 4096), 0.5, headline=dtype == torch.bfloat16)
+    found += variants(torch.bfloat16, (256, 4096, 4096), 0.25)
+    found += variants(torch.bfloat16, (256, 4096, 4096), 0.3)
+    found += variants(torch.bfloat16, (128, 1024, 1024), 0.5, activation="relu", note=" split")
+    return found
+
+
+# Instructions a connection at one binary digit, and a digit more: forward and input gradient, weight gradient.
+BUDGETS = {2: (3.1, 3.7, 0.31), 4: (10.5, 3.7, 0.31)}
+
+
+def variants(dtype, size, p, activation=None, note="", headline=False):
+    examples, outputs, inputs = size
+    v, weight, z, bias = (
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape in ((examples, inputs), (outputs, inputs), (examples, outputs), (outputs,))
+    )
+    chance = streams.chance(p)
+    form = ops._Form(*chance, 1, 1 / chance.probability)
+    connections = examples * outputs * inputs
+    moved = dtype.itemsize * (v.numel() + weight.numel() + z.numel()) / connections
+    label = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    product, gradient, digit = BUDGETS[dtype.itemsize]
+    product, gradient = (limit + digit * (chance.digits - 1) for limit in (product, gradient))
+
+    def kernel(name, launch, trips, limit, shared):
+        # Bound by the issue of instructions, by construction: no headroom is asked for.
+        budget = Budget(
+            max_instructions=limit,
+            narrow_loads=200,
+            narrow_stores=200,
+            shared_bytes=shared,
+            min_headroom=0,
+        )
+        return Kernel.of(
+            f"{name} {label} p={p:g}{note}",
+            launch,
+            connections,
+            moved,
+            trips=trips,
+            budget=budget,
+            headline=headline,
+        )
+
+    stream = Stream(1)
+
+    def trips(launch):
+        """Tiles of columns, and the examples of a lane, four at a time; sm_100 also waits for its tensor cores."""
+        tiles = launch.arguments["trips"]
+        waits = 12 if launch.arguments["THREE"] else 4
+        return {80: (tiles, 4), 90: (tiles, 4), 100: (1, tiles, 4, *[1] * waits)}
+
+    forward = ops.product_launches(v, weight, bias, z, activation, stream, form, transposed=False)[0]
+    backward = ops.product_launches(z, weight, None, v, None, stream, form, transposed=True)[0]
+    yield kernel("forward", forward, trips(forward), product, 24576)
+    yield kernel("input gradient", backward, trips(backward), product, 24576)
+    gradient_launch = ops.weight_gradient_launch(z, v, weight, stream, form)
+    yield kernel("weight gradient", gradient_launch, gradient_launch.arguments["words"], gradient, 8192)

@@ -1,0 +1,105 @@
+"""Layers that drop connections: ``torch.nn``'s with masked weights."""
+
+import torch
+from torch import Tensor
+
+from fastreg.ops import drop_connect as ops
+from fastreg.ops.dropout import dropout
+
+
+class DropConnectLinear(torch.nn.Linear):
+    """A linear layer whose connections are dropped in training: see :func:`fastreg.functional.drop_connect_linear`.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as of :class:`torch.nn.Linear`.
+        p: probability of dropping a connection.
+        mask: "example" (every example has its own), "group" (``group_size`` examples share one), "batch".
+        inverted: False scales by 1 - p in evaluation instead of 1 / (1 - p) in training.
+        inference: in evaluation, "gaussian" (the paper's) or "mean".
+        samples: draws of the Gaussian where ``activation`` has no closed form.
+        activation: applied to the sum. The Gaussian inference needs to know it, so give it here, not to a layer behind.
+
+    Shape: ``[*, in_features]`` to ``[*, out_features]``.
+
+    Source: Wan, Zeiler, Zhang, LeCun, Fergus 2013 (ICML).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        p: float = 0.5,
+        *,
+        mask: str = "example",
+        group_size: int | None = None,
+        inverted: bool = True,
+        inference: str = "gaussian",
+        samples: int | None = None,
+        activation: str | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        ops.check_arguments(p, mask, group_size, inference, samples, activation)
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.p = p
+        self.mask = mask
+        self.group_size = group_size
+        self.inverted = inverted
+        self.inference = inference
+        self.samples = samples
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.drop_connect_linear(
+            input,
+            self.weight,
+            self.bias,
+            self.p,
+            self.training,
+            mask=self.mask,
+            group_size=self.group_size,
+            inverted=self.inverted,
+            inference=self.inference,
+            samples=self.samples,
+            activation=self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, p={self.p}, mask={self.mask}"
+        for name, default in (
+            ("group_size", None),
+            ("inverted", True),
+            ("inference", "gaussian"),
+            ("samples", None),
+            ("activation", None),
+        ):
+            if getattr(self, name) != default:
+                text += f", {name}={getattr(self, name)}"
+        return text
+
+
+class DropConnectConv2d(torch.nn.Conv2d):
+    """A convolution whose weights are dropped in training, with one mask a step for all examples and places.
+
+    Args:
+        p: probability of dropping a weight.
+        activation: applied to the result.
+        The others: as of :class:`torch.nn.Conv2d`.
+
+    In evaluation it is torch's convolution: kept weights are scaled by 1 / (1 - p) in training.
+    """
+
+    def __init__(self, *arguments, p: float = 0.5, activation: str | None = None, **keywords) -> None:
+        ops.check_arguments(p, activation=activation)
+        super().__init__(*arguments, **keywords)
+        self.p = p
+        self.activation = activation
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = dropout(self.weight, self.p, self.training)
+        return ops.activated(self._conv_forward(input, weight, self.bias), self.activation)
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, p={self.p}"
+        return text if self.activation is None else f"{text}, activation={self.activation}"

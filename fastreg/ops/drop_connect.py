@@ -1,0 +1,520 @@
+"""DropConnect: linear layers whose connections, not units, are dropped (Wan et al. 2013).
+
+Masks of its own for every example (or group of examples) are one function, ``_DropConnect``, on two backends: the
+Triton kernels of ``kernels/drop_connect.py`` (CUDA) and loops over the examples in ATen (CPU, fp64). Neither stores a
+mask, and neither needs more memory than its results and a mask or two.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor
+from torch.autograd import forward_ad
+
+from fastreg import random
+from fastreg.ops import backend
+from fastreg.ops.backend import Launch
+from fastreg.ops.dropout import dropout
+from fastreg.ops.fused import activated, check_activation
+from fastreg.ops.layout import ceil_div
+from fastreg.random import EXAMPLES_PER_LANE, Chance, Stream
+
+if backend.HAS_TRITON:
+    from fastreg.kernels import drop_connect as kernels
+
+MASKS = ("example", "group", "batch")
+INFERENCE = ("gaussian", "mean")
+SAMPLES = 1000  # of the Gaussian, where an activation has no closed form: as many as in the paper
+
+
+class _Form(NamedTuple):
+    """What distinguishes one masked product from another."""
+
+    keep: int
+    digits: int
+    group_size: int
+    scale: float
+
+    @property
+    def chance(self) -> Chance:
+        return Chance(self.keep, self.digits)
+
+    def words(self, examples: int) -> int:
+        """How many words of lanes serve so many examples."""
+        return ceil_div(examples, EXAMPLES_PER_LANE * self.group_size)
+
+
+# --- in ATen ----------------------------------------------------------------------------------------------
+
+
+def _masks(v: Tensor, weight: Tensor, stream: Stream, form: _Form):
+    """Yields (slice of examples that share a mask, their mask: bool [outputs, inputs])."""
+    for word in range(form.words(len(v))):
+        lanes = random.connection_lanes(word, *weight.shape, form.chance, stream, v.device)
+        for bit in range(EXAMPLES_PER_LANE):
+            start = (word * EXAMPLES_PER_LANE + bit) * form.group_size
+            if start < len(v):
+                # One bit tested, not shifted: 1 << 15 is the sign.
+                mask = lanes & (-(1 << 15) if bit == 0 else 1 << 15 - bit)
+                yield slice(start, start + form.group_size), mask != 0
+
+
+def _aten_forward(v: Tensor, weight: Tensor, stream: Stream, form: _Form) -> Tensor:
+    z = v.new_empty(len(v), len(weight))
+    for examples, mask in _masks(v, weight, stream, form):
+        z[examples] = v[examples] @ torch.where(mask, weight, 0).t()
+    return z * form.scale
+
+
+def _aten_backward(dz, v, weight, stream, form, needs_v: bool, needs_weight: bool):
+    dv = torch.empty_like(v) if needs_v else None
+    dweight = torch.zeros_like(weight) if needs_weight else None
+    for examples, mask in _masks(v, weight, stream, form):
+        if needs_v:
+            dv[examples] = dz[examples] @ torch.where(mask, weight, 0)
+        if needs_weight:
+            dweight += torch.where(mask, dz[examples].t() @ v[examples], 0)
+    return (dv * form.scale if needs_v else None), (dweight * form.scale if needs_weight else None)
+
+
+def _definition(v: Tensor, weight: Tensor, stream: Stream, form: _Form) -> Tensor:
+    """With all masks at once, differentiable any number of times: [examples, outputs, inputs] in memory."""
+    group = torch.arange(len(v), device=v.device) // form.group_size
+    mask = random.connection_mask(group, *weight.shape, form.chance, stream)
+    return (torch.where(mask, weight, 0) @ v.unsqueeze(2)).squeeze(2) * form.scale
+
+
+# --- launches ---------------------------------------------------------------------------------------------
+
+
+def _stream_arguments(stream: Stream, form: _Form) -> dict:
+    in_memory = isinstance(stream.seed, Tensor)
+    return {
+        "seed_ptr": stream.seed if in_memory else None,
+        "seed": 0 if in_memory else stream.seed,
+        "offset": stream.offset,
+        "keep": form.keep,
+        "scale": form.scale,
+        "DIGITS": form.digits,
+    }
+
+
+BLOCK_ROWS, BLOCK_COLUMN_BYTES = 64, 128
+BLOCK_GRADIENT = 128, 32  # outputs, inputs
+
+
+def product_launches(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    activation,
+    stream,
+    form: _Form,
+    transposed: bool,
+) -> list[Launch]:
+    """z[b, r] = activation(scale sum_c m W u[b, c] + bias): one launch, or two where the columns are split.
+
+    u: [examples, columns], weight: [rows, columns] (transposed: [columns, rows]), z: [examples, rows]; contiguous.
+    """
+    (examples, columns), rows = u.shape, z.shape[1]
+    block_examples = EXAMPLES_PER_LANE if form.group_size == 1 else 32
+    chunks = ceil_div(EXAMPLES_PER_LANE * form.group_size, block_examples)
+    programs = ceil_div(rows, BLOCK_ROWS) * form.words(examples) * chunks
+    block_columns = BLOCK_COLUMN_BYTES // u.element_size()
+    tiles = ceil_div(columns, block_columns)
+    # Four programs of four warps on every multiprocessor, and at least four tiles for each.
+    splits = max(1, min(ceil_div(tiles, 4), 4 * backend.multiprocessors(u.device) // programs))
+    trips = ceil_div(tiles, splits)
+    splits = ceil_div(tiles, trips)
+    partial = z if splits == 1 else torch.empty(splits, examples, rows, dtype=torch.float32, device=u.device)
+    epilogue = {"bias_ptr": bias, "scale": form.scale, "ACTIVATION": activation}
+    main = Launch(
+        kernels.product,
+        (ceil_div(rows, BLOCK_ROWS), form.words(examples) * chunks, splits),
+        {
+            "u_ptr": u,
+            "w_ptr": weight,
+            "z_ptr": partial,
+            **_stream_arguments(stream, form),
+            **epilogue,
+            "examples": examples,
+            "rows": rows,
+            "columns": columns,
+            "group_size": form.group_size,
+            "chunks": chunks,
+            "trips": trips,
+            "SPLIT": splits > 1,
+            "TRANSPOSED": transposed,
+            "THREE": u.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32,
+            "EVEN": rows % BLOCK_ROWS == 0 and columns % (block_columns * trips) == 0,
+            "BLOCK_ROWS": BLOCK_ROWS,
+            "BLOCK_COLUMNS": block_columns,
+            "BLOCK_EXAMPLES": block_examples,
+            "num_warps": 4,
+            "maxnreg": 128,  # without it the assembler may spill to fit more programs
+        },
+    )
+    if splits == 1:
+        return [main]
+    merge = {
+        "partial_ptr": partial,
+        "z_ptr": z,
+        "examples": examples,
+        "rows": rows,
+        "splits": splits,
+        "BLOCK": 1024,
+    }
+    return [main, Launch(kernels.merge, (ceil_div(rows, 1024), examples), merge | epilogue)]
+
+
+def weight_gradient_launch(dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: _Form) -> Launch:
+    (examples, outputs), inputs = dz.shape, v.shape[1]
+    block_outputs, block_inputs = BLOCK_GRADIENT
+    return Launch(
+        kernels.weight_gradient,
+        (ceil_div(outputs, block_outputs), ceil_div(inputs, block_inputs)),
+        {
+            "dz_ptr": dz,
+            "v_ptr": v,
+            "dw_ptr": dweight,
+            **_stream_arguments(stream, form),
+            "examples": examples,
+            "outputs": outputs,
+            "inputs": inputs,
+            "group_size": form.group_size,
+            "words": form.words(examples),
+            "BLOCK_OUTPUTS": block_outputs,
+            "BLOCK_INPUTS": block_inputs,
+            "num_warps": 4,
+        },
+    )
+
+
+def _run_forward(v, weight, bias, activation, stream, form) -> Tensor:
+    z = v.new_empty(len(v), len(weight))
+    for launch in product_launches(
+        v.contiguous(), weight.contiguous(), bias, z, activation, stream, form, transposed=False
+    ):
+        launch.run(v.device)
+    return z
+
+
+def _run_backward(dz, v, weight, stream, form, needs_v: bool, needs_weight: bool):
+    dz, v, weight = dz.contiguous(), v.contiguous(), weight.contiguous()
+    dv = torch.empty_like(v) if needs_v else None
+    dweight = torch.empty_like(weight) if needs_weight else None
+    if needs_v:
+        for launch in product_launches(dz, weight, None, dv, None, stream, form, transposed=True):
+            launch.run(v.device)
+    if needs_weight:
+        weight_gradient_launch(dz, v, dweight, stream, form).run(v.device)
+    return dv, dweight
+
+
+def _on_kernels(v: Tensor) -> bool:
+    return backend.runs_kernels(v) and v.dtype != torch.float64
+
+
+def _forward(v: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream, form: _Form) -> Tensor:
+    if _on_kernels(v):
+        return _run_forward(v, weight, bias, None, stream, form)
+    z = _aten_forward(v, weight, stream, form)
+    return z if bias is None else z + bias
+
+
+def _backward(dz, v, weight, stream, form, needs_v: bool, needs_weight: bool):
+    run = _run_backward if _on_kernels(dz) else _aten_backward
+    return run(dz, v, weight, stream, form, needs_v, needs_weight)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------
+
+
+class _DropConnect(torch.autograd.Function):
+    """scale (M ∘ W) v + bias. Saves what torch's linear saves, and the stream."""
+
+    @staticmethod
+    def forward(ctx, v, weight, bias, seed, offset, form):
+        seed_tensor = seed if isinstance(seed, Tensor) else None
+        ctx.seed = seed if seed_tensor is None else None
+        ctx.offset, ctx.form = offset, form
+        ctx.save_for_backward(v, weight, seed_tensor)
+        return _forward(v, weight, bias, Stream(seed, offset), form)
+
+    @staticmethod
+    def backward(ctx, dz):
+        v, weight, seed = ctx.saved_tensors
+        stream = Stream(ctx.seed if seed is None else seed, ctx.offset)
+        needs_v, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        dv = dweight = None
+        if needs_v or needs_weight:
+            batched = torch._C._functorch.is_legacy_batchedtensor(dz)
+            run = _differentiable_backward if torch.is_grad_enabled() or batched else _backward
+            dv, dweight = run(dz, v, weight, stream, ctx.form, needs_v, needs_weight)
+        return dv, dweight, dz.sum(0) if needs_bias else None, None, None, None
+
+
+def _differentiable_backward(dz, v, weight, stream, form, needs_v: bool, needs_weight: bool):
+    """For second derivatives and batched gradients: both products with all masks at once."""
+    group = torch.arange(len(v), device=v.device) // form.group_size
+    mask = random.connection_mask(group, *weight.shape, form.chance, stream)
+    dv = dweight = None
+    if needs_v:
+        dv = (dz.unsqueeze(1) @ torch.where(mask, weight, 0)).squeeze(1) * form.scale
+    if needs_weight:
+        dweight = torch.where(mask, dz.unsqueeze(2) * v.unsqueeze(1), 0).sum(0) * form.scale
+    return dv, dweight
+
+
+# --- registered operators, for torch.compile --------------------------------------------------------------
+
+
+@torch.library.custom_op("fastreg::drop_connect", mutates_args=())
+def _drop_connect_op(
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    seed: Tensor,
+    offset: int,
+    keep: int,
+    digits: int,
+    group_size: int,
+    scale: float,
+) -> Tensor:
+    return _forward(v, weight, bias, Stream(seed, offset), _Form(keep, digits, group_size, scale))
+
+
+@_drop_connect_op.register_fake
+def _(v, weight, bias, seed, offset, *form):
+    return v.new_empty(v.shape[0], weight.shape[0])
+
+
+@torch.library.custom_op("fastreg::drop_connect_backward", mutates_args=())
+def _drop_connect_backward_op(
+    dz: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    seed: Tensor,
+    offset: int,
+    keep: int,
+    digits: int,
+    group_size: int,
+    scale: float,
+    needs_v: bool,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor]:
+    """The wanted gradients; the other is empty."""
+    form = _Form(keep, digits, group_size, scale)
+    found = _backward(dz, v, weight, Stream(seed, offset), form, needs_v, needs_weight)
+    return tuple(dz.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+@_drop_connect_backward_op.register_fake
+def _(dz, v, weight, seed, offset, keep, digits, group_size, scale, needs_v, needs_weight):
+    return tuple(
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else dz.new_empty(0)
+        for t, needed in ((v, needs_v), (weight, needs_weight))
+    )
+
+
+def _save_for_compiled_backward(ctx, inputs, output):
+    v, weight, _, seed, ctx.offset, *ctx.form = inputs
+    ctx.save_for_backward(v, weight, seed)
+
+
+def _compiled_backward(ctx, dz):
+    needs_v, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    dv = dweight = None
+    if needs_v or needs_weight:
+        dv, dweight = _drop_connect_backward_op(
+            dz, *ctx.saved_tensors, ctx.offset, *ctx.form, needs_v, needs_weight
+        )
+    return (
+        dv if needs_v else None,
+        dweight if needs_weight else None,
+        dz.sum(0) if needs_bias else None,
+        *[None] * (2 + len(ctx.form)),
+    )
+
+
+_drop_connect_op.register_autograd(_compiled_backward, setup_context=_save_for_compiled_backward)
+
+
+def _masked_linear(v, weight, bias, activation: str | None, stream: Stream, form: _Form) -> Tensor:
+    """activation(scale (M ∘ W) v + bias) for examples v [B, inputs]."""
+    if torch.compiler.is_compiling():
+        seed = stream.seed
+        if not isinstance(seed, Tensor):
+            seed = torch.full((1,), seed, dtype=torch.int64, device=v.device)
+        return activated(_drop_connect_op(v, weight, bias, seed, stream.offset, *form), activation)
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        z = _definition(v, weight, stream, form)
+        return activated(z if bias is None else z + bias, activation)
+    differentiated = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (v, weight, bias)
+    )
+    if _on_kernels(v) and not differentiated:
+        return _run_forward(v, weight, bias, activation, stream, form)
+    return activated(_DropConnect.apply(v, weight, bias, *stream, form), activation)
+
+
+# --- the public function ----------------------------------------------------------------------------------
+
+
+def drop_connect_linear(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    p: float = 0.5,
+    training: bool = True,
+    *,
+    mask: str = "example",
+    group_size: int | None = None,
+    inverted: bool = True,
+    inference: str = "gaussian",
+    samples: int | None = None,
+    activation: str | None = None,
+    seed: int | Tensor | None = None,
+    generator: Generator | None = None,
+) -> Tensor:
+    """activation(scale (M ∘ W) v + b): a linear layer that drops connections with probability ``p``.
+
+    In training, with inverted scaling, scale is 1 / (1 - p): the expectation of the sum is Wv, its variance
+    p / (1 - p) (W ∘ W)(v ∘ v). ``inverted=False`` is the paper's form, with scale 1 in training and an expectation of
+    (1 - p) Wv.
+
+    Args:
+        input: ``[*, inputs]``; all leading dimensions count examples.
+        weight: ``[outputs, inputs]``, the dtype of the input.
+        bias: ``[outputs]`` or None. Never dropped.
+        p: probability of dropping a connection. It is applied to 8 binary digits (more for p near 0 or 1), and the
+            scale is that of the probability applied: see ``fastreg.random.chance``.
+        mask: what a mask belongs to. "example": every example has its own, as in the paper. "group": ``group_size``
+            neighbouring examples share one. "batch": all share one, which is dropout of the weights.
+        group_size: of mask="group".
+        inverted: scale in training, not in evaluation.
+        inference: in evaluation, "gaussian" is the paper's: the expectation of ``activation`` over a Gaussian with the
+            mean and the variance that the sum has over the masks. In closed form for no activation (where it is the
+            mean) and relu, else over ``samples`` draws. "mean" is the activation of the mean.
+        samples: draws where there is no closed form, 1000 by default as in the paper.
+        activation: a name of ``fastreg.ops.fused.ACTIVATIONS``.
+        seed, generator: as in :func:`fastreg.functional.dropout`.
+
+    Returns: ``[*, outputs]``.
+
+    Raises:
+        ValueError: p outside [0, 1]; an unknown mask, inference or activation; a group_size without mask="group", or
+            below 1; samples below 1.
+        RuntimeError: torch's own of ``linear``, for shapes, dtypes and devices that do not fit.
+
+    Source: Wan, Zeiler, Zhang, LeCun, Fergus 2013 (Regularization of neural networks using DropConnect, ICML).
+    """
+    check_arguments(p, mask, group_size, inference, samples, activation)
+    if not training:
+        return _inference(input, weight, bias, p, inverted, inference, samples, activation, seed, generator)
+    if mask == "batch":
+        weight = dropout(weight, p, seed=seed, generator=generator)
+        weight = weight if inverted else weight * (1 - p)
+        return activated(F.linear(input, weight, bias), activation)
+
+    chance = random.chance(p)
+    if not chance.digits:  # all connections, or none
+        weight = weight if chance.keep else weight * 0
+        return activated(F.linear(input, weight, bias), activation)
+    input, weight, bias = _cast_by_autocast(input, weight, bias)
+    if _torch_refuses(input, weight, bias):
+        F.linear(input, weight, bias)  # raises
+    scale = 1 / chance.probability if inverted else 1.0
+    form = _Form(*chance, group_size or 1, scale)
+    examples = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
+    if examples.numel() == 0 or weight.numel() == 0:
+        return activated(F.linear(input, weight, bias), activation)
+    stream = random.stream(input.device, seed, generator)
+    z = _masked_linear(examples, weight, bias, activation, stream, form)
+    return z.view(*input.shape[:-1], weight.shape[0])
+
+
+def check_arguments(
+    p: float,
+    mask: str = "example",
+    group_size: int | None = None,
+    inference: str = "gaussian",
+    samples: int | None = None,
+    activation: str | None = None,
+) -> None:
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    for name, value, choices in (("mask", mask, MASKS), ("inference", inference, INFERENCE)):
+        if value not in choices:
+            raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
+    if (mask == "group") != (group_size is not None):
+        raise ValueError('mask="group" needs a group_size, and no other mask has one')
+    for name, value in (("group_size", group_size), ("samples", samples)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} has to be at least 1, but got {value}")
+    check_activation(activation)
+
+
+def _cast_by_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    """What autocast does to the arguments of torch's linear."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device)
+    return [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]
+
+
+def _torch_refuses(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
+        return True
+    others = (weight,) if bias is None else (weight, bias)
+    return any(t.dtype != input.dtype or t.device != input.device for t in others) or (
+        bias is not None and bias.shape != weight.shape[:1]
+    )
+
+
+# --- inference --------------------------------------------------------------------------------------------
+
+
+def _inference(input, weight, bias, p, inverted, inference, samples, activation, seed, generator) -> Tensor:
+    kept = 1.0 if inverted else 1 - p  # the share of W that is expected
+    mean = F.linear(input, weight if kept == 1 else weight * kept, bias)
+    if inference == "mean" or activation is None or p == 0:
+        return activated(mean, activation)
+    if p == 1 and inverted:
+        raise ValueError("with p = 1 and inverted scaling the variance of the sum is infinite: no inference")
+    # Squares in fp32 at least: that of 1e-4 is no fp16 number.
+    wide = torch.promote_types(mean.dtype, torch.float32)
+    with torch.autocast(input.device.type, enabled=False):
+        variance = F.linear(input.to(wide).square(), weight.to(wide).square())
+    variance = variance * (p / (1 - p) if inverted else p * (1 - p))
+    known = variance > 0
+    deviation = torch.where(known, torch.where(known, variance, 1.0).sqrt(), 0.0)  # no infinite slope at 0
+    if activation == "relu":
+        return _expected_relu(mean.to(wide), deviation).to(mean.dtype)
+    stream = None if seed is None and generator is None else random.stream(input.device, seed, generator)
+    total = torch.zeros_like(deviation)
+    samples = samples or SAMPLES
+    for draw in range(samples):
+        if stream is None:
+            normal = torch.randn_like(deviation)
+        else:
+            shifted = Stream(stream.seed, stream.offset + draw)
+            normal = random.normal(deviation.shape, shifted, dtype=wide, device=input.device)
+        total = total + activated(mean.to(wide) + deviation * normal, activation)
+    return (total / samples).to(mean.dtype)
+
+
+def _expected_relu(mean: Tensor, deviation: Tensor) -> Tensor:
+    """E max(0, u) of a normal u: mean Phi(mean / deviation) + deviation phi(mean / deviation)."""
+    certain = deviation == 0
+    ratio = mean / torch.where(certain, 1.0, deviation)
+    density = torch.exp(-0.5 * ratio.square()) / math.sqrt(2 * math.pi)
+    expected = mean * torch.special.ndtr(ratio) + deviation * density
+    return torch.where(certain, mean.relu(), expected)

@@ -1,0 +1,327 @@
+"""DropConnect (Wan et al. 2013): a linear layer in which every example has a mask of its own for all weights.
+
+    z[b, n] = scale sum_k m(b, n, k) W[n, k] v[b, k] + bias[n]             forward            (``product``)
+    dv[b, k] = scale sum_n m(b, n, k) W[n, k] dz[b, n]                     input gradient     (``product``, TRANSPOSED)
+    dW[n, k] = scale sum_b m(b, n, k) dz[b, n] v[b, k]                     weight gradient    (``weight_gradient``)
+
+m is 1 where the connection is kept. No mask is stored: m(b, n, k) is a bit of Philox under (seed, b, n, k), the same
+in every pass and every tiling (``fastreg/random.py``). ``group_size`` neighbouring examples may share a mask.
+
+Cost: bytes hardly count, for each of the B N K connections takes instructions. A lane of 16 random bits serves 16
+examples: Philox is 1/128 of a call a connection (0.4 instructions), p = 1/2 needs one bit, other p one a binary digit.
+
+``product`` has each example's masked weights on the tensor cores. They share the tile of W, but no product: in
+place of 16 dot products of a row of W with 16 examples, example e multiplies the tile (W and its mask, 2
+instructions for two elements) with the examples' columns, of which all but e are zero. So all accumulate in one tile of
+z, and the tensor cores do 16 times the work, which they can: 2.8 instructions a connection are issued (sm_90, p = 1/2),
+and the limit is their issue, not the tensor cores.
+
+``weight_gradient`` has a mask in all three indices, so there is no matrix product in it: one predicated FFMA a
+connection, and one instruction that makes a predicate of its bit; 3.2 with all that comes with them.
+"""
+
+import triton
+import triton.language as tl
+
+from . import activation
+from .fastmath import INTERPRETED, upcast
+from .philox import high_word, low_word, philox4x32
+
+EXAMPLES = tl.constexpr(16)  # that a lane has bits for
+# Examples at a time. With all 16, sm_90 takes three times the shared memory, and the code for sm_100 is one trap.
+UNROLLED = tl.constexpr(4)
+CALL = tl.constexpr(8)  # lanes of a call of Philox: neighbouring inputs
+NOT_SPECIALIZED = ("seed", "offset", "keep")
+
+
+@triton.jit
+def _seed(seed_ptr, seed):
+    return seed if seed_ptr is None else tl.load(seed_ptr)
+
+
+@triton.jit
+def _kept(
+    output, call, word, seed, offset, keep, OUTPUTS: tl.constexpr, CALLS: tl.constexpr, DIGITS: tl.constexpr
+):
+    """The lanes of outputs [OUTPUTS] and calls [CALLS] of 8 inputs: four words of two, uint32 [OUTPUTS, CALLS]."""
+    none = tl.zeros([OUTPUTS, CALLS], tl.uint32)
+    c0 = none + call[None, :].to(tl.uint32)
+    c1 = none + output[:, None].to(tl.uint32)
+    c2 = none + low_word(offset)
+    c3 = none + high_word(offset) + word
+    k0 = low_word(seed)
+    k1 = high_word(seed)
+    a0, a1, a2, a3 = philox4x32(c0, c1, c2, c3, k0, k1)
+    for digit in tl.static_range(1, DIGITS):
+        r0, r1, r2, r3 = philox4x32(c0, c1, c2, c3 + (digit << 28), k0, k1)
+        one = (0 - (keep >> digit & 1)).to(tl.uint32)  # all bits, or none
+        a0, a1, a2, a3 = (
+            _horner(a0, r0, one),
+            _horner(a1, r1, one),
+            _horner(a2, r2, one),
+            _horner(a3, r3, one),
+        )
+    return a0, a1, a2, a3
+
+
+@triton.jit
+def _horner(kept, bits, one):
+    """kept | bits where the digit is one, else kept & bits: the majority of the three, a single LOP3."""
+    return (kept & bits) | (one & (kept | bits))
+
+
+@triton.jit
+def _lanes(
+    output, call, word, seed, offset, keep,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, DIGITS: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """DTYPE [OUTPUTS, INPUTS]: the sign bit is that of example 0 of the word, the next one that of example 1, ...
+
+    DTYPE: int16, or int32, whose lower half is anything.
+    """
+    a0, a1, a2, a3 = _kept(output, call, word, seed, offset, keep, OUTPUTS, INPUTS // CALL, DIGITS)
+    pairs = tl.join(tl.join(a0, a2), tl.join(a1, a3))
+    if DTYPE == tl.int16:
+        lanes = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
+    else:
+        lanes = tl.join(pairs << 16, pairs).to(tl.int32, bitcast=True)
+    return tl.reshape(lanes, [OUTPUTS, INPUTS])
+
+
+@triton.jit
+def _masked(w, lanes):
+    """w (16 bits) where the sign bit of its lane is set, else 0; and the lanes moved on to the next example."""
+    if INTERPRETED:
+        return _where(lanes < 0, w), lanes << 1
+    else:
+        # Two elements in three instructions: a byte permutation that repeats the sign bits, AND, and a sum of both
+        # lanes in one word (the lower carries into the upper only after 16 examples).
+        bits, lanes = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 signs;
+            prmt.b32 signs, $3, 0, 0xBB99;
+            and.b32 $0, signs, $2;
+            add.u32 $1, $3, $3;
+            }""",
+            "=r,=r,r,r",
+            [w.to(tl.int16, bitcast=True), lanes],
+            dtype=(tl.int16, tl.int16),
+            is_pure=True,
+            pack=2,
+        )
+        return bits.to(w.dtype, bitcast=True), lanes
+
+
+@triton.jit
+def _halves(x):
+    """fp32 as a sum of what TF32 holds exactly, and the rest, of which TF32 loses 2^-22 of x."""
+    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def _plus_masked_product(z, w, lanes, u, own, THREE: tl.constexpr):
+    """z + the masked w times the columns ``own`` of u; and the lanes moved on to the next example.
+
+    THREE: fp32 as three products of TF32 (of halves, without that of both lower ones), else as one.
+    """
+    u = _where(own, u)
+    if w.dtype == tl.float32:
+        w = (w.to(tl.int32, bitcast=True) & (lanes >> 31)).to(tl.float32, bitcast=True)
+        if THREE:
+            w_high, w_low = _halves(w)
+            u_high, u_low = _halves(u)
+            z = tl.dot(w_low, u_high, z, input_precision="tf32")
+            z = tl.dot(w_high, u_low, z, input_precision="tf32")
+            z = tl.dot(w_high, u_high, z, input_precision="tf32")
+        else:
+            z = tl.dot(w, u, z, input_precision="tf32")
+        return z, lanes << 1
+    else:
+        w, lanes = _masked(w, lanes)
+        if INTERPRETED:  # it would multiply the bit patterns of bf16
+            return tl.dot(upcast(w), upcast(u), z), lanes
+        else:
+            return tl.dot(w, u, z), lanes
+
+
+@triton.jit
+def _where(condition, values):
+    return tl.where(condition, values, tl.zeros_like(values))
+
+
+@triton.jit
+def _finished(z, bias_ptr, scale, row, rows, ACTIVATION: tl.constexpr, STORED: tl.constexpr):
+    """scale z + bias, and the activation. z: fp32 [ROWS, EXAMPLES], bias [rows]."""
+    z = z * scale
+    if bias_ptr is not None:
+        z += upcast(tl.load(bias_ptr + row, mask=row < rows, other=0.0))[:, None]
+    return z if ACTIVATION is None else activation.forward(z, ACTIVATION, STORED)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def product(
+    u_ptr,  # [examples, columns]: v (forward) or dz
+    w_ptr,  # [rows, columns], or TRANSPOSED [columns, rows]
+    bias_ptr,  # [rows] or None
+    z_ptr,  # [examples, rows], or fp32 partial sums [splits, examples, rows] where there is more than one
+    seed_ptr,  # int64 [1], or None: then ``seed``
+    seed: tl.int64,
+    offset: tl.int64,
+    keep: tl.int32,
+    scale: tl.float32,
+    examples,
+    rows,
+    columns,
+    group_size,
+    chunks,  # of BLOCK_EXAMPLES, of the 16 groups of a word of lanes
+    trips,  # tiles of a split
+    SPLIT: tl.constexpr,
+    DIGITS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    THREE: tl.constexpr,  # products of TF32 for fp32
+    EVEN: tl.constexpr,  # the tiles cover rows and columns exactly
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLUMNS: tl.constexpr,
+    BLOCK_EXAMPLES: tl.constexpr,
+):
+    """z[b, r] = activation(scale sum_c m(b, r, c) W[r, c] u[b, c] + bias[r]).
+
+    Grid: blocks of rows, chunks of examples, splits of the columns.
+    """
+    seed = _seed(seed_ptr, seed)
+    row_block = tl.program_id(0)
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    word = tl.program_id(1) // chunks
+    within = (tl.program_id(1) % chunks) * BLOCK_EXAMPLES + tl.arange(0, BLOCK_EXAMPLES)  # a word of lanes
+    example = word * EXAMPLES * group_size + within
+    known = (example < examples) & (within < EXAMPLES * group_size)
+    group = within // group_size
+    first = (tl.program_id(1) % chunks) * BLOCK_EXAMPLES // group_size
+    groups = tl.max(tl.where(known, group, 0), 0) - first + 1
+    LANE: tl.constexpr = tl.int16 if w_ptr.dtype.element_ty.primitive_bitwidth == 16 else tl.int32
+    z = tl.zeros([BLOCK_ROWS, BLOCK_EXAMPLES], tl.float32)
+    for trip in range(trips):
+        column_block = tl.program_id(2) * trips + trip
+        column = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        u = tl.load(
+            u_ptr + example.to(tl.int64)[None, :] * columns + column[:, None],
+            mask=known[None, :] & (column < columns)[:, None],
+            other=0.0,
+        )
+        if TRANSPOSED:
+            place = column.to(tl.int64)[:, None] * rows + row[None, :]
+            inside = (column < columns)[:, None] & (row < rows)[None, :]
+        else:
+            place = row.to(tl.int64)[:, None] * columns + column[None, :]
+            inside = (row < rows)[:, None] & (column < columns)[None, :]
+        w = tl.load(w_ptr + place) if EVEN else tl.load(w_ptr + place, mask=inside, other=0.0)
+        if TRANSPOSED:
+            w = tl.trans(w)
+            call = row_block * (BLOCK_ROWS // CALL) + tl.arange(0, BLOCK_ROWS // CALL)
+            lanes = _lanes(column, call, word, seed, offset, keep, BLOCK_COLUMNS, BLOCK_ROWS, DIGITS, LANE)
+            lanes = tl.trans(lanes)
+        else:
+            call = column_block * (BLOCK_COLUMNS // CALL) + tl.arange(0, BLOCK_COLUMNS // CALL)
+            lanes = _lanes(row, call, word, seed, offset, keep, BLOCK_ROWS, BLOCK_COLUMNS, DIGITS, LANE)
+        if BLOCK_EXAMPLES == EXAMPLES and group_size == 1:
+            for start in range(0, EXAMPLES, UNROLLED):
+                for index in tl.static_range(UNROLLED):
+                    z, lanes = _plus_masked_product(z, w, lanes, u, (group == start + index)[None, :], THREE)
+        else:
+            lanes = lanes << first.to(lanes.dtype)
+            for index in range(groups):
+                z, lanes = _plus_masked_product(z, w, lanes, u, (group == first + index)[None, :], THREE)
+
+    if SPLIT:
+        z_ptr += tl.program_id(2).to(tl.int64) * examples * rows
+    else:
+        z = _finished(z, bias_ptr, scale, row, rows, ACTIVATION, z_ptr.dtype.element_ty)
+    place = example.to(tl.int64)[None, :] * rows + row[:, None]
+    tl.store(z_ptr + place, z.to(z_ptr.dtype.element_ty), mask=known[None, :] & (row < rows)[:, None])
+
+
+@triton.jit
+def merge(
+    partial_ptr,  # fp32 [splits, examples, rows]
+    bias_ptr,  # [rows] or None
+    z_ptr,  # [examples, rows]
+    scale: tl.float32,
+    examples,
+    rows,
+    splits,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """z = activation(scale sum of the splits + bias). One program a block of rows of an example."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(1).to(tl.int64) * rows + row
+    stride = examples.to(tl.int64) * rows
+    z = tl.zeros([BLOCK], tl.float32)
+    for split in range(splits):
+        z += tl.load(partial_ptr + split * stride + place, mask=row < rows, other=0.0)
+    z = _finished(z[:, None], bias_ptr, scale, row, rows, ACTIVATION, z_ptr.dtype.element_ty)
+    tl.store(z_ptr + place[:, None], z.to(z_ptr.dtype.element_ty), mask=(row < rows)[:, None])
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def weight_gradient(
+    dz_ptr,  # [examples, outputs]
+    v_ptr,  # [examples, inputs]
+    dw_ptr,  # [outputs, inputs]
+    seed_ptr,  # int64 [1], or None: then ``seed``
+    seed: tl.int64,
+    offset: tl.int64,
+    keep: tl.int32,
+    scale: tl.float32,
+    examples,
+    outputs,
+    inputs,
+    group_size,
+    words,  # of lanes: blocks of 16 groups
+    DIGITS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+):
+    """dW[n, k] = scale sum_b m(b, n, k) dz[b, n] v[b, k]. Grid: blocks of outputs, blocks of inputs."""
+    seed = _seed(seed_ptr, seed)
+    output = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    call = tl.program_id(1) * (BLOCK_INPUTS // CALL) + tl.arange(0, BLOCK_INPUTS // CALL)
+    input = call[:, None] * CALL + tl.arange(0, CALL)[None, :]
+    dw = tl.zeros([BLOCK_OUTPUTS, BLOCK_INPUTS // CALL, CALL], tl.float32)
+    for word in range(words):
+        a0, a1, a2, a3 = _kept(
+            output, call, word, seed, offset, keep, BLOCK_OUTPUTS, BLOCK_INPUTS // CALL, DIGITS
+        )
+        pairs = tl.join(tl.join(a0, a2), tl.join(a1, a3))
+        # Each lane in the upper half of a word; below it may stand anything.
+        lanes = tl.reshape(tl.join(pairs << 16, pairs), [BLOCK_OUTPUTS, BLOCK_INPUTS // CALL, CALL])
+        for index in tl.static_range(EXAMPLES):
+            kept = (lanes & (0x80000000 >> index)) != 0
+            start = (word * EXAMPLES + index) * group_size
+            if group_size == 1:
+                dw = _plus_outer(dw, kept, start, dz_ptr, v_ptr, output, input, examples, outputs, inputs)
+            else:
+                for example in range(start, tl.minimum(start + group_size, examples)):
+                    dw = _plus_outer(
+                        dw, kept, example, dz_ptr, v_ptr, output, input, examples, outputs, inputs
+                    )
+    dw = dw * scale
+    place = output.to(tl.int64)[:, None, None] * inputs + input[None, :, :]
+    inside = (output < outputs)[:, None, None] & (input < inputs)[None, :, :]
+    tl.store(dw_ptr + place, dw.to(dw_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _plus_outer(dw, kept, example, dz_ptr, v_ptr, output, input, examples, outputs, inputs):
+    """dw + dz v where it is kept. A select, so that what is dropped adds nothing, not even a NaN."""
+    row = tl.full([1], 0, tl.int64) + example
+    known = row < examples
+    dz = upcast(tl.load(dz_ptr + row * outputs + output, mask=known & (output < outputs), other=0.0))
+    v = upcast(
+        tl.load(v_ptr + row[:, None] * inputs + input, mask=known[:, None] & (input < inputs), other=0.0)
+    )
+    return tl.where(
+        kept, tl.fma(dz[:, None, None] + tl.zeros_like(dw), v[None, :, :] + tl.zeros_like(dw), dw), dw
+    )

@@ -1,0 +1,404 @@
+"""DropConnect against the definition with all masks at once, in fp64; its statistics against the paper's formulas."""
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import fastreg.functional as F
+import fastreg.nn as fnn
+from fastreg import random
+from fastreg.ops import drop_connect as ops
+from fastreg.ops.fused import ACTIVATIONS
+from fastreg.random import Stream
+
+SEED = 0x123456789ABCDEF
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch):
+    """The interpreter's time goes by the tile, not by what is in it."""
+    monkeypatch.setattr(ops, "BLOCK_ROWS", 16)
+    monkeypatch.setattr(ops, "BLOCK_COLUMN_BYTES", 64)
+    monkeypatch.setattr(ops, "BLOCK_GRADIENT", (16, 16))
+
+
+def tensors(device, examples, outputs, inputs, dtype=torch.float32):
+    shapes = ((examples, inputs), (outputs, inputs), (outputs,), (examples, outputs))
+    return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
+
+
+def definition(v, weight, bias, p, group_size=1, seed=SEED, inverted=True):
+    """z in fp64, by the masks of ``fastreg.random``."""
+    chance = random.chance(p)
+    group = torch.arange(len(v)) // group_size
+    mask = random.connection_mask(group, *weight.shape, chance, Stream(seed))
+    scale = 1 / chance.probability if inverted else 1.0
+    z = torch.einsum("bnk,nk,bk->bn", mask.double(), weight, v) * scale
+    return z if bias is None else z + bias
+
+
+def near(actual, expected, dtype):
+    tolerance = TOLERANCE[dtype] * max(1.0, expected.abs().max().item())
+    assert_close(actual.detach().cpu().double(), expected.detach(), rtol=0, atol=tolerance)
+
+
+def check(device, examples, outputs, inputs, *, p=0.5, dtype=torch.float32, bias=True, **options):
+    v, weight, b, dz = tensors(device, examples, outputs, inputs, dtype)
+    given = [v, weight, *([b] if bias else [])]
+    leaves = [t.clone().requires_grad_() for t in given]
+    z = F.drop_connect_linear(*leaves, *([] if bias else [None]), p, seed=SEED, **options)
+    assert z.dtype == dtype
+    found = torch.autograd.grad(z, leaves, dz)
+    exact = [t.detach().cpu().double().requires_grad_() for t in given]
+    expected = definition(*exact, *([] if bias else [None]), p, options.get("group_size") or 1)
+    near(z, expected, dtype)
+    for gradient, wanted in zip(found, torch.autograd.grad(expected, exact, dz.cpu().double()), strict=True):
+        near(gradient, wanted, dtype)
+
+
+# --- the product and its gradients ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.5, 0.25, 0.3])
+@pytest.mark.parametrize(("examples", "outputs", "inputs"), [(3, 5, 7), (17, 9, 20), (1, 1, 1), (5, 32, 16)])
+def test_every_example_has_its_mask(path, device, examples, outputs, inputs, p):
+    check(device, examples, outputs, inputs, p=p)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_dtypes(path, device, dtype):
+    check(device, 18, 6, 21, dtype=dtype)
+    check(device, 3, 6, 16, dtype=dtype, bias=False)
+
+
+@pytest.mark.parametrize(("examples", "group_size"), [(10, 2), (35, 2), (9, 40), (50, 3)])
+def test_groups_share_a_mask(path, device, examples, group_size):
+    check(device, examples, 5, 9, mask="group", group_size=group_size)
+
+
+def test_columns_that_are_split(path, device, monkeypatch):
+    """As few rows and examples as here leave most of a GPU idle, so that programs share the columns."""
+    check(device, 2, 5, 16 * 5 + 3)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu"])
+def test_activation(path, device, activation):
+    v, weight, bias, dz = tensors(device, 5, 6, 7)
+    function = ACTIVATIONS[activation]
+    exact = [t.cpu().double().requires_grad_() for t in (v, weight, bias)]
+    expected = function(definition(*exact, 0.5))
+    with torch.no_grad():
+        near(F.drop_connect_linear(v, weight, bias, activation=activation, seed=SEED), expected, v.dtype)
+    leaves = [t.requires_grad_() for t in (v, weight, bias)]
+    z = F.drop_connect_linear(*leaves, activation=activation, seed=SEED)
+    near(z, expected, v.dtype)
+    gradients = torch.autograd.grad(expected, exact, dz.cpu().double())
+    for gradient, wanted in zip(torch.autograd.grad(z, leaves, dz), gradients, strict=True):
+        near(gradient, wanted, v.dtype)
+
+
+def test_leading_dimensions_count_examples(path, device):
+    v, weight, bias, _ = tensors(device, 6, 4, 5)
+    flat = F.drop_connect_linear(v, weight, bias, seed=SEED)
+    assert torch.equal(F.drop_connect_linear(v.view(2, 3, 5), weight, bias, seed=SEED), flat.view(2, 3, 4))
+    one = F.drop_connect_linear(v[0], weight, bias, seed=SEED)
+    near(one, flat[0].cpu().double(), v.dtype)
+
+
+def test_any_strides(path, device):
+    v, weight, bias, dz = tensors(device, 6, 4, 5)
+    dense = F.drop_connect_linear(v, weight, bias, seed=SEED)
+    strided = F.drop_connect_linear(v.t().contiguous().t(), weight.t().contiguous().t(), bias, seed=SEED)
+    assert torch.equal(dense, strided)
+    v, w = (t.clone().requires_grad_() for t in (v, weight))
+    F.drop_connect_linear(v, w, bias, seed=SEED).backward(dz.t().contiguous().t())
+    exact = [t.detach().cpu().double().requires_grad_() for t in (v, w)]
+    definition(*exact, None, 0.5).backward(dz.cpu().double())
+    near(w.grad, exact[1].grad, w.dtype)
+
+
+@pytest.mark.parametrize("needed", ["v", "weight", "bias"])
+def test_any_one_gradient(path, device, needed):
+    tensors_ = dict(zip(("v", "weight", "bias"), tensors(device, 4, 3, 5), strict=False))
+    tensors_[needed].requires_grad_()
+    z = F.drop_connect_linear(*tensors_.values(), seed=SEED)
+    (gradient,) = torch.autograd.grad(z.sum(), tensors_[needed])
+    assert gradient.shape == tensors_[needed].shape
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 7), (3, 5, 0), (3, 0, 7)])
+def test_empty(path, device, shape):
+    v, weight, bias, dz = tensors(device, *shape)
+    v.requires_grad_()
+    z = F.drop_connect_linear(v, weight, bias)
+    assert_close(z, torch.nn.functional.linear(v, weight, bias))
+    z.backward(dz)
+    assert v.grad.shape == v.shape
+
+
+def test_a_bad_example_spoils_itself_alone(path, device):
+    v, weight, bias, _ = tensors(device, 20, 5, 7)
+    clean = F.drop_connect_linear(v, weight, bias, seed=SEED)
+    v[3] = math.nan
+    z = F.drop_connect_linear(v, weight, bias, seed=SEED)
+    assert z[3].isnan().all()
+    rest = [i for i in range(20) if i != 3]
+    assert_close(z[rest], clean[rest])
+
+
+def test_a_new_call_draws_new_masks_and_manual_seed_brings_them_back(path, device):
+    v, weight, bias, _ = tensors(device, 4, 5, 7)
+    torch.manual_seed(5)
+    first, second = (F.drop_connect_linear(v, weight, bias) for _ in range(2))
+    torch.manual_seed(5)
+    assert torch.equal(F.drop_connect_linear(v, weight, bias), first)
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("group_size", [None, 2])
+def test_derivatives(path, device, group_size):
+    v, weight, bias, _ = tensors(device, 3, 2, 4, torch.float64)
+    options = {} if group_size is None else {"mask": "group", "group_size": group_size}
+    inputs = [t.requires_grad_() for t in (v, weight, bias)]
+
+    def function(*inputs):
+        return F.drop_connect_linear(*inputs, 0.3, activation="silu", seed=SEED, **options)
+
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+
+
+def test_one_graph_for_every_batch_size(path, device):
+    _, weight, bias, _ = tensors(device, 1, 3, 5)
+    compiled = torch.compile(
+        lambda v, w, b: F.drop_connect_linear(v, w, b, 0.25, seed=SEED),
+        backend="aot_eager",
+        fullgraph=True,
+        dynamic=True,
+    )
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for examples in (4, 7):
+            v = torch.randn(examples, 5, device=device)
+            leaves = [t.detach().clone().requires_grad_() for t in (v, weight, bias)]
+            twins = [t.detach().clone().requires_grad_() for t in (v, weight, bias)]
+            z, expected = compiled(*leaves), F.drop_connect_linear(*twins, 0.25, seed=SEED)
+            assert_close(z, expected)
+            gradients = (
+                torch.autograd.grad(y.square().sum(), t) for y, t in ((z, leaves), (expected, twins))
+            )
+            assert_close(*gradients)
+
+
+def test_opcheck(path, device):
+    v, weight, bias, dz = tensors(device, 3, 4, 5)
+    seed = torch.tensor([SEED], device=device)
+    form = ops._Form(*random.chance(0.5), 1, 2.0)
+    leaves = [t.requires_grad_() for t in (v, weight, bias)]
+    torch.library.opcheck(torch.ops.fastreg.drop_connect.default, (*leaves, seed, 0, *form))
+    tensors_ = [t.detach() for t in (dz, v, weight)]
+    torch.library.opcheck(
+        torch.ops.fastreg.drop_connect_backward.default, (*tensors_, seed, 0, *form, True, False)
+    )
+
+
+# --- the masks --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("p", "keep", "digits"),
+    [(0.5, 1, 1), (0.25, 3, 2), (0.75, 1, 2), (0.3, 179, 8), (0.0, 1, 0), (1.0, 0, 0), (0.01, 507, 9)],
+)
+def test_chance(p, keep, digits):
+    assert random.chance(p) == (keep, digits)
+
+
+@pytest.mark.parametrize("p", [0.001, 0.02, 0.1, 0.3, 0.5, 0.62, 0.9, 0.99])
+def test_chance_is_close(p):
+    chance = random.chance(p)
+    assert abs(1 - chance.probability - p) <= min(2**-9, min(p, 1 - p) / 16)
+    assert chance.digits <= 16
+
+
+@pytest.mark.parametrize("p", [0.5, 0.25, 0.3, 0.9])
+def test_keep_rate_and_independence(p):
+    """Chi-square on 2^20 connections: rate, and pairs of neighbours in every index. 6 standard errors: one false
+    alarm in 10^8."""
+    chance = random.chance(p)
+    mask = random.connection_mask(torch.arange(64), 128, 128, chance, Stream(7)).double()
+    keep, count = chance.probability, mask.numel()
+    assert abs(mask.mean().item() - keep) < 6 * math.sqrt(keep * (1 - keep) / count)
+    centred = (mask - keep) / math.sqrt(keep * (1 - keep))
+    for dim in range(3):
+        for distance in (1, 2, 8, 16):
+            length = mask.shape[dim] - distance
+            product = centred.narrow(dim, 0, length) * centred.narrow(dim, distance, length)
+            assert abs(product.mean().item()) < 6 / math.sqrt(product.numel()), (dim, distance)
+    other = random.connection_mask(torch.arange(64), 128, 128, chance, Stream(8)).double()
+    other = (other - keep) / math.sqrt(keep * (1 - keep))
+    assert abs((centred * other).mean().item()) < 6 / math.sqrt(count)
+
+
+def test_a_connection_is_the_same_in_every_shape():
+    chance = random.chance(0.3)
+    large = random.connection_mask(torch.arange(40), 12, 30, chance, Stream(3))
+    small = random.connection_mask(torch.tensor([39, 2]), 5, 7, chance, Stream(3))
+    assert torch.equal(small, large[[39, 2], :5, :7])
+
+
+@pytest.mark.usefixtures("aten")
+def test_moments_are_those_of_the_paper():
+    """E z = Wv, Var z = p / (1 - p) (W ∘ W)(v ∘ v), over 4,000 masks, within 6 standard errors."""
+    p, count = 0.3, 4_000
+    torch.manual_seed(1)
+    v, weight = torch.randn(1, 12, dtype=torch.float64), torch.randn(3, 12, dtype=torch.float64)
+    z = F.drop_connect_linear(v.expand(count, -1), weight, p=p, seed=SEED)
+    dropped = 1 - random.chance(p).probability
+    variance = dropped / (1 - dropped) * v.square() @ weight.square().t()
+    assert_close(z.mean(0), (v @ weight.t())[0], rtol=0, atol=6 * (variance.max() / count).sqrt().item())
+    assert_close(z.var(0), variance[0], rtol=6 * math.sqrt(2.5 / count), atol=0)
+    unscaled = F.drop_connect_linear(v, weight, p=p, seed=SEED, inverted=False)
+    assert_close(unscaled, z[:1] * (1 - dropped))
+
+
+# --- all or nothing, batch masks --------------------------------------------------------------------------
+
+
+def test_nothing_and_everything_is_dropped(path, device):
+    v, weight, bias, _ = tensors(device, 3, 4, 5)
+    assert_close(F.drop_connect_linear(v, weight, bias, 0.0), torch.nn.functional.linear(v, weight, bias))
+    assert_close(F.drop_connect_linear(v, weight, bias, 1.0), bias.expand(3, 4))
+
+
+def test_a_mask_for_the_batch_is_dropout_of_the_weights(path, device):
+    v, weight, bias, _ = tensors(device, 3, 4, 5)
+    z = F.drop_connect_linear(v, weight, bias, 0.3, mask="batch", seed=SEED)
+    assert_close(z, torch.nn.functional.linear(v, F.dropout(weight, 0.3, seed=SEED), bias))
+    unscaled = F.drop_connect_linear(v, weight, None, 0.3, mask="batch", seed=SEED, inverted=False)
+    assert_close(unscaled, (z - bias) * 0.7, rtol=1e-4, atol=1e-5)
+
+
+# --- inference --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("aten")
+@pytest.mark.parametrize(
+    ("activation", "inverted", "count"),
+    [
+        ("relu", True, 10_000),
+        pytest.param("relu", False, 100_000, marks=pytest.mark.slow),
+        pytest.param("relu", True, 100_000, marks=pytest.mark.slow),
+        pytest.param("tanh", True, 100_000, marks=pytest.mark.slow),
+    ],
+)
+def test_gaussian_inference_is_the_average_over_masks(activation, inverted, count):
+    """Of 64 inputs, whose sum is then close to normal. Nearer than the activation of the mean."""
+    p = 0.5
+    torch.manual_seed(2)
+    v, weight = torch.randn(1, 64, dtype=torch.float64), torch.randn(2, 64, dtype=torch.float64) / 8
+    options = {"inverted": inverted, "activation": activation}
+    average = F.drop_connect_linear(v.expand(count, -1), weight, p=p, seed=SEED, **options).mean(0, True)
+    gaussian = F.drop_connect_linear(v, weight, p=p, training=False, samples=5_000, seed=SEED, **options)
+    mean = F.drop_connect_linear(v, weight, p=p, training=False, inference="mean", **options)
+    assert_close(gaussian, average, rtol=0, atol=0.02)
+    assert (gaussian - average).abs().max() < 0.2 * (mean - average).abs().max()
+
+
+def test_inference_without_activation_is_the_mean(device):
+    v, weight, bias, _ = tensors(device, 3, 4, 5)
+    z = F.drop_connect_linear(v, weight, bias, 0.3, training=False)
+    assert_close(z, torch.nn.functional.linear(v, weight, bias))
+    z = F.drop_connect_linear(v, weight, bias, 0.3, training=False, inverted=False)
+    assert_close(z, torch.nn.functional.linear(v, weight * 0.7, bias))
+
+
+def test_inference_of_zeros_and_small_numbers():
+    """No variance: the activation of the mean, with finite gradients. Squares of small fp16 numbers are not lost."""
+    v, weight = torch.zeros(2, 4, requires_grad=True), torch.ones(3, 4)
+    z = F.drop_connect_linear(v, weight, torch.tensor([-1.0, 0.0, 2.0]), training=False, activation="relu")
+    assert torch.equal(z.detach(), torch.tensor([[0.0, 0.0, 2.0]] * 2))
+    z.sum().backward()
+    assert v.grad.isfinite().all()
+    v, weight = (torch.full((1, 4), 1e-3, dtype=torch.float16) for _ in range(2))
+    z = F.drop_connect_linear(
+        v, weight * torch.tensor([1, -1, 1, -1]).half(), training=False, activation="relu"
+    )
+    assert z.item() == pytest.approx(2e-6 / math.sqrt(2 * math.pi), rel=0.1)
+
+
+# --- layers -----------------------------------------------------------------------------------------------
+
+
+def test_layer_is_torchs_linear(path, device):
+    layer = fnn.DropConnectLinear(5, 4, p=0.25, activation="relu", device=device)
+    assert isinstance(layer, torch.nn.Linear)
+    assert repr(layer) == (
+        "DropConnectLinear(in_features=5, out_features=4, bias=True, p=0.25, mask=example, activation=relu)"
+    )
+    twin = torch.nn.Linear(5, 4, device=device)
+    assert str(layer.load_state_dict(twin.state_dict())) == "<All keys matched successfully>"
+    x = torch.randn(3, 5, device=device)
+    torch.manual_seed(3)
+    z = layer(x)
+    torch.manual_seed(3)
+    assert torch.equal(z, F.drop_connect_linear(x, layer.weight, layer.bias, 0.25, activation="relu"))
+    expected = F.drop_connect_linear(x, layer.weight, layer.bias, 0.25, False, activation="relu")
+    assert torch.equal(layer.eval()(x), expected)
+
+
+def test_convolution_drops_weights(path, device):
+    layer = fnn.DropConnectConv2d(2, 3, 3, padding=1, p=0.5, activation="relu", device=device)
+    assert "p=0.5, activation=relu" in repr(layer)
+    x = torch.randn(2, 2, 5, 4, device=device)
+    torch.manual_seed(3)
+    z = layer(x)
+    torch.manual_seed(3)
+    weight = F.dropout(layer.weight, 0.5)
+    assert_close(z, torch.nn.functional.conv2d(x, weight, layer.bias, padding=1).relu())
+    z.sum().backward()
+    dropped = weight == 0
+    assert (layer.weight.grad[dropped] == 0).all()
+    plain = torch.nn.functional.conv2d(x, layer.weight, layer.bias, padding=1).relu()
+    assert torch.equal(layer.eval()(x), plain)
+
+
+# --- errors -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"p": 1.5}, "dropout probability has to be between 0 and 1, but got 1.5"),
+        ({"mask": "sample"}, "unknown mask 'sample': choose one of example, group, batch"),
+        ({"mask": "group"}, 'mask="group" needs a group_size'),
+        ({"group_size": 3}, 'mask="group" needs a group_size, and no other mask has one'),
+        ({"mask": "group", "group_size": 0}, "group_size has to be at least 1, but got 0"),
+        ({"inference": "exact"}, "unknown inference 'exact'"),
+        ({"samples": 0}, "samples has to be at least 1"),
+        ({"activation": "cake"}, "unknown activation 'cake'"),
+    ],
+)
+def test_wrong_arguments(options, message):
+    with pytest.raises(ValueError, match=message):
+        F.drop_connect_linear(torch.ones(2, 3), torch.ones(4, 3), **options)
+    with pytest.raises(ValueError, match=message):
+        fnn.DropConnectLinear(3, 4, **options)
+
+
+@pytest.mark.parametrize(
+    ("v", "weight", "bias"),
+    [
+        (torch.ones(2, 3), torch.ones(4, 5), None),
+        (torch.ones(2, 3), torch.ones(4, 3).double(), None),
+        (torch.ones(2, 3), torch.ones(4, 3), torch.ones(5)),
+        (torch.ones(2, 3), torch.ones(4, 3), torch.ones(4).double()),
+    ],
+)
+def test_what_torchs_linear_refuses(path, v, weight, bias):
+    with pytest.raises(RuntimeError) as theirs:
+        torch.nn.functional.linear(v, weight, bias)
+    with pytest.raises(RuntimeError) as ours:
+        F.drop_connect_linear(v, weight, bias)
+    assert str(ours.value) == str(theirs.value)
