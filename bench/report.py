@@ -282,17 +282,33 @@ def readme_section(documents: list[dict], static: Path, readme: Path, page: Path
     if not gpus:
         parts += ["No GPU results yet."]
         if static.exists():
-            parts += [static_table(json.loads(static.read_text()), headline=True)]
+            parts += [family_table(json.loads(static.read_text()))]
             parts += [f"![predictions]({relative(static.with_suffix('.png'), readme)})"]
     if documents:
         parts += [f"All timings: [{page.name}]({relative(page, readme)})."]
     return "\n\n".join(parts)
 
 
-def static_table(content: dict, gpu: str = "H100", headline: bool = False) -> str:
-    """The predictions of ``fastreg inspect --json`` for one GPU, of all kernels or the few for the README."""
+def predictions(content: dict, gpu: str) -> list[tuple[dict, dict]]:
+    """(report, prediction) of every kernel for one GPU, from what ``fastreg inspect --json`` wrote."""
+    return [
+        (report, prediction)
+        for report in content["reports"]
+        for prediction in report["predictions"]
+        if prediction["gpu"] == gpu
+    ]
+
+
+def static_title(content: dict, gpu: str) -> str:
+    origin = f"`fastreg inspect`, triton {content['triton']}, sources {content['source']}"
+    return f"Predictions for {gpu}, not measurements, from the compiled machine code ({origin}):"
+
+
+def static_table(content: dict, gpu: str = "H100") -> str:
+    """The predictions for every kernel."""
     lines = [
         [
+            report["family"],
             report["kernel"],
             str(report["registers"]),
             str(report["spill_instructions"]),
@@ -301,30 +317,49 @@ def static_table(content: dict, gpu: str = "H100", headline: bool = False) -> st
             prediction["bound"],
             f"{prediction['copy_rate_percent']:.0f} %",
         ]
-        for report in content["reports"]
-        if report["headline"] or not headline
-        for prediction in report["predictions"]
-        if prediction["gpu"] == gpu
+        for report, prediction in predictions(content, gpu)
     ]
-    header = ["kernel", "registers", "spills", "instructions / element", "bytes / element", "predicted bound"]
-    title = f"Predictions for {gpu}, not measurements, from the compiled machine code"
-    table = markdown([*header, "predicted share of copy rate"], lines)
-    origin = f"`fastreg inspect`, triton {content['triton']}, sources {content['source']}"
-    return f"{title} ({origin}):\n\n{table}"
+    header = ["family", "kernel", "registers", "spills", "instructions / element", "bytes / element"]
+    table = markdown([*header, "predicted bound", "predicted share of copy rate"], lines)
+    return f"{static_title(content, gpu)}\n\n{table}"
+
+
+def family_table(content: dict, gpu: str = "H100") -> str:
+    """The predictions in a line for each family: of all its kernels, and of those that stand for it."""
+    families: dict[str, list] = {}
+    for report, prediction in predictions(content, gpu):
+        families.setdefault(report["family"], []).append((report, prediction))
+    lines = []
+    for family, found in families.items():
+        shown = [(report, prediction) for report, prediction in found if report["headline"]]
+        instructions = [report["instructions"] for report, _ in shown]
+        bounds = dict.fromkeys(prediction["bound"] for _, prediction in shown)
+        lines.append(
+            [
+                family,
+                str(len(found)),
+                str(sum(report["spill_instructions"] for report, _ in found)),
+                str(max(report["registers"] for report, _ in found)),
+                f"{min(instructions):.1f} to {max(instructions):.1f}",
+                ", ".join(bounds),
+                f"{min(prediction['headroom'] for _, prediction in shown):.2g}",
+            ]
+        )
+    header = ["family", "kernels", "spills", "most registers", "instructions / element, main forms"]
+    table = markdown([*header, "predicted bound", "lowest memory time / instruction time"], lines)
+    return f"{static_title(content, gpu)}\n\n{table}"
 
 
 def draw_predictions(content: dict, path: Path, gpu: str = "H100") -> None:
-    """Two bars a kernel of the README: the time of its bytes and the time of its instructions."""
+    """Two bars for each main form of a kernel: the time of its bytes and the time of its instructions."""
     from matplotlib.figure import Figure
 
     shown = [
-        (report["kernel"], prediction["memory_ps"], prediction["issue_ps"])
-        for report in content["reports"]
+        (f"{report['family']}: {report['kernel']}", prediction["memory_ps"], prediction["issue_ps"])
+        for report, prediction in predictions(content, gpu)
         if report["headline"]
-        for prediction in report["predictions"]
-        if prediction["gpu"] == gpu
     ]
-    figure = Figure(figsize=(8, 0.42 * len(shown) + 1.2), layout="constrained")
+    figure = Figure(figsize=(8, 0.22 * len(shown) + 1.2), layout="constrained")
     panel = figure.subplots()
     for offset, column, label in (
         (-0.2, 1, "memory: bytes / copy rate"),
@@ -332,7 +367,7 @@ def draw_predictions(content: dict, path: Path, gpu: str = "H100") -> None:
     ):
         places = [index + offset for index in range(len(shown))]
         panel.barh(places, [row[column] for row in shown], height=0.38, label=label)
-    panel.set_yticks(range(len(shown)), [row[0] for row in shown])
+    panel.set_yticks(range(len(shown)), [row[0] for row in shown], fontsize=7)
     panel.invert_yaxis()
     panel.set_xlabel("picoseconds an element, whole GPU: the longer bar is the bound")
     panel.set_title(f"Predicted for {gpu}, not measured", loc="left")

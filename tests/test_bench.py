@@ -489,8 +489,10 @@ def test_readme_without_gpu_shows_predictions_as_predictions(tmp_path):
     documents = saved(tmp_path / "results" / "cpu", cpu)
     static = tmp_path / "results" / "static.json"
     prediction = {"gpu": "H100", "bound": "memory", "copy_rate_percent": 100.0, "memory_ps": 2, "issue_ps": 1}
+    prediction |= {"headroom": 2.0}
     kernel = {
-        "kernel": "dropout, bf16",
+        "family": "dropout",
+        "kernel": "forward bf16",
         "headline": True,
         "registers": 32,
         "spill_instructions": 0,
@@ -498,16 +500,17 @@ def test_readme_without_gpu_shows_predictions_as_predictions(tmp_path):
         "bytes_per_element": 4.0,
         "predictions": [prediction, prediction | {"gpu": "H200"}],
     }
-    detail = kernel | {"kernel": "a detail", "headline": False}
+    detail = kernel | {"kernel": "a detail", "headline": False, "registers": 40, "instructions": 20.0}
     static.write_text(json.dumps({"triton": "3.6.0", "source": "abc", "reports": [kernel, detail]}))
     readme, page = tmp_path / "README.md", tmp_path / "RESULTS.md"
     section = report.readme_section(documents, static, readme, page)
     assert section.startswith("No GPU results yet")
     assert "not measurements" in section
-    assert "| dropout, bf16 | 32 | 0 | 14.8 | 4 | memory | 100 % |" in section
-    assert section.count("dropout, bf16") == 1  # one GPU stands for all
+    assert "| dropout | 2 | 0 | 40 | 14.8 to 14.8 | memory | 2 |" in section  # one GPU stands for all
     assert "![predictions](results/static.png)" in section
-    assert "a detail" in report.results_page(documents, page, static)
+    details = report.results_page(documents, page, static)
+    assert "| dropout | forward bf16 | 32 | 0 | 14.8 | 4 | memory | 100 % |" in details
+    assert "a detail" in details
     assert "a detail" not in section
     assert "106" not in section  # a CPU timing is no claim
 
@@ -519,7 +522,7 @@ def test_readme_without_gpu_shows_predictions_as_predictions(tmp_path):
 
 def test_predictions_are_drawn(tmp_path):
     prediction = {"gpu": "H100", "memory_ps": 2, "issue_ps": 1}
-    kernels = [{"kernel": "a", "headline": True, "predictions": [prediction]}]
+    kernels = [{"family": "dropout", "kernel": "a", "headline": True, "predictions": [prediction]}]
     report.draw_predictions({"reports": kernels}, tmp_path / "static.png")
     assert (tmp_path / "static.png").read_bytes().startswith(b"\x89PNG")
 
