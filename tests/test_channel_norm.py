@@ -259,6 +259,17 @@ def test_running_statistics_that_are_views_are_updated_where_they_lie(device):
     near(store.cpu(), exact, torch.float32)
 
 
+class _Marked(torch.Tensor):
+    """A tensor subclass that passes through every function, as DTensor does."""
+
+
+def test_parameters_of_a_subclass_make_a_result_of_it(path, device):
+    weight = torch.rand(4, device=device).as_subclass(_Marked)
+    x = torch.randn(3, 4, 5, device=device)
+    assert type(F.batch_norm(x, None, None, weight, training=True)) is _Marked
+    assert type(F.group_norm(x, 2, weight)) is _Marked
+
+
 def test_whoever_saved_running_statistics_hears_of_their_update(device):
     """Evaluation saves them for its backward pass: torch's own error, not a wrong gradient."""
     mean, var = torch.zeros(4, device=device), torch.ones(4, device=device)

@@ -280,6 +280,83 @@ def test_a_mask_for_the_batch_is_dropout_of_the_weights(path, device):
     assert_close(unscaled, (z - bias) * 0.7, rtol=1e-4, atol=1e-5)
 
 
+# --- by dense products ------------------------------------------------------------------------------------
+
+
+def connections(examples, outputs, inputs, **options):
+    """Which connections flipout keeps: bool [examples, outputs, inputs], asked for with one input at a time."""
+    kept = []
+    for k in range(inputs):
+        v = torch.zeros(examples, inputs)
+        v[:, k] = 1.0
+        z = F.drop_connect_linear(v, torch.ones(outputs, inputs), mask="flipout", seed=SEED, **options)
+        assert ((z == 0) | (z == 2)).all()
+        kept.append(z == 2)
+    return torch.stack(kept, -1)
+
+
+@pytest.mark.usefixtures("aten")
+def test_flipout_keeps_half_of_the_connections_independently():
+    """Marginals, and pairs across examples, outputs and inputs, within 6 standard errors."""
+    signs = connections(200, 16, 16).double() * 2 - 1
+    assert abs(signs.mean().item()) < 6 / math.sqrt(signs.numel())
+    # S is drawn once: over the examples alone, a connection is kept half of the time.
+    assert (signs.mean(0).abs() < 6 / math.sqrt(200)).all()
+    for dim in range(3):
+        length = signs.shape[dim] - 1
+        product = signs.narrow(dim, 0, length) * signs.narrow(dim, 1, length)
+        assert abs(product.mean().item()) < 6 / math.sqrt(200 * 16), dim
+    # What flipout has and independent masks have not: of two examples, the agreements at the corners of a rectangle.
+    agree = signs[0] * signs[1]
+    assert (agree[:-1, :-1] * agree[1:, :-1] * agree[:-1, 1:] * agree[1:, 1:] == 1).all()
+
+
+def test_flipout_is_the_product_with_its_mask(path, device):
+    mask = connections(3, 4, 5).double()
+    v, weight, bias, dz = tensors(device, 3, 4, 5)
+    leaves = [t.requires_grad_() for t in (v, weight, bias)]
+    z = F.drop_connect_linear(*leaves, mask="flipout", seed=SEED)
+    exact = [t.detach().cpu().double().requires_grad_() for t in leaves]
+    expected = 2 * torch.einsum("bnk,nk,bk->bn", mask, *exact[1::-1]) + exact[2]
+    near(z, expected, torch.float32)
+    gradients = torch.autograd.grad(expected, exact, dz.cpu().double())
+    for gradient, wanted in zip(torch.autograd.grad(z, leaves, dz), gradients, strict=True):
+        near(gradient, wanted, torch.float32)
+    unscaled = F.drop_connect_linear(v, weight, bias, mask="flipout", seed=SEED, inverted=False)
+    near(unscaled, (expected - exact[2]) / 2 + exact[2], torch.float32)
+
+
+@pytest.mark.usefixtures("aten")
+@pytest.mark.parametrize("inverted", [True, False])
+def test_gaussian_has_the_moments_of_the_paper(inverted):
+    p, count = 0.3, 20_000
+    torch.manual_seed(1)
+    v, weight = torch.randn(1, 12, dtype=torch.float64), torch.randn(3, 12, dtype=torch.float64)
+    z = F.drop_connect_linear(v.expand(count, -1), weight, p=p, mask="gaussian", inverted=inverted)
+    factor = p / (1 - p) if inverted else p * (1 - p)
+    variance = factor * v.square() @ weight.square().t()
+    mean = v @ weight.t() * (1 if inverted else 1 - p)
+    assert_close(z.mean(0), mean[0], rtol=0, atol=6 * (variance.max() / count).sqrt().item())
+    assert_close(z.var(0), variance[0], rtol=6 * math.sqrt(2 / count), atol=0)
+    other = F.drop_connect_linear(v.expand(count, -1), weight, p=p, mask="gaussian", inverted=inverted)
+    assert not torch.equal(z, other)
+
+
+@pytest.mark.parametrize("mask", ["gaussian", "flipout"])
+def test_derivatives_of_dense_products(path, device, mask):
+    v, weight, bias, _ = tensors(device, 3, 2, 4, torch.float64)
+    inputs = [t.requires_grad_() for t in (v, weight, bias)]
+
+    def function(*inputs):
+        return F.drop_connect_linear(*inputs, mask=mask, activation="silu", seed=SEED)
+
+    assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
+    assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
+    zeros = torch.zeros_like(v).requires_grad_()
+    F.drop_connect_linear(zeros, weight, bias, mask=mask, seed=SEED).sum().backward()
+    assert zeros.grad.isfinite().all()
+
+
 # --- inference --------------------------------------------------------------------------------------------
 
 
@@ -371,7 +448,8 @@ def test_convolution_drops_weights(path, device):
     ("options", "message"),
     [
         ({"p": 1.5}, "dropout probability has to be between 0 and 1, but got 1.5"),
-        ({"mask": "sample"}, "unknown mask 'sample': choose one of example, group, batch"),
+        ({"mask": "sample"}, "unknown mask 'sample': choose one of example, group, batch, flipout, gaussian"),
+        ({"mask": "flipout", "p": 0.3}, 'mask="flipout" is exact for p = 0.5 alone, but got p = 0.3'),
         ({"mask": "group"}, 'mask="group" needs a group_size'),
         ({"group_size": 3}, 'mask="group" needs a group_size, and no other mask has one'),
         ({"mask": "group", "group_size": 0}, "group_size has to be at least 1, but got 0"),

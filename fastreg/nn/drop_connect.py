@@ -13,7 +13,8 @@ class DropConnectLinear(torch.nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as of :class:`torch.nn.Linear`.
         p: probability of dropping a connection.
-        mask: "example" (every example has its own), "group" (``group_size`` examples share one), "batch".
+        mask: "example" (every example has its own), "group" (``group_size`` examples share one), "batch", "flipout",
+            "gaussian".
         inverted: False scales by 1 - p in evaluation instead of 1 / (1 - p) in training.
         inference: in evaluation, "gaussian" (the paper's) or "mean".
         samples: draws of the Gaussian where ``activation`` has no closed form.

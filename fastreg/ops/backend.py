@@ -21,6 +21,11 @@ OLDEST_CAPABILITY = (8, 0)  # Ampere: bf16, and the min/max that keep NaN
 _KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+def is_plain(x: Tensor) -> bool:
+    """Not of a subclass with ideas of its own (DTensor, FakeTensor), nor a proxy of ``torch.fx``."""
+    return torch.compiler.is_compiling() or type(x) in (Tensor, torch.nn.Parameter)
+
+
 def runs_kernels(x: Tensor) -> bool:
     """Whether ``x`` goes to the Triton kernels.
 
@@ -30,7 +35,7 @@ def runs_kernels(x: Tensor) -> bool:
     """
     compiling = torch.compiler.is_compiling()
     # The type first: there is nothing to decide about a Proxy of torch.fx.
-    if not HAS_TRITON or not (compiling or type(x) in (Tensor, torch.nn.Parameter)):
+    if not HAS_TRITON or not is_plain(x):
         return False
     if x.dtype not in _KERNEL_DTYPES or not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
         return False

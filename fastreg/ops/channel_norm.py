@@ -401,12 +401,12 @@ def dx_launch(
 # --- running them -----------------------------------------------------------------------------------------
 
 
-def _may_keep_signs(residual: Tensor | None, activation: str | None) -> bool:
-    return residual is not None and activation in SIGNED
+def _may_keep_signs(residual: Tensor | None, form: Form) -> bool:
+    return residual is not None and form.activation in SIGNED
 
 
-def _signs_fit(seen: View) -> bool:
-    return seen.innermost % 8 == 0
+def _keeps_signs(residual: Tensor | None, form: Form, seen: View) -> bool:
+    return _may_keep_signs(residual, form) and seen.innermost % 8 == 0
 
 
 def _run_forward(
@@ -431,7 +431,7 @@ def _run_forward(
     residual = None if residual is None else with_strides(residual, x.stride())
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     signs = None
-    if differentiated and _may_keep_signs(residual, form.activation) and _signs_fit(seen):
+    if differentiated and _keeps_signs(residual, form, seen):
         signs = torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
     if given is None:
         mean, var = torch.empty(2, seen.units, dtype=sum_dtype(x.dtype), device=x.device)
@@ -596,10 +596,11 @@ def _channel_norm_op(
 @_channel_norm_op.register_fake
 def _(x, weight, bias, residual, mean, var, groups, eps, activation, dtype, differentiated):
     y = torch.empty_like(x, dtype=dtype)
-    signed = differentiated and _may_keep_signs(residual, activation)
+    form = Form(groups, eps, activation)
+    signed = differentiated and _may_keep_signs(residual, form)
     if signed:  # only then: the view of odd planes depends on the number of samples, which would be a guard
         seen = view(y, groups) or view(torch.empty(x.shape, device="meta"), groups)
-        signed = _signs_fit(seen)
+        signed = _keeps_signs(residual, form, seen)
     units = x.shape[0] * groups if groups else x.shape[1]
     statistics = {"size": (units if mean is None else 0,), "dtype": sum_dtype(x.dtype), "device": x.device}
     return (
@@ -698,7 +699,8 @@ def takes(
     return (statistics[0] is None) == (statistics[1] is None) and all(
         t is None
         or (
-            t.shape == (channels,)
+            backend.is_plain(t)
+            and t.shape == (channels,)
             and t.device == input.device
             and (t.dtype == input.dtype or (t.dtype == torch.float32 and input.dtype.itemsize == 2))
         )

@@ -24,7 +24,7 @@ from fastreg.random import EXAMPLES_PER_LANE, Chance, Stream
 if backend.HAS_TRITON:
     from fastreg.kernels import drop_connect as kernels
 
-MASKS = ("example", "group", "batch")
+MASKS = ("example", "group", "batch", "flipout", "gaussian")
 INFERENCE = ("gaussian", "mean")
 SAMPLES = 1000  # of the Gaussian, where an activation has no closed form: as many as in the paper
 
@@ -394,6 +394,10 @@ def drop_connect_linear(
             scale is that of the probability applied: see ``fastreg.random.chance``.
         mask: what a mask belongs to. "example": every example has its own, as in the paper. "group": ``group_size``
             neighbouring examples share one. "batch": all share one, which is dropout of the weights.
+            Two that need dense products only: "flipout" (p = 1/2) gives every example a mask with the right
+            distribution, independent of that of any other example, but not of those of two others together (Wen et
+            al. 2018). "gaussian" has no masks but noise: every sum is normal, with the mean and the variance that it
+            has over masks (local reparameterization: Kingma et al. 2015).
         group_size: of mask="group".
         inverted: scale in training, not in evaluation.
         inference: in evaluation, "gaussian" is the paper's: the expectation of ``activation`` over a Gaussian with the
@@ -406,8 +410,8 @@ def drop_connect_linear(
     Returns: ``[*, outputs]``.
 
     Raises:
-        ValueError: p outside [0, 1]; an unknown mask, inference or activation; a group_size without mask="group", or
-            below 1; samples below 1.
+        ValueError: p outside [0, 1]; mask="flipout" with another p than 1/2; an unknown mask, inference or
+            activation; a group_size without mask="group", or below 1; samples below 1.
         RuntimeError: torch's own of ``linear``, for shapes, dtypes and devices that do not fit.
 
     Source: Wan, Zeiler, Zhang, LeCun, Fergus 2013 (Regularization of neural networks using DropConnect, ICML).
@@ -419,6 +423,13 @@ def drop_connect_linear(
         weight = dropout(weight, p, seed=seed, generator=generator)
         weight = weight if inverted else weight * (1 - p)
         return activated(F.linear(input, weight, bias), activation)
+    if mask == "flipout":
+        return activated(_flipout(input, weight, bias, inverted, seed, generator), activation)
+    if mask == "gaussian":
+        mean, deviation = _moments(input, weight, bias, p, inverted)
+        stream = None if seed is None and generator is None else random.stream(input.device, seed, generator)
+        z = mean.to(deviation.dtype) + deviation * _normal(deviation, stream)
+        return activated(z.to(mean.dtype), activation)
 
     chance = random.chance(p)
     if not chance.digits:  # all connections, or none
@@ -452,6 +463,8 @@ def check_arguments(
             raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
     if (mask == "group") != (group_size is not None):
         raise ValueError('mask="group" needs a group_size, and no other mask has one')
+    if mask == "flipout" and p != 0.5:
+        raise ValueError(f'mask="flipout" is exact for p = 0.5 alone, but got p = {p}')
     for name, value in (("group_size", group_size), ("samples", samples)):
         if value is not None and value < 1:
             raise ValueError(f"{name} has to be at least 1, but got {value}")
@@ -479,36 +492,64 @@ def _torch_refuses(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-# --- inference --------------------------------------------------------------------------------------------
+# --- by dense products ------------------------------------------------------------------------------------
 
 
-def _inference(input, weight, bias, p, inverted, inference, samples, activation, seed, generator) -> Tensor:
-    kept = 1.0 if inverted else 1 - p  # the share of W that is expected
-    mean = F.linear(input, weight if kept == 1 else weight * kept, bias)
-    if inference == "mean" or activation is None or p == 0:
-        return activated(mean, activation)
+def _flipout(input, weight, bias, inverted: bool, seed, generator) -> Tensor:
+    """z_b = (Wv + r ∘ (S ∘ W)(s ∘ v)) / 2 times the scale, with random signs S [outputs, inputs] for all examples, and
+    r [outputs] and s [inputs] of each: the mask (1 + r s^T ∘ S) / 2 has exact marginals and independent elements."""
+
+    def signed(x: Tensor, use: int) -> Tensor:
+        # 2 x or 0, less x. The backward pass draws the signs again, none is stored.
+        own = seed + use if isinstance(seed, Tensor) else None if seed is None else (seed + use) % 2**64
+        return dropout(x, 0.5, seed=own, generator=generator) - x
+
+    z = F.linear(input, weight) + signed(F.linear(signed(input, 1), signed(weight, 0)), 2)
+    z = z if inverted else z * 0.5
+    return z if bias is None else z + bias
+
+
+def _moments(input, weight, bias, p: float, inverted: bool) -> tuple[Tensor, Tensor]:
+    """Mean of the sum over masks, bias included, and its standard deviation (fp32 at least).
+
+    Var = p / (1 - p) (W ∘ W)(v ∘ v) with inverted scaling, p (1 - p) (W ∘ W)(v ∘ v) without.
+    """
     if p == 1 and inverted:
-        raise ValueError("with p = 1 and inverted scaling the variance of the sum is infinite: no inference")
+        raise ValueError("with p = 1 and inverted scaling the variance of the sum is infinite")
+    mean = F.linear(input, weight if inverted else weight * (1 - p), bias)
     # Squares in fp32 at least: that of 1e-4 is no fp16 number.
     wide = torch.promote_types(mean.dtype, torch.float32)
     with torch.autocast(input.device.type, enabled=False):
         variance = F.linear(input.to(wide).square(), weight.to(wide).square())
     variance = variance * (p / (1 - p) if inverted else p * (1 - p))
     known = variance > 0
-    deviation = torch.where(known, torch.where(known, variance, 1.0).sqrt(), 0.0)  # no infinite slope at 0
+    return mean, torch.where(known, torch.where(known, variance, 1.0).sqrt(), 0.0)  # no infinite slope at 0
+
+
+def _normal(like: Tensor, stream: Stream | None) -> Tensor:
+    if stream is None:
+        return torch.randn_like(like)
+    return random.normal(like.shape, stream, dtype=like.dtype, device=like.device)
+
+
+# --- inference --------------------------------------------------------------------------------------------
+
+
+def _inference(input, weight, bias, p, inverted, inference, samples, activation, seed, generator) -> Tensor:
+    if inference == "mean" or activation is None or p == 0:
+        mean = F.linear(input, weight if inverted else weight * (1 - p), bias)
+        return activated(mean, activation)
+    mean, deviation = _moments(input, weight, bias, p, inverted)
+    dtype, mean = mean.dtype, mean.to(deviation.dtype)
     if activation == "relu":
-        return _expected_relu(mean.to(wide), deviation).to(mean.dtype)
+        return _expected_relu(mean, deviation).to(dtype)
     stream = None if seed is None and generator is None else random.stream(input.device, seed, generator)
     total = torch.zeros_like(deviation)
     samples = samples or SAMPLES
     for draw in range(samples):
-        if stream is None:
-            normal = torch.randn_like(deviation)
-        else:
-            shifted = Stream(stream.seed, stream.offset + draw)
-            normal = random.normal(deviation.shape, shifted, dtype=wide, device=input.device)
-        total = total + activated(mean.to(wide) + deviation * normal, activation)
-    return (total / samples).to(mean.dtype)
+        own = None if stream is None else Stream(stream.seed, stream.offset + draw)
+        total = total + activated(mean + deviation * _normal(deviation, own), activation)
+    return (total / samples).to(dtype)
 
 
 def _expected_relu(mean: Tensor, deviation: Tensor) -> Tensor:
