@@ -63,6 +63,13 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def number(name: str, value: float | Tensor, absent: float) -> dict[str, Any]:
+    """The two arguments of a number that may lie in memory: a pointer, or None and the number itself."""
+    if isinstance(value, Tensor):
+        return {f"{name}_ptr": value, name: absent}
+    return {f"{name}_ptr": None, name: value}
+
+
 class Launch(NamedTuple):
     """A kernel with everything it is launched with: what runs, and what ``fastreg inspect`` compiles."""
 

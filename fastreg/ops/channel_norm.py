@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastreg.ops import backend
-from fastreg.ops.backend import Launch
+from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import activated, result_dtype, sum_dtype
 from fastreg.ops.layout import ceil_div, dense_strides, with_strides
 from fastreg.ops.lines import Plan, View, merge_plan, split_plan, view, viewed, whole_plan
@@ -103,12 +103,10 @@ def _many_splits(seen: View, plan: Plan, device: torch.device) -> int:
 
 def _momentum(running: Running | None) -> dict:
     momentum = 0.0 if running is None else running.momentum
-    in_memory = isinstance(momentum, Tensor)
     return {
         "running_mean_ptr": None if running is None else running.mean,
         "running_var_ptr": None if running is None else running.var,
-        "momentum_ptr": momentum if in_memory else None,
-        "momentum": 0.0 if in_memory else momentum,
+        **number("momentum", momentum, 0.0),
     }
 
 
@@ -353,7 +351,6 @@ def merge_gradients_launch(
     """count: elements of a unit. means: where to write what ``gradient_apply`` needs."""
     plan = merge_plan(seen)
     all_lines = seen.batches * seen.lines
-    in_memory = isinstance(count, Tensor)
     arguments = {
         "sum_ptr": sums,
         "product_ptr": products,
@@ -363,8 +360,7 @@ def merge_gradients_launch(
         "dbias_ptr": out.dbias,
         "b_ptr": means[0],
         "w_ptr": means[1],
-        "count_ptr": count if in_memory else None,
-        "count": 0.0 if in_memory else count,
+        **number("count", count, 0.0),
         "eps": form.eps,
         "all_lines": all_lines,
         "splits": sums.numel() // all_lines,

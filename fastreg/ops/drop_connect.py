@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 
 from fastreg import random
 from fastreg.ops import backend
-from fastreg.ops.backend import Launch
+from fastreg.ops.backend import Launch, number
 from fastreg.ops.dropout import dropout
 from fastreg.ops.fused import activated, check_activation
 from fastreg.ops.layout import ceil_div
@@ -90,10 +90,8 @@ def _definition(v: Tensor, weight: Tensor, stream: Stream, form: _Form) -> Tenso
 
 
 def _stream_arguments(stream: Stream, form: _Form) -> dict:
-    in_memory = isinstance(stream.seed, Tensor)
     return {
-        "seed_ptr": stream.seed if in_memory else None,
-        "seed": 0 if in_memory else stream.seed,
+        **number("seed", stream.seed, 0),
         "offset": stream.offset,
         "keep": form.keep,
         "scale": form.scale,

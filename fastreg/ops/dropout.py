@@ -15,7 +15,7 @@ from torch.overrides import has_torch_function_unary
 
 from fastreg import random
 from fastreg.ops import backend
-from fastreg.ops.backend import Launch
+from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import (
     ACTIVATIONS,
     check_activation,
@@ -119,12 +119,10 @@ def _blocks(x: Tensor, tiles: Tiling) -> tuple[int, int, int]:
 def _arguments(tiles: Tiling, blocks: tuple[int, int, int], stream: Stream, form: _Form) -> dict:
     """The arguments that forward and backward kernels share."""
     rows, columns, vector = blocks
-    in_memory = isinstance(stream.seed, Tensor)
     tail = tiles.columns % vector
     whole = tiles.columns - tail
     return {
-        "seed_ptr": stream.seed if in_memory else None,
-        "seed": 0 if in_memory else stream.seed,
+        **number("seed", stream.seed, 0),
         "offset": stream.offset,
         "threshold": form.threshold,
         "scale": form.scale,

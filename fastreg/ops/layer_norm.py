@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 
 from fastreg import random
 from fastreg.ops import backend
-from fastreg.ops.backend import Launch
+from fastreg.ops.backend import Launch, number
 from fastreg.ops.dropout import dropout
 from fastreg.ops.fused import (
     activated,
@@ -108,10 +108,8 @@ def _long_blocks(x: Tensor, columns: int, rows: int, block: int) -> _Blocks:
 
 def _arguments(rows: int, blocks: _Blocks, stream: Stream, form: _Form) -> dict:
     """The arguments that forward and backward kernels share."""
-    in_memory = isinstance(stream.seed, Tensor)
     return {
-        "seed_ptr": stream.seed if in_memory else None,
-        "seed": 0 if in_memory else stream.seed,
+        **number("seed", stream.seed, 0),
         "offset": stream.offset,
         "threshold": form.threshold,
         "scale": form.scale,

@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fastreg import random
 from fastreg.ops import backend
-from fastreg.ops.backend import Launch
+from fastreg.ops.backend import Launch, number
 from fastreg.ops.dropout import ATEN_BELOW
 from fastreg.ops.layout import ceil_div, dense_strides, with_strides
 from fastreg.random import Stream
@@ -59,12 +59,10 @@ def _launch(x: Tensor, y: Tensor, stream: Stream, std: float, multiplicative: bo
     vector = max(4, 16 // x.element_size())
     vectors, tail = divmod(x.numel(), vector)
     block = 4096 if x.numel() >= 1 << 20 else 1024  # small enough that there are programs to fill a GPU
-    in_memory = isinstance(stream.seed, Tensor)
     arguments = {
         "x_ptr": x,
         "y_ptr": y,
-        "seed_ptr": stream.seed if in_memory else None,
-        "seed": 0 if in_memory else stream.seed,
+        **number("seed", stream.seed, 0),
         "offset": stream.offset,
         "std": std,
         "vectors": vectors,
