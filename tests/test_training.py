@@ -278,6 +278,27 @@ def test_normalization_and_relu_are_one_layer(setting):
     assert layers_of("cnn", f"dropout+{setting}") == with_dropout
 
 
+def test_dropconnect_takes_the_last_hidden_layer_with_its_relu():
+    layer = "DropConnectLinear(in_features=800, out_features=800, bias=True, p=0.5, mask=example, activation=relu)"
+    network = MODELS["mlp"]((1, 8, 8), 4, recipe_for("dropconnect", quick_settings()))
+    assert [str(found) for found in network][1:] == [
+        *("Linear(in_features=64, out_features=800, bias=True)", "ReLU()", layer),
+        "Linear(in_features=800, out_features=4, bias=True)",
+    ]
+    recipe = recipe_for("dropconnect+batchnorm", quick_settings(model="cnn"))
+    *_, normalization, _ = found = list(MODELS["cnn"]((1, 8, 8), 4, recipe))
+    assert isinstance(normalization, fnn.BatchNorm1d)
+    assert isinstance(found[-3], fnn.DropConnectLinear)
+    assert found[-3].activation is None
+
+
+def test_input_noise_is_on_the_input():
+    recipe = recipe_for("input-noise", quick_settings(input_noise=0.25))
+    first, *others = MODELS["mlp"]((1, 8, 8), 4, recipe)
+    assert str(first) == str(fnn.GaussianNoise(0.25))
+    assert not any(isinstance(layer, fnn.GaussianNoise) for layer in others)
+
+
 def test_groups_divide_the_channels():
     network = MODELS["cnn"]((1, 8, 8), 4, recipe_for("groupnorm", quick_settings()), channels=6)
     assert [layer.num_groups for layer in network if isinstance(layer, nn.GroupNorm)] == [2, 4, 8]
@@ -491,7 +512,7 @@ BAD_INPUT = {
     ),
     "regularizer": (
         ["--compare", "none,dropuot"],
-        "unknown regularizer 'dropuot': choose from none, dropout",
+        "unknown regularizer 'dropuot': choose from none, dropout, dropconnect",
     ),
     "same twice": (["--compare", "none,none"], "needs one or more different names"),
     "empty": (["--compare", ""], "unknown regularizer ''"),
@@ -509,6 +530,7 @@ BAD_INPUT = {
     "model": (["--model", "transformer"], "unknown model 'transformer': choose from mlp, cnn"),
     "p above 1": (["--dropout", "1.5"], "dropout probability has to be between 0 and 1, but got 1.5"),
     "p below 0": (["--input-dropout", "-0.1"], "dropout probability has to be between 0 and 1, but got -0.1"),
+    "noise below 0": (["--input-noise", "-1"], "--input-noise has to be at least 0, but got -1.0"),
     "p not a number": (["--dropout", "nan"], "dropout probability has to be between 0 and 1, but got nan"),
     "epochs": (["--epochs", "0"], "--epochs has to be at least 1, but got 0"),
     "batch": (["--batch-size", "0"], "--batch-size has to be at least 1, but got 0"),

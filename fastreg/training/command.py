@@ -56,7 +56,7 @@ def train(
         ),
     ] = None,
     dropout: Annotated[
-        float, typer.Option(metavar="P", help="Probability of dropping a hidden unit, where dropout is on.")
+        float, typer.Option(metavar="P", help="Probability of dropping a hidden unit or connection.")
     ] = DEFAULTS.dropout,
     input_dropout: Annotated[
         float | None,
@@ -66,6 +66,12 @@ def train(
             show_default=", ".join(f"{p} with {name}" for name, p in INPUT_DROPOUT.items()),
         ),
     ] = None,
+    input_noise: Annotated[
+        float,
+        typer.Option(
+            metavar="STD", help="Deviation of the noise on an input pixel, where input-noise is on."
+        ),
+    ] = DEFAULTS.input_noise,
     epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = DEFAULTS.epochs,
     batch_size: Annotated[
         int, typer.Option(help="Examples of a step, over all processes together.")
@@ -118,6 +124,7 @@ def train(
             compare=tuple(name.strip() for name in compare.split(",")),
             study=study,
             dropout=dropout,
+            input_noise=input_noise,
             input_dropout=INPUT_DROPOUT.get(model, 0.0) if input_dropout is None else input_dropout,
             epochs=epochs,
             batch_size=batch_size,

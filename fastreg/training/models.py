@@ -18,7 +18,7 @@ def mlp(image_shape: tuple[int, int, int], classes: int, recipe: Recipe, width: 
         *_made(recipe.input_layers),
         nn.Flatten(),
         *_dense(math.prod(image_shape), width, recipe),
-        *_dense(width, width, recipe),
+        *_dense(width, width, recipe, recipe.last_hidden),
         nn.Linear(width, classes),
     )
 
@@ -44,7 +44,7 @@ def cnn(image_shape: tuple[int, int, int], classes: int, recipe: Recipe, channel
         nn.MaxPool2d(2),
         nn.Flatten(),
         *_made(recipe.hidden_layers),
-        *_dense(2 * channels * (height // 4) * (width // 4), 256, recipe),
+        *_dense(2 * channels * (height // 4) * (width // 4), 256, recipe, recipe.last_hidden),
         nn.Linear(256, classes),
     )
 
@@ -57,8 +57,14 @@ MODELS: dict[str, Callable[..., nn.Sequential]] = {"mlp": mlp, "cnn": cnn}
 INPUT_DROPOUT = {"mlp": 0.2, "cnn": 0.0}
 
 
-def _dense(inputs: int, outputs: int, recipe: Recipe) -> list[nn.Module]:
-    return [nn.Linear(inputs, outputs), _activation(outputs, 0, recipe), *_made(recipe.hidden_layers)]
+def _dense(inputs: int, outputs: int, recipe: Recipe, layer: Callable | None = None) -> list[nn.Module]:
+    if layer is None:
+        layers = [nn.Linear(inputs, outputs), _activation(outputs, 0, recipe)]
+    elif recipe.normalization is None:
+        layers = [layer(inputs, outputs, "relu")]
+    else:
+        layers = [layer(inputs, outputs, None), _activation(outputs, 0, recipe)]
+    return layers + _made(recipe.hidden_layers)
 
 
 def _activation(channels: int, spatial: int, recipe: Recipe) -> nn.Module:
