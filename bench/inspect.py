@@ -280,11 +280,9 @@ def inspect(
         if sass:
             console.out(_one_listing(selected, targets))
             return
-        reports = _reports(selected, targets, console)
+        reports, errors = _reports(selected, targets, console)
     except InspectError as error:
-        Console(stderr=True).print(
-            f"fastreg inspect: {error}", style="red", markup=False, highlight=False, soft_wrap=True
-        )
+        _tell(error)
         raise typer.Exit(2) from error
 
     for cc in targets:
@@ -295,11 +293,21 @@ def inspect(
     if json_file:
         _write(json_file, reports)
 
+    for error in errors:
+        _tell(error)
+    if errors:
+        raise typer.Exit(2)
     broken = [(f"{n}: {r.kernel}, sm_{r.cc}", line) for n, r in reports for line in violations(r)]
     for where, line in broken:
         console.print(f"{where}: {line}", style="red", markup=False, highlight=False, soft_wrap=True)
     if broken and check:
         raise typer.Exit(1)
+
+
+def _tell(error: InspectError) -> None:
+    Console(stderr=True).print(
+        f"fastreg inspect: {error}", style="red", markup=False, highlight=False, soft_wrap=True
+    )
 
 
 def _select(families: tuple[str, ...], part: str, headline: bool) -> list[tuple[str, Kernel]]:
@@ -325,20 +333,30 @@ def _one_listing(selected: list[tuple[str, Kernel]], targets: tuple[int, ...]) -
     return compile_for(selected[0][1], cc).sass
 
 
-def _reports(selected: list[tuple[str, Kernel]], targets: tuple[int, ...], console: Console) -> list:
-    """Compile on all cores: the time goes to the assembler, a process of its own, and to LLVM."""
+def _reports(
+    selected: list[tuple[str, Kernel]], targets: tuple[int, ...], console: Console
+) -> tuple[list[tuple[str, Report]], list[InspectError]]:
+    """Compile on all cores: the time goes to the assembler, a process of its own, and to LLVM.
+
+    Returns the reports, and the errors of the kernels that have none.
+    """
     jobs = [(family, kernel, cc) for family, kernel in selected for cc in targets]
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("compiling", total=len(jobs))
 
-        def run(job: tuple[str, Kernel, int]) -> tuple[str, Report]:
+        def run(job: tuple[str, Kernel, int]) -> tuple[str, Report] | InspectError:
             family, kernel, cc = job
-            report = report_on(kernel, cc)
-            progress.advance(task)
-            return family, report
+            try:
+                return family, report_on(kernel, cc)
+            except InspectError as error:
+                return error
+            finally:
+                progress.advance(task)
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return list(pool.map(run, jobs))
+            done = list(pool.map(run, jobs))
+    errors = [result for result in done if isinstance(result, InspectError)]
+    return [result for result in done if not isinstance(result, InspectError)], errors
 
 
 def _write(path: Path, reports: list[tuple[str, Report]]) -> None:

@@ -553,6 +553,20 @@ def test_command_passes_without_violations(command):
     assert command("--no-check").exit_code == 0
 
 
+def test_an_error_of_one_kernel_leaves_the_others_their_reports(command, monkeypatch, tmp_path):
+    def failing(kernel: Kernel, cc: int) -> Report:
+        if kernel.name == "dirty":
+            raise InspectError("dirty does not compile")
+        return replace(CLEAN, kernel=kernel.name, cc=cc)
+
+    monkeypatch.setattr(inspect_module, "report_on", failing)
+    result = command("--target", "90", "--json", str(tmp_path / "out.json"))
+    assert result.exit_code == 2
+    assert "fastreg inspect: dirty does not compile" in result.output
+    (report,) = json.loads((tmp_path / "out.json").read_text())["reports"]
+    assert report["kernel"] == "clean"
+
+
 def test_command_can_take_headlines_only(command):
     assert command("--headline").exit_code == 0  # dirty is none
     assert "clean" in command("--headline").output
