@@ -9,7 +9,7 @@ import fastreg.functional as fast
 from fastreg.ops import channel_norm as ops
 
 from .cases import Case, close_to, images
-from .sass import Budget, Kernel
+from .sass import Budget, Kernel, short_name
 
 
 def stage(numel: int) -> tuple[int, int, int, int]:
@@ -145,10 +145,6 @@ def kernels() -> list[Kernel]:
     return found
 
 
-def label(dtype) -> str:
-    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
-
-
 def variants(
     dtype, size, layout, groups=0, activation=None, residual=False, note="", budget=None, headline=False
 ):
@@ -180,7 +176,7 @@ def variants(
         "whole_backward": 3 * e + (e if out.dv is not None else 0) + bit,
     }
     form_name = "+".join(filter(None, (activation, "residual" if residual else None)))
-    name_of_form = " ".join(filter(None, (label(dtype), layout, note, form_name)))
+    name_of_form = " ".join(filter(None, (short_name(dtype), layout, note, form_name)))
     for launch in launches:
         name = _name(launch.kernel)
         if name == "statistics" and form_name:

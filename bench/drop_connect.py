@@ -8,7 +8,7 @@ from fastreg.ops import drop_connect as ops
 from fastreg.random import Stream
 
 from .cases import TOLERANCE, Case, rows
-from .sass import Budget, Kernel
+from .sass import Budget, Kernel, short_name
 
 
 def inputs(features: int):
@@ -105,7 +105,7 @@ def variants(dtype, size, p, activation=None, note="", headline=False):
     form = ops._Form(*chance, 1, 1 / chance.probability)
     connections = examples * outputs * inputs
     moved = dtype.itemsize * (v.numel() + weight.numel() + z.numel()) / connections
-    label = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    label = short_name(dtype)
     product, gradient, digit = BUDGETS[dtype.itemsize]
     product, gradient = (limit + digit * (chance.digits - 1) for limit in (product, gradient))
 

@@ -10,7 +10,7 @@ from fastreg.ops import dropout as ops
 from fastreg.random import Stream
 
 from .cases import Case, images, masked, random, rows, width
-from .sass import Budget, Kernel
+from .sass import Budget, Kernel, short_name
 
 
 def zeros(x, *_):
@@ -221,7 +221,7 @@ def variants(
     tiles = ops._tiled(x, form)[1]
     e = dtype.itemsize
     read = e * 0.9 if tiles.mask == "row" else e  # what a mask of rows drops is not read
-    label = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    label = short_name(dtype)
 
     forward = ops._forward_launch(x, bias, x if residual else None, x, tiles, stream, form)
     yield Kernel.of(

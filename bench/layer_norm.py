@@ -10,7 +10,7 @@ from fastreg.ops import layer_norm as ops
 from fastreg.random import Stream
 
 from .cases import TOLERANCE, Case, close_to, random, rows
-from .sass import Budget, Kernel
+from .sass import Budget, Kernel, short_name
 
 EPS = 1e-5
 
@@ -159,7 +159,6 @@ CASES = (
 # What ``fastreg inspect`` compiles: the launches of the public functions, on tensors without data
 
 SIZES = ((65536, 768), (65536, 1024), (8192, 4096), (8192, 8192), (4096, 16384))  # rows, columns
-LABELS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
 
 
 def kernels() -> list[Kernel]:
@@ -204,7 +203,7 @@ def variants(
     x = torch.empty(size, dtype=dtype, device="meta")
     parameter = x.new_empty(form.columns)
     statistics = torch.empty(2, size[0], dtype=ops.sum_dtype(dtype), device="meta")
-    e, label = dtype.itemsize, f"{LABELS[dtype]} {name}"
+    e, label = dtype.itemsize, f"{short_name(dtype)} {name}"
 
     tensors = ops._contiguous(
         x=x, skip=x if add else None, h=x if add else None, weight=parameter, bias=parameter,

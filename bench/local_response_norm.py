@@ -7,7 +7,7 @@ import fastreg.functional as fast
 from fastreg.ops import local_response_norm as ops
 
 from .cases import Case, close_to, images, random
-from .sass import Budget, Kernel
+from .sass import Budget, Kernel, short_name
 
 ALEXNET = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}  # alpha / n = 1e-4, as in the paper
 
@@ -74,7 +74,7 @@ def variants(
     x = x.to(memory_format=torch.channels_last) if layout == "NHWC" else x
     form = ops._Form(size, 1e-4, beta, 1.0, activation)
     e = dtype.itemsize
-    label = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    label = short_name(dtype)
     other = x if residual else None
     launches = {
         "forward": (ops._forward_launch(x, other, x, form), 3 * e if residual else 2 * e),

@@ -9,7 +9,7 @@ from fastreg.ops import noise as ops
 from fastreg.random import Stream
 
 from .cases import TOLERANCE, Case, random, rows
-from .sass import Budget, Kernel
+from .sass import Budget, Kernel, short_name
 
 
 def additive(std: float) -> Case:
@@ -106,7 +106,7 @@ def variant(dtype, name, size, *, seed_in_memory=False, budget=None, **show) -> 
     x = torch.empty(size, dtype=dtype, device="meta")
     stream = Stream(torch.empty(1, dtype=torch.int64, device="meta") if seed_in_memory else 1)
     launch = ops._launch(x, x, stream, 0.1, name == "multiplicative")
-    label = str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+    label = short_name(dtype)
     return Kernel.of(
         f"{label} {name}",
         launch,

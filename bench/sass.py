@@ -114,6 +114,11 @@ _POINTERS = {
 }
 
 
+def short_name(dtype: Any) -> str:
+    """bf16 for torch.bfloat16: how the names of kernels have it."""
+    return str(dtype).removeprefix("torch.").replace("bfloat", "bf").replace("float", "fp")
+
+
 def for_target(value: Any, cc: int) -> Any:
     """``value``, or its entry for ``cc`` if it is given per target."""
     return value[cc] if isinstance(value, Mapping) else value

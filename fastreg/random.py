@@ -40,6 +40,12 @@ class Stream(NamedTuple):
     seed: int | Tensor
     offset: int = 0
 
+    def seed_on(self, device: torch.device) -> Tensor:
+        """The seed as an operator of ``torch.compile`` takes it."""
+        if isinstance(self.seed, Tensor):
+            return self.seed
+        return torch.full((1,), self.seed, dtype=torch.int64, device=device)
+
 
 def philox4x32(counter, key, rounds: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The Philox4x32 bijection on 32-bit words held in int64 tensors (or ints) of any one shape.
@@ -156,7 +162,8 @@ def connection_mask(example: Tensor, outputs: int, inputs: int, chance: Chance, 
         word, bit = divmod(index, EXAMPLES_PER_LANE)
         lanes = connection_lanes(word, outputs, inputs, chance, stream, example.device)
         masks.append(lanes << bit < 0)
-    return torch.stack(masks) if masks else torch.zeros(0, outputs, inputs, dtype=torch.bool)
+    empty = torch.zeros(0, outputs, inputs, dtype=torch.bool, device=example.device)
+    return torch.stack(masks) if masks else empty
 
 
 def normal(size, stream: Stream, *, dtype: torch.dtype = torch.float32, device=None) -> Tensor:

@@ -17,14 +17,14 @@ z, and the tensor cores do 16 times the work, which they can: 2.8 instructions a
 and the limit is their issue, not the tensor cores.
 
 ``weight_gradient`` has a mask in all three indices, so there is no matrix product in it: one predicated FFMA a
-connection, and one instruction that makes a predicate of its bit; 3.2 with all that comes with them.
+connection, and one instruction that makes a predicate of its bit; 3.6 with all that comes with them.
 """
 
 import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import INTERPRETED, upcast
+from .fastmath import INTERPRETED, bound, upcast
 from .philox import high_word, low_word, philox4x32
 
 EXAMPLES = tl.constexpr(16)  # that a lane has bits for
@@ -188,21 +188,21 @@ def product(
 ):
     """z[b, r] = activation(scale sum_c m(b, r, c) W[r, c] u[b, c] + bias[r]).
 
-    Grid: blocks of rows, chunks of examples, splits of the columns.
+    Grid: chunks of examples (the axis that may be long), blocks of rows, splits of the columns.
     """
     seed = _seed(seed_ptr, seed)
-    row_block = tl.program_id(0)
+    row_block = tl.program_id(1)
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    word = tl.program_id(1) // chunks
-    within = (tl.program_id(1) % chunks) * BLOCK_EXAMPLES + tl.arange(0, BLOCK_EXAMPLES)  # a word of lanes
+    word = tl.program_id(0) // chunks
+    within = (tl.program_id(0) % chunks) * BLOCK_EXAMPLES + tl.arange(0, BLOCK_EXAMPLES)  # a word of lanes
     example = word * EXAMPLES * group_size + within
     known = (example < examples) & (within < EXAMPLES * group_size)
     group = within // group_size
-    first = (tl.program_id(1) % chunks) * BLOCK_EXAMPLES // group_size
+    first = (tl.program_id(0) % chunks) * BLOCK_EXAMPLES // group_size
     groups = tl.max(tl.where(known, group, 0), 0) - first + 1
     LANE: tl.constexpr = tl.int16 if w_ptr.dtype.element_ty.primitive_bitwidth == 16 else tl.int32
     z = tl.zeros([BLOCK_ROWS, BLOCK_EXAMPLES], tl.float32)
-    for trip in range(trips):
+    for trip in range(bound(trips)):
         column_block = tl.program_id(2) * trips + trip
         column = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
         u = tl.load(
@@ -231,7 +231,7 @@ def product(
                     z, lanes = _plus_masked_product(z, w, lanes, u, (group == start + index)[None, :], THREE)
         else:
             lanes = lanes << first.to(lanes.dtype)
-            for index in range(groups):
+            for index in range(bound(groups)):
                 z, lanes = _plus_masked_product(z, w, lanes, u, (group == first + index)[None, :], THREE)
 
     if SPLIT:
@@ -259,7 +259,7 @@ def merge(
     place = tl.program_id(1).to(tl.int64) * rows + row
     stride = examples.to(tl.int64) * rows
     z = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
+    for split in range(bound(splits)):
         z += tl.load(partial_ptr + split * stride + place, mask=row < rows, other=0.0)
     z = _finished(z[:, None], bias_ptr, scale, row, rows, ACTIVATION, z_ptr.dtype.element_ty)
     tl.store(z_ptr + place[:, None], z.to(z_ptr.dtype.element_ty), mask=(row < rows)[:, None])
@@ -290,7 +290,7 @@ def weight_gradient(
     call = tl.program_id(1) * (BLOCK_INPUTS // CALL) + tl.arange(0, BLOCK_INPUTS // CALL)
     input = call[:, None] * CALL + tl.arange(0, CALL)[None, :]
     dw = tl.zeros([BLOCK_OUTPUTS, BLOCK_INPUTS // CALL, CALL], tl.float32)
-    for word in range(words):
+    for word in range(bound(words)):
         a0, a1, a2, a3 = _kept(
             output, call, word, seed, offset, keep, BLOCK_OUTPUTS, BLOCK_INPUTS // CALL, DIGITS
         )
@@ -303,7 +303,7 @@ def weight_gradient(
             if group_size == 1:
                 dw = _plus_outer(dw, kept, start, dz_ptr, v_ptr, output, input, examples, outputs, inputs)
             else:
-                for example in range(start, tl.minimum(start + group_size, examples)):
+                for example in range(bound(start), bound(tl.minimum(start + group_size, examples))):
                     dw = _plus_outer(
                         dw, kept, example, dz_ptr, v_ptr, output, input, examples, outputs, inputs
                     )

@@ -55,6 +55,13 @@ def cos(x):
 
 
 @triton.jit
+def bound(number):
+    """A runtime number as the bound of a loop: Triton 3.6 interprets arguments as arrays of one element, which numpy
+    does not take for an index any more."""
+    return tl.max(number + tl.zeros([1], tl.int32), 0) if INTERPRETED else number
+
+
+@triton.jit
 def upcast(x):
     """fp16, bf16 and fp32 to fp32; fp64 stays. The first operation on every loaded value: the interpreter
     computes on the bit patterns of bf16."""

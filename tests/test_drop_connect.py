@@ -120,13 +120,31 @@ def test_any_strides(path, device):
     near(w.grad, exact[1].grad, w.dtype)
 
 
-@pytest.mark.parametrize("needed", ["v", "weight", "bias"])
+@pytest.mark.parametrize("needed", [0, 1, 2], ids=["v", "weight", "bias"])
 def test_any_one_gradient(path, device, needed):
-    tensors_ = dict(zip(("v", "weight", "bias"), tensors(device, 4, 3, 5), strict=False))
-    tensors_[needed].requires_grad_()
-    z = F.drop_connect_linear(*tensors_.values(), seed=SEED)
-    (gradient,) = torch.autograd.grad(z.sum(), tensors_[needed])
-    assert gradient.shape == tensors_[needed].shape
+    *given, dz = tensors(device, 4, 3, 5)
+    given[needed].requires_grad_()
+    z = F.drop_connect_linear(*given, seed=SEED)
+    (gradient,) = torch.autograd.grad(z, given[needed], dz)
+    exact = [t.detach().cpu().double().requires_grad_() for t in given]
+    expected = torch.autograd.grad(definition(*exact, 0.5), exact, dz.cpu().double())
+    near(gradient, expected[needed], torch.float32)
+
+
+@pytest.mark.skipif(not ops.backend.HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize(("examples", "group_size"), [(1 << 21, 1), (100, 10**6), (1 << 21, 3)])
+def test_grids_of_large_batches_and_groups(examples, group_size):
+    """A GPU takes 2^31 programs along the first axis and 65,535 along the others, and none should be idle."""
+    v, weight, z = (torch.empty(*s, device="meta") for s in ((examples, 64), (96, 64), (examples, 96)))
+    form = ops._Form(1, 1, group_size, 2.0)
+    for transposed, u, out in ((False, v, z), (True, z, v)):
+        launches = ops.product_launches(u, weight, None, out, None, Stream(1), form, transposed)
+        for launch in launches:
+            first, *others = launch.grid
+            assert first < 1 << 31
+            assert all(count < 1 << 16 for count in others)
+        # 16 examples a program where each has its own mask, 32 otherwise, and what is left of a word of lanes.
+        assert launches[0].grid[0] <= 2 * (examples // 16 + 16)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 7), (3, 5, 0), (3, 0, 7)])

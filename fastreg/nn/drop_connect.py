@@ -5,6 +5,7 @@ from torch import Tensor
 
 from fastreg.ops import drop_connect as ops
 from fastreg.ops.dropout import dropout
+from fastreg.ops.fused import activated
 
 
 class DropConnectLinear(torch.nn.Linear):
@@ -99,7 +100,7 @@ class DropConnectConv2d(torch.nn.Conv2d):
 
     def forward(self, input: Tensor) -> Tensor:
         weight = dropout(self.weight, self.p, self.training)
-        return ops.activated(self._conv_forward(input, weight, self.bias), self.activation)
+        return activated(self._conv_forward(input, weight, self.bias), self.activation)
 
     def extra_repr(self) -> str:
         text = f"{super().extra_repr()}, p={self.p}"

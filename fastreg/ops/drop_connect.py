@@ -41,6 +41,10 @@ class _Form(NamedTuple):
     def chance(self) -> Chance:
         return Chance(self.keep, self.digits)
 
+    def for_batch(self, examples: int) -> "_Form":
+        """With groups no larger than the batch, which changes no mask and leaves no program idle."""
+        return self._replace(group_size=min(self.group_size, examples))
+
     def words(self, examples: int) -> int:
         """How many words of lanes serve so many examples."""
         return ceil_div(examples, EXAMPLES_PER_LANE * self.group_size)
@@ -127,8 +131,9 @@ def product_launches(
     u: [examples, columns], weight: [rows, columns] (transposed: [columns, rows]), z: [examples, rows]; contiguous.
     """
     (examples, columns), rows = u.shape, z.shape[1]
+    form = form.for_batch(examples)
     block_examples = EXAMPLES_PER_LANE if form.group_size == 1 else 32
-    chunks = ceil_div(EXAMPLES_PER_LANE * form.group_size, block_examples)
+    chunks = ceil_div(min(EXAMPLES_PER_LANE * form.group_size, examples), block_examples)
     programs = ceil_div(rows, BLOCK_ROWS) * form.words(examples) * chunks
     block_columns = BLOCK_COLUMN_BYTES // u.element_size()
     tiles = ceil_div(columns, block_columns)
@@ -140,7 +145,7 @@ def product_launches(
     epilogue = {"bias_ptr": bias, "scale": form.scale, "ACTIVATION": activation}
     main = Launch(
         kernels.product,
-        (ceil_div(rows, BLOCK_ROWS), form.words(examples) * chunks, splits),
+        (form.words(examples) * chunks, ceil_div(rows, BLOCK_ROWS), splits),
         {
             "u_ptr": u,
             "w_ptr": weight,
@@ -179,6 +184,7 @@ def product_launches(
 
 def weight_gradient_launch(dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: _Form) -> Launch:
     (examples, outputs), inputs = dz.shape, v.shape[1]
+    form = form.for_batch(examples)
     block_outputs, block_inputs = BLOCK_GRADIENT
     return Launch(
         kernels.weight_gradient,
@@ -221,19 +227,19 @@ def _run_backward(dz, v, weight, stream, form, needs_v: bool, needs_weight: bool
     return dv, dweight
 
 
-def _on_kernels(v: Tensor) -> bool:
-    return backend.runs_kernels(v) and v.dtype != torch.float64
+def _on_kernels(*tensors: Tensor) -> bool:
+    return all(backend.runs_kernels(t) and t.dtype != torch.float64 for t in tensors)
 
 
 def _forward(v: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream, form: _Form) -> Tensor:
-    if _on_kernels(v):
+    if _on_kernels(v, weight):
         return _run_forward(v, weight, bias, None, stream, form)
     z = _aten_forward(v, weight, stream, form)
     return z if bias is None else z + bias
 
 
 def _backward(dz, v, weight, stream, form, needs_v: bool, needs_weight: bool):
-    run = _run_backward if _on_kernels(dz) else _aten_backward
+    run = _run_backward if _on_kernels(dz, v, weight) else _aten_backward
     return run(dz, v, weight, stream, form, needs_v, needs_weight)
 
 
@@ -353,9 +359,7 @@ _drop_connect_op.register_autograd(_compiled_backward, setup_context=_save_for_c
 def _masked_linear(v, weight, bias, activation: str | None, stream: Stream, form: _Form) -> Tensor:
     """activation(scale (M ∘ W) v + bias) for examples v [B, inputs]."""
     if torch.compiler.is_compiling():
-        seed = stream.seed
-        if not isinstance(seed, Tensor):
-            seed = torch.full((1,), seed, dtype=torch.int64, device=v.device)
+        seed = stream.seed_on(v.device)
         return activated(_drop_connect_op(v, weight, bias, seed, stream.offset, *form), activation)
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         z = _definition(v, weight, stream, form)
@@ -363,7 +367,7 @@ def _masked_linear(v, weight, bias, activation: str | None, stream: Stream, form
     differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (v, weight, bias)
     )
-    if _on_kernels(v) and not differentiated:
+    if _on_kernels(v, weight) and not differentiated:
         return _run_forward(v, weight, bias, activation, stream, form)
     return activated(_DropConnect.apply(v, weight, bias, *stream, form), activation)
 
@@ -446,8 +450,8 @@ def drop_connect_linear(
     if _torch_refuses(input, weight, bias):
         F.linear(input, weight, bias)  # raises
     scale = 1 / chance.probability if inverted else 1.0
-    form = _Form(*chance, group_size or 1, scale)
     examples = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
+    form = _Form(*chance, group_size or 1, scale)
     if examples.numel() == 0 or weight.numel() == 0:
         return activated(F.linear(input, weight, bias), activation)
     stream = random.stream(input.device, seed, generator)

@@ -468,9 +468,7 @@ def _on_kernels(input, bias, residual, stream, form, inplace):
     if not torch.compiler.is_compiling():
         y = _Dropout.apply(input, bias, residual, *stream, form, inplace)
         return input if inplace else y  # without gradients, apply returns an alias
-    seed = stream.seed
-    if not isinstance(seed, Tensor):
-        seed = torch.full((1,), seed, dtype=torch.int64, device=input.device)
+    seed = stream.seed_on(input.device)
     y = _dropout_op(input, bias, residual, seed, *form)
     return input.copy_(y) if inplace else y
 

@@ -520,9 +520,7 @@ def _on_kernels(input, skip, weight, bias, residual, normalized_shape, stream, f
     """y, and h or None where that is ``input``."""
     if not torch.compiler.is_compiling():
         return _LayerNorm.apply(input, skip, weight, bias, residual, tuple(normalized_shape), *stream, form)
-    seed = stream.seed if form.threshold else None
-    if isinstance(seed, int):
-        seed = torch.full((1,), seed, dtype=torch.int64, device=input.device)
+    seed = stream.seed_on(input.device) if form.threshold else None
     y, h, _ = _layer_norm_op(input, skip, weight, bias, residual, seed, *form)
     return y, h
 

@@ -145,9 +145,7 @@ def _with_noise(x: Tensor, stream: Stream, form: _Form, inplace: bool = False) -
     if not backend.runs_kernels(x):
         y = _definition(x, _drawn(x, stream, form.stride), form.std, form.multiplicative)
     elif torch.compiler.is_compiling():
-        seed = stream.seed
-        if not isinstance(seed, Tensor):
-            seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)
+        seed = stream.seed_on(x.device)
         y = _noise_op(x, seed, *form)
     else:
         y = _GaussianNoise.apply(x, *stream, form, inplace)
