@@ -88,6 +88,12 @@ def kernels() -> list[Kernel]:
     found += variants(torch.bfloat16, (256, 4096, 4096), 0.25)
     found += variants(torch.bfloat16, (256, 4096, 4096), 0.3)
     found += variants(torch.bfloat16, (128, 1024, 1024), 0.5, activation="relu", note=" split")
+    for dtype in (torch.bfloat16, torch.float32):
+        found += shared_variants(dtype, 128, 128)
+    found += shared_variants(torch.bfloat16, 512, 512)
+    found += shared_variants(torch.bfloat16, 256, 32)
+    for dtype, p in ((torch.bfloat16, 0.5), (torch.bfloat16, 0.3), (torch.float32, 0.5)):
+        found.append(masking(dtype, p))
     return found
 
 
@@ -131,10 +137,11 @@ def variants(dtype, size, p, activation=None, note="", headline=False):
     stream = Stream(1)
 
     def trips(launch):
-        """Tiles of columns, and the examples of a lane, four at a time; sm_100 also waits for its tensor cores."""
-        tiles = launch.arguments["trips"]
+        """Tiles of columns, and the examples of a lane, four at a time; then the repair of what is NaN, which is not
+        counted. sm_100 also waits for its tensor cores."""
+        loops = (launch.arguments["trips"], 4, 0, 0)
         waits = 12 if launch.arguments["THREE"] else 4
-        return {80: (tiles, 4), 90: (tiles, 4), 100: (1, tiles, 4, *[1] * waits)}
+        return {80: loops, 90: loops, 100: (1, *loops, *[1] * waits)}
 
     forward = ops.product_launches(v, weight, bias, z, activation, stream, form, transposed=False)[0]
     backward = ops.product_launches(z, weight, None, v, None, stream, form, transposed=True)[0]
@@ -142,3 +149,56 @@ def variants(dtype, size, p, activation=None, note="", headline=False):
     yield kernel("input gradient", backward, trips(backward), product, 24576)
     gradient_launch = ops.weight_gradient_launch(z, v, weight, stream, form)
     yield kernel("weight gradient", gradient_launch, gradient_launch.arguments["words"], gradient, 8192)
+
+
+# The same of a mask that 16 examples and more share, by the examples of a group: a weight costs about 9 instructions a
+# tile of examples in the products, and as many a group in its gradient.
+SHARED_BUDGETS = {32: (0.4, 0.75), 128: (0.11, 0.3), 512: (0.1, 0.14)}
+
+
+def shared_variants(dtype, examples, group_size):
+    outputs = inputs = 4096
+    v, weight, z = (
+        torch.empty(shape, dtype=dtype, device="meta")
+        for shape in ((examples, inputs), (outputs, inputs), (examples, outputs))
+    )
+    form = ops._Form(*streams.chance(0.5), group_size, 2.0)
+    connections = examples * outputs * inputs
+    moved = dtype.itemsize * (v.numel() + weight.numel() + z.numel()) / connections
+    stream = Stream(1)
+    wide = dtype == torch.float32
+    limits = SHARED_BUDGETS[group_size]
+
+    def kernel(name, launch, loops, waits, limit, **exceptions):
+        budget = Budget(
+            max_instructions=2.4 * limit if wide else limit, shared_bytes=98304, min_headroom=0, **exceptions
+        )
+        label = f"shared {name} {short_name(dtype)} {examples} in groups of {group_size}"
+        loops = {80: loops, 90: loops, 100: (1, *loops, *[1] * waits)}
+        return Kernel.of(label, launch, connections, moved, trips=loops, budget=budget)
+
+    forward = ops.product_launches(v, weight, None, z, None, stream, form, transposed=False)[0]
+    backward = ops.product_launches(z, weight, None, v, None, stream, form, transposed=True)[0]
+    for name, launch in (("forward", forward), ("input gradient", backward)):
+        yield kernel(name, launch, (launch.arguments["trips"],), 6 if wide else 2, limits[0])
+    if not wide:  # ATen's product and a pass of masking, for one group
+        launch = ops.weight_gradient_launch(z, v, weight, stream, form)
+        chunks = -(-group_size // launch.arguments["BLOCK_EXAMPLES"])
+        loops = (chunks,) if group_size == examples else (examples // group_size, chunks)
+        yield kernel("weight gradient", launch, loops, 2, limits[1])
+
+
+def masking(dtype, p):
+    """Of an element of W: one pass over it."""
+    weight = torch.empty(4096, 4096, dtype=dtype, device="meta")
+    chance = streams.chance(p)
+    launch = ops.mask_launch(weight, weight, 0, Stream(1), ops._Form(*chance, ops.BATCH, 2.0))
+    budget = Budget(
+        max_instructions=14 + 5 * (chance.digits - 1) if dtype.itemsize == 2 else 18,
+        shared_bytes=0 if dtype.itemsize == 2 else 2048,  # a thread draws for 8 neighbours and stores 4
+        min_headroom=1
+        if chance.digits == 1
+        else 0,  # the random numbers of 8 digits take longer than the memory
+    )
+    label = f"mask weights {short_name(dtype)} p={p:g}"
+    return Kernel.of(label, launch, weight.numel(), 2 * dtype.itemsize, budget=budget)

@@ -5,19 +5,28 @@
     dW[n, k] = scale sum_b m(b, n, k) dz[b, n] v[b, k]                     weight gradient    (``weight_gradient``)
 
 m is 1 where the connection is kept. No mask is stored: m(b, n, k) is a bit of Philox under (seed, b, n, k), the same
-in every pass and every tiling (``fastreg/random.py``). ``group_size`` neighbouring examples may share a mask.
+in every pass and every tiling (``fastreg/random.py``). ``group_size`` neighbouring examples may share a mask: all of a
+batch, or fewer.
 
-Cost: bytes hardly count, for each of the B N K connections takes instructions. A lane of 16 random bits serves 16
-examples: Philox is 1/128 of a call a connection (0.4 instructions), p = 1/2 needs one bit, other p one a binary digit.
+Cost of own masks: bytes hardly count, for each of the B N K connections takes instructions. A lane of 16 random bits
+serves 16 examples: Philox is 1/128 of a call a connection (0.4 instructions), p = 1/2 needs one bit, other p one a
+binary digit.
 
 ``product`` has each example's masked weights on the tensor cores. They share the tile of W, but no product: in
 place of 16 dot products of a row of W with 16 examples, example e multiplies the tile (W and its mask, 2
 instructions for two elements) with the examples' columns, of which all but e are zero. So all accumulate in one tile of
 z, and the tensor cores do 16 times the work, which they can: 2.8 instructions a connection are issued (sm_90, p = 1/2),
-and the limit is their issue, not the tensor cores.
+and the limit is their issue, not the tensor cores. Zero columns times an infinite weight are NaN: what is NaN in the
+end is computed once more without them (``_repair``), which costs those that have none a test a program.
 
 ``weight_gradient`` has a mask in all three indices, so there is no matrix product in it: one predicated FFMA a
 connection, and one instruction that makes a predicate of its bit; 3.6 with all that comes with them.
+
+Cost of shared masks: 16 and more examples of a group have a tile to themselves (SHARED). Then it is a dense product
+with one operand masked in registers, from where the tensor cores take it (W on the left), and ``shared_weight_gradient``
+one with a mask behind it. That is about 9 instructions a weight for every 128 examples (sm_90, p = 1/2), where
+reading W in 16 bits once leaves time for 19. Beyond a few hundred examples to a group the random numbers had better be
+drawn once: ``mask_weights`` is one pass over W, 2 accesses an element and 13 instructions, and a dense product follows.
 """
 
 import triton
@@ -31,12 +40,22 @@ EXAMPLES = tl.constexpr(16)  # that a lane has bits for
 # Examples at a time. With all 16, sm_90 takes three times the shared memory, and the code for sm_100 is one trap.
 UNROLLED = tl.constexpr(4)
 CALL = tl.constexpr(8)  # lanes of a call of Philox: neighbouring inputs
+REPAIRED = tl.constexpr(
+    16
+)  # columns at a time: with more, the repair would take the registers of the loop it follows
 NOT_SPECIALIZED = ("seed", "offset", "keep")
 
 
 @triton.jit
 def _seed(seed_ptr, seed):
     return seed if seed_ptr is None else tl.load(seed_ptr)
+
+
+@triton.jit
+def _word_and_bit(group):
+    """Where the lanes have the bit of a group."""
+    word = group // EXAMPLES
+    return word, group - word * EXAMPLES
 
 
 @triton.jit
@@ -72,15 +91,16 @@ def _horner(kept, bits, one):
 
 @triton.jit
 def _lanes(
-    output, call, word, seed, offset, keep,
+    output, call, word, bit, seed, offset, keep,
     OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, DIGITS: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """DTYPE [OUTPUTS, INPUTS]: the sign bit is that of example 0 of the word, the next one that of example 1, ...
+    """DTYPE [OUTPUTS, INPUTS]: the sign bit is that of example ``bit`` of the word, behind it those of the next ones.
 
-    DTYPE: int16, or int32, whose lower half is anything.
+    DTYPE: int16, or int32. Below the last example's bit is anything.
     """
     a0, a1, a2, a3 = _kept(output, call, word, seed, offset, keep, OUTPUTS, INPUTS // CALL, DIGITS)
-    pairs = tl.join(tl.join(a0, a2), tl.join(a1, a3))
+    # Shifted in words, where it takes one instruction for two lanes.
+    pairs = tl.join(tl.join(a0, a2), tl.join(a1, a3)) << bit
     if DTYPE == tl.int16:
         lanes = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
     else:
@@ -121,11 +141,12 @@ def _halves(x):
 
 @triton.jit
 def _plus_masked_product(z, w, lanes, u, own, THREE: tl.constexpr):
-    """z + the masked w times the columns ``own`` of u; and the lanes moved on to the next example.
+    """z + the masked w times the columns ``own`` of u (None: all); and the lanes moved on to the next example.
 
     THREE: fp32 as three products of TF32 (of halves, without that of both lower ones), else as one.
     """
-    u = _where(own, u)
+    if own is not None:
+        u = _where(own, u)
     if w.dtype == tl.float32:
         w = (w.to(tl.int32, bitcast=True) & (lanes >> 31)).to(tl.float32, bitcast=True)
         if THREE:
@@ -151,12 +172,76 @@ def _where(condition, values):
 
 
 @triton.jit
+def _weights(
+    w_ptr, first_row, first_column, word, bit, shape, draw,
+    TRANSPOSED: tl.constexpr, EVEN: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIGITS: tl.constexpr,
+):  # fmt: skip
+    """A tile of W [ROWS, COLUMNS], whichever way it lies in memory, and its lanes."""
+    rows, columns = shape
+    seed, offset, keep = draw
+    LANE: tl.constexpr = tl.int16 if w_ptr.dtype.element_ty.primitive_bitwidth == 16 else tl.int32
+    row = first_row + tl.arange(0, ROWS)
+    column = first_column + tl.arange(0, COLUMNS)
+    if TRANSPOSED:
+        place = column.to(tl.int64)[:, None] * rows + row[None, :]
+        inside = (column < columns)[:, None] & (row < rows)[None, :]
+    else:
+        place = row.to(tl.int64)[:, None] * columns + column[None, :]
+        inside = (row < rows)[:, None] & (column < columns)[None, :]
+    w = tl.load(w_ptr + place) if EVEN else tl.load(w_ptr + place, mask=inside, other=0.0)
+    if TRANSPOSED:
+        call = first_row // CALL + tl.arange(0, ROWS // CALL)
+        lanes = _lanes(column, call, word, bit, seed, offset, keep, COLUMNS, ROWS, DIGITS, LANE)
+        return tl.trans(w), tl.trans(lanes)
+    else:
+        call = first_column // CALL + tl.arange(0, COLUMNS // CALL)
+        return w, _lanes(row, call, word, bit, seed, offset, keep, ROWS, COLUMNS, DIGITS, LANE)
+
+
+@triton.jit
 def _finished(z, bias_ptr, scale, row, rows, ACTIVATION: tl.constexpr, STORED: tl.constexpr):
     """scale z + bias, and the activation. z: fp32 [ROWS, EXAMPLES], bias [rows]."""
     z = z * scale
     if bias_ptr is not None:
         z += upcast(tl.load(bias_ptr + row, mask=row < rows, other=0.0))[:, None]
     return z if ACTIVATION is None else activation.forward(z, ACTIVATION, STORED)
+
+
+@triton.jit
+def _repair(
+    nan, z_ptr, u_ptr, w_ptr, bias_ptr, scale, example, group, known, word, first_row, first_column, end,
+    shape, draw, SPLIT: tl.constexpr, ACTIVATION: tl.constexpr, TRANSPOSED: tl.constexpr, DIGITS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Computes again what is NaN (bool [ROWS, COUNT]) in z, an example at a time, with no other's zeros beside it.
+
+    A weight that is infinite or NaN is so times the zero columns, which makes NaN of the examples that dropped it.
+    """
+    rows, columns = shape
+    row = first_row + tl.arange(0, ROWS)
+    index = tl.arange(0, COUNT)
+    for own in range(0, COUNT):
+        one = index == own
+        bit = tl.max(tl.where(one, group, 0), 0)
+        b = tl.max(tl.where(one & known, example, 0), 0).to(tl.int64)
+        again = tl.zeros([ROWS], tl.float32)
+        for start in range(bound(first_column), bound(end), COLUMNS):
+            column = start + tl.arange(0, COLUMNS)
+            u = upcast(tl.load(u_ptr + b * columns + column, mask=column < columns, other=0.0))
+            w, lanes = _weights(
+                w_ptr, first_row, start, word, bit, shape, draw, TRANSPOSED, False, ROWS, COLUMNS, DIGITS
+            )
+            again += tl.sum(_where(lanes < 0, upcast(w)) * u[None, :], 1)
+        again = again[:, None]
+        if not SPLIT:
+            again = _finished(again, bias_ptr, scale, row, rows, ACTIVATION, z_ptr.dtype.element_ty)
+        wanted = tl.max((nan & (one & known)[None, :]).to(tl.int32), 1) > 0
+        tl.store(
+            z_ptr + b * rows + row[:, None],
+            again.to(z_ptr.dtype.element_ty),
+            mask=(wanted & (row < rows))[:, None],
+        )
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -174,12 +259,13 @@ def product(
     rows,
     columns,
     group_size,
-    chunks,  # of BLOCK_EXAMPLES, of the 16 groups of a word of lanes
+    chunks,  # of BLOCK_EXAMPLES, of the examples of a group (SHARED), or of those of a word of lanes
     trips,  # tiles of a split
     SPLIT: tl.constexpr,
     DIGITS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    SHARED: tl.constexpr,  # all examples of a tile have one mask
     THREE: tl.constexpr,  # products of TF32 for fp32
     EVEN: tl.constexpr,  # the tiles cover rows and columns exactly
     BLOCK_ROWS: tl.constexpr,
@@ -190,56 +276,63 @@ def product(
 
     Grid: chunks of examples (the axis that may be long), blocks of rows, splits of the columns.
     """
-    seed = _seed(seed_ptr, seed)
-    row_block = tl.program_id(1)
-    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    word = tl.program_id(0) // chunks
-    within = (tl.program_id(0) % chunks) * BLOCK_EXAMPLES + tl.arange(0, BLOCK_EXAMPLES)  # a word of lanes
-    example = word * EXAMPLES * group_size + within
-    known = (example < examples) & (within < EXAMPLES * group_size)
-    group = within // group_size
-    first = (tl.program_id(0) % chunks) * BLOCK_EXAMPLES // group_size
-    groups = tl.max(tl.where(known, group, 0), 0) - first + 1
-    LANE: tl.constexpr = tl.int16 if w_ptr.dtype.element_ty.primitive_bitwidth == 16 else tl.int32
+    shape = (rows, columns)
+    draw = (_seed(seed_ptr, seed), offset, keep)
+    first_row = tl.program_id(1) * BLOCK_ROWS
+    first_column = tl.program_id(2) * trips * BLOCK_COLUMNS
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    part = tl.program_id(0) // chunks
+    span = group_size if SHARED else EXAMPLES * group_size
+    within = (tl.program_id(0) % chunks) * BLOCK_EXAMPLES + tl.arange(0, BLOCK_EXAMPLES)
+    example = part * span + within
+    known = (example < examples) & (within < span)
+    if SHARED:
+        word, bit = _word_and_bit(part)
+    else:
+        word = part
+        group = within // group_size
+        bit = (tl.program_id(0) % chunks) * BLOCK_EXAMPLES // group_size
+        groups = tl.max(tl.where(known, group, 0), 0) - bit + 1
+    OWN: tl.constexpr = BLOCK_EXAMPLES == EXAMPLES and group_size == 1
     z = tl.zeros([BLOCK_ROWS, BLOCK_EXAMPLES], tl.float32)
     for trip in range(bound(trips)):
-        column_block = tl.program_id(2) * trips + trip
-        column = column_block * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+        start = first_column + trip * BLOCK_COLUMNS
+        column = start + tl.arange(0, BLOCK_COLUMNS)
         u = tl.load(
             u_ptr + example.to(tl.int64)[None, :] * columns + column[:, None],
             mask=known[None, :] & (column < columns)[:, None],
             other=0.0,
         )
-        if TRANSPOSED:
-            place = column.to(tl.int64)[:, None] * rows + row[None, :]
-            inside = (column < columns)[:, None] & (row < rows)[None, :]
+        w, lanes = _weights(
+            w_ptr, first_row, start, word, bit, shape, draw,
+            TRANSPOSED, EVEN, BLOCK_ROWS, BLOCK_COLUMNS, DIGITS,
+        )  # fmt: skip
+        if SHARED:
+            z, lanes = _plus_masked_product(z, w, lanes, u, None, THREE)
+        elif OWN:
+            for index in range(0, EXAMPLES, UNROLLED):
+                for step in tl.static_range(UNROLLED):
+                    z, lanes = _plus_masked_product(z, w, lanes, u, (group == index + step)[None, :], THREE)
         else:
-            place = row.to(tl.int64)[:, None] * columns + column[None, :]
-            inside = (row < rows)[:, None] & (column < columns)[None, :]
-        w = tl.load(w_ptr + place) if EVEN else tl.load(w_ptr + place, mask=inside, other=0.0)
-        if TRANSPOSED:
-            w = tl.trans(w)
-            call = row_block * (BLOCK_ROWS // CALL) + tl.arange(0, BLOCK_ROWS // CALL)
-            lanes = _lanes(column, call, word, seed, offset, keep, BLOCK_COLUMNS, BLOCK_ROWS, DIGITS, LANE)
-            lanes = tl.trans(lanes)
-        else:
-            call = column_block * (BLOCK_COLUMNS // CALL) + tl.arange(0, BLOCK_COLUMNS // CALL)
-            lanes = _lanes(row, call, word, seed, offset, keep, BLOCK_ROWS, BLOCK_COLUMNS, DIGITS, LANE)
-        if BLOCK_EXAMPLES == EXAMPLES and group_size == 1:
-            for start in range(0, EXAMPLES, UNROLLED):
-                for index in tl.static_range(UNROLLED):
-                    z, lanes = _plus_masked_product(z, w, lanes, u, (group == start + index)[None, :], THREE)
-        else:
-            lanes = lanes << first.to(lanes.dtype)
             for index in range(bound(groups)):
-                z, lanes = _plus_masked_product(z, w, lanes, u, (group == first + index)[None, :], THREE)
+                z, lanes = _plus_masked_product(z, w, lanes, u, (group == bit + index)[None, :], THREE)
 
+    nan = z != z
     if SPLIT:
         z_ptr += tl.program_id(2).to(tl.int64) * examples * rows
     else:
         z = _finished(z, bias_ptr, scale, row, rows, ACTIVATION, z_ptr.dtype.element_ty)
     place = example.to(tl.int64)[None, :] * rows + row[:, None]
     tl.store(z_ptr + place, z.to(z_ptr.dtype.element_ty), mask=known[None, :] & (row < rows)[:, None])
+    if not SHARED:
+        if tl.max(tl.max(nan.to(tl.int32), 1), 0) > 0:
+            tl.debug_barrier()  # what another thread has stored is stored again
+            end = tl.minimum(first_column + trips * BLOCK_COLUMNS, columns)
+            _repair(
+                nan, z_ptr, u_ptr, w_ptr, bias_ptr, scale, example, group, known, word,
+                first_row, first_column, end, shape, draw,
+                SPLIT, ACTIVATION, TRANSPOSED, DIGITS, BLOCK_ROWS, REPAIRED, BLOCK_EXAMPLES,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -325,3 +418,86 @@ def _plus_outer(dw, kept, example, dz_ptr, v_ptr, output, input, examples, outpu
     return tl.where(
         kept, tl.fma(dz[:, None, None] + tl.zeros_like(dw), v[None, :, :] + tl.zeros_like(dw), dw), dw
     )
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def shared_weight_gradient(
+    dz_ptr,  # [examples, outputs]
+    v_ptr,  # [examples, inputs]
+    dw_ptr,  # [outputs, inputs]
+    seed_ptr,  # int64 [1], or None: then ``seed``
+    seed: tl.int64,
+    offset: tl.int64,
+    keep: tl.int32,
+    scale: tl.float32,
+    examples,
+    outputs,
+    inputs,
+    group_size,
+    groups,
+    DIGITS: tl.constexpr,
+    PRECISION: tl.constexpr,  # of the products of fp32
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+    BLOCK_EXAMPLES: tl.constexpr,
+):
+    """dW = scale sum of the groups' dz^T v, each under its mask. Grid: blocks of outputs, blocks of inputs."""
+    seed = _seed(seed_ptr, seed)
+    output = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    input = tl.program_id(1) * BLOCK_INPUTS + tl.arange(0, BLOCK_INPUTS)
+    call = tl.program_id(1) * (BLOCK_INPUTS // CALL) + tl.arange(0, BLOCK_INPUTS // CALL)
+    dw = tl.zeros([BLOCK_OUTPUTS, BLOCK_INPUTS], tl.float32)
+    for group in range(bound(groups)):
+        first = group * group_size
+        end = tl.minimum(first + group_size, examples)
+        product = tl.zeros([BLOCK_OUTPUTS, BLOCK_INPUTS], tl.float32)
+        for start in range(bound(first), bound(end), BLOCK_EXAMPLES):
+            example = start + tl.arange(0, BLOCK_EXAMPLES)
+            place = example.to(tl.int64)[:, None]
+            known = (example < end)[:, None]
+            dz = tl.load(
+                dz_ptr + place * outputs + output[None, :], mask=known & (output < outputs), other=0.0
+            )
+            v = tl.load(v_ptr + place * inputs + input[None, :], mask=known & (input < inputs), other=0.0)
+            if INTERPRETED:  # it would multiply the bit patterns of bf16
+                dz, v = upcast(dz), upcast(v)
+            product = tl.dot(tl.trans(dz), v, product, input_precision=PRECISION)
+        word, bit = _word_and_bit(group)
+        lanes = _lanes(
+            output, call, word, bit, seed, offset, keep, BLOCK_OUTPUTS, BLOCK_INPUTS, DIGITS, tl.int32
+        )
+        dw += _where(lanes < 0, product)
+    place = output.to(tl.int64)[:, None] * inputs + input[None, :]
+    inside = (output < outputs)[:, None] & (input < inputs)[None, :]
+    tl.store(dw_ptr + place, (dw * scale).to(dw_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=(*NOT_SPECIALIZED, "group"))
+def mask_weights(
+    w_ptr,  # 16 bits or fp32 [outputs, inputs]
+    masked_ptr,  # the same; may be w_ptr
+    seed_ptr,  # int64 [1], or None: then ``seed``
+    seed: tl.int64,
+    offset: tl.int64,
+    keep: tl.int32,
+    outputs,
+    inputs,
+    group: tl.int32,
+    DIGITS: tl.constexpr,
+    BLOCK_OUTPUTS: tl.constexpr,
+    BLOCK_INPUTS: tl.constexpr,
+):
+    """W where ``group`` keeps the connection, else 0. Grid: blocks of outputs, blocks of inputs."""
+    draw = (_seed(seed_ptr, seed), offset, keep)
+    first_output = tl.program_id(0) * BLOCK_OUTPUTS
+    first_input = tl.program_id(1) * BLOCK_INPUTS
+    word, bit = _word_and_bit(group)
+    w, lanes = _weights(
+        w_ptr, first_output, first_input, word, bit, (outputs, inputs), draw,
+        False, False, BLOCK_OUTPUTS, BLOCK_INPUTS, DIGITS,
+    )  # fmt: skip
+    output = first_output + tl.arange(0, BLOCK_OUTPUTS)
+    input = first_input + tl.arange(0, BLOCK_INPUTS)
+    place = output.to(tl.int64)[:, None] * inputs + input[None, :]
+    inside = (output < outputs)[:, None] & (input < inputs)[None, :]
+    tl.store(masked_ptr + place, _where(lanes < 0, w), mask=inside)

@@ -23,6 +23,8 @@ def _small_tiles(monkeypatch):
     monkeypatch.setattr(ops, "BLOCK_ROWS", 16)
     monkeypatch.setattr(ops, "BLOCK_COLUMN_BYTES", 64)
     monkeypatch.setattr(ops, "BLOCK_GRADIENT", (16, 16))
+    monkeypatch.setattr(ops, "BLOCK_SHARED_GRADIENT", (16, 16))
+    monkeypatch.setattr(ops, "BLOCK_MASK", (4, 16))
 
 
 def tensors(device, examples, outputs, inputs, dtype=torch.float32):
@@ -53,7 +55,8 @@ def check(device, examples, outputs, inputs, *, p=0.5, dtype=torch.float32, bias
     assert z.dtype == dtype
     found = torch.autograd.grad(z, leaves, dz)
     exact = [t.detach().cpu().double().requires_grad_() for t in given]
-    expected = definition(*exact, *([] if bias else [None]), p, options.get("group_size") or 1)
+    group_size = examples if options.get("mask") == "batch" else options.get("group_size") or 1
+    expected = definition(*exact, *([] if bias else [None]), p, group_size)
     near(z, expected, dtype)
     for gradient, wanted in zip(found, torch.autograd.grad(expected, exact, dz.cpu().double()), strict=True):
         near(gradient, wanted, dtype)
@@ -74,9 +77,89 @@ def test_dtypes(path, device, dtype):
     check(device, 3, 6, 16, dtype=dtype, bias=False)
 
 
-@pytest.mark.parametrize(("examples", "group_size"), [(10, 2), (35, 2), (9, 40), (50, 3)])
+@pytest.mark.parametrize(
+    ("examples", "group_size"), [(10, 2), (35, 2), (9, 40), (50, 3), (40, 17), (20, 16), (270, 16)]
+)
 def test_groups_share_a_mask(path, device, examples, group_size):
+    """Several to a tile below 16 examples, else a tile for each; the last group is smaller; a second word of lanes."""
     check(device, examples, 5, 9, mask="group", group_size=group_size)
+
+
+@pytest.fixture(params=["in registers", "in memory"])
+def masked_in(request, monkeypatch) -> str:
+    """Where the kernels mask what examples share: it goes by their number, and not by hundreds of them here."""
+    registers = request.param == "in registers"
+    monkeypatch.setattr(ops._Form, "masks_in_registers", lambda form, examples: registers)
+    return request.param
+
+
+@pytest.mark.parametrize("p", [0.5, 0.3])
+@pytest.mark.parametrize("examples", [1, 7, 33])
+def test_the_batch_shares_a_mask(path, device, masked_in, examples, p):
+    check(device, examples, 5, 19, p=p, mask="batch")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_dtypes_of_shared_masks(path, device, masked_in, dtype):
+    check(device, 40, 6, 21, dtype=dtype, mask="group", group_size=17)
+    check(device, 17, 6, 16, dtype=dtype, mask="batch", bias=False)
+
+
+def test_a_mask_for_the_batch_is_that_of_one_large_group(path, device):
+    """Whatever the size of the batch, and of any other group that takes all of it."""
+    v, weight, bias, _ = tensors(device, 33, 4, 5)
+    z = F.drop_connect_linear(v, weight, bias, 0.3, mask="batch", seed=SEED)
+    assert_close(F.drop_connect_linear(v[:2], weight, bias, 0.3, mask="batch", seed=SEED), z[:2])
+    one = F.drop_connect_linear(v, weight, bias, 0.3, mask="group", group_size=33, seed=SEED)
+    assert_close(one, z)
+    unscaled = F.drop_connect_linear(v, weight, bias, 0.3, mask="batch", seed=SEED, inverted=False)
+    assert_close(unscaled, (z - bias) * random.chance(0.3).probability + bias, rtol=1e-4, atol=1e-5)
+
+
+def test_an_activation_behind_a_shared_mask(path, device, masked_in):
+    v, weight, bias, _ = tensors(device, 17, 6, 7)
+    with torch.no_grad():
+        z = F.drop_connect_linear(v, weight, bias, activation="gelu", mask="batch", seed=SEED)
+    exact = (t.cpu().double() for t in (v, weight, bias))
+    near(z, ACTIVATIONS["gelu"](definition(*exact, 0.5, 17)), v.dtype)
+
+
+@pytest.mark.parametrize(
+    ("group_size", "p", "registers"),
+    [
+        (1, 0.5, True),
+        (128, 0.5, True),
+        (512, 0.5, True),
+        (513, 0.5, False),
+        (ops.BATCH, 0.5, False),
+        (256, 0.25, True),
+        (257, 0.25, False),
+        (128, 0.3, True),
+        (129, 0.3, False),
+    ],
+)
+def test_small_groups_mask_weights_in_registers(group_size, p, registers):
+    """Up to four tiles of 128 examples at one binary digit, as two digits draw twice the numbers; one tile always."""
+    form = ops._Form(*random.chance(p), group_size, 2.0)
+    assert form.masks_in_registers(4096) is registers
+    assert form.masks_in_registers(100)  # of which no group is larger
+
+
+@pytest.mark.skipif(not ops.backend.HAS_TRITON, reason="needs Triton")
+def test_groups_that_fill_a_tile_have_it_for_themselves():
+    v, weight, z = (torch.empty(*s, device="meta") for s in ((300, 64), (96, 64), (300, 96)))
+    for group_size, shared, tile in (
+        (1, False, 16),
+        (15, False, 32),
+        (16, True, 16),
+        (40, True, 64),
+        (300, True, 128),
+    ):
+        form = ops._Form(1, 1, group_size, 2.0)
+        arguments = ops.product_launches(v, weight, None, z, None, Stream(1), form, False)[0].arguments
+        assert (arguments["SHARED"], arguments["BLOCK_EXAMPLES"]) == (shared, tile)
+        gradient = ops.weight_gradient_launch(z, v, weight, Stream(1), form).kernel
+        assert gradient is (ops.kernels.shared_weight_gradient if shared else ops.kernels.weight_gradient)
 
 
 def test_columns_that_are_split(path, device, monkeypatch):
@@ -157,14 +240,88 @@ def test_empty(path, device, shape):
     assert v.grad.shape == v.shape
 
 
-def test_a_bad_example_spoils_itself_alone(path, device):
+SHARING = {
+    "example": {},
+    "few": {"mask": "group", "group_size": 3},
+    "group": {"mask": "group", "group_size": 16},
+    "batch": {"mask": "batch"},
+    "batch in memory": {"mask": "batch"},
+}
+
+
+@pytest.fixture(params=SHARING)
+def sharing(request, monkeypatch) -> dict:
+    """What examples share a mask; in memory as a large batch has it."""
+    registers = not request.param.endswith("in memory")
+    monkeypatch.setattr(ops._Form, "masks_in_registers", lambda form, examples: registers)
+    return SHARING[request.param]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter's numpy
+def test_a_bad_example_spoils_itself_alone(path, device, sharing, bad):
     v, weight, bias, _ = tensors(device, 20, 5, 7)
-    clean = F.drop_connect_linear(v, weight, bias, seed=SEED)
-    v[3] = math.nan
-    z = F.drop_connect_linear(v, weight, bias, seed=SEED)
-    assert z[3].isnan().all()
+    clean = F.drop_connect_linear(v, weight, bias, seed=SEED, **sharing)
+    v[3] = bad
+    z = F.drop_connect_linear(v, weight, bias, seed=SEED, **sharing)
+    assert not z[3].isfinite().any()
     rest = [i for i in range(20) if i != 3]
     assert_close(z[rest], clean[rest])
+
+
+@pytest.mark.parametrize(("bad", "dtype"), [(math.nan, torch.float16), (math.inf, torch.float32)])
+def test_a_bad_weight_adds_nothing_where_it_is_dropped(path, device, sharing, dtype, bad):
+    """Forward and input gradient: all that keep the connection are spoiled, all others as with any other weight."""
+    v, weight, _, dz = tensors(device, 20, 5, 7, dtype)
+    group_size = sharing.get("group_size", 20 if sharing else 1)
+    mask = random.connection_mask(torch.arange(20) // group_size, 5, 7, random.chance(0.5), Stream(SEED))
+    kept = mask[:, 2, 4]
+    found = []
+    for value in (1.0, bad):
+        weight[2, 4] = value
+        leaf = v.clone().requires_grad_()
+        z = F.drop_connect_linear(leaf, weight, None, seed=SEED, **sharing)
+        found.append((z.detach(), *torch.autograd.grad(z, leaf, dz)))
+    for clean, spoiled, column in ((found[0][0], found[1][0], 2), (found[0][1], found[1][1], 4)):
+        assert not spoiled[kept, column].isfinite().any()
+        hidden = torch.zeros(clean.shape, dtype=torch.bool)
+        hidden[kept, column] = True
+        assert_close(spoiled[~hidden], clean[~hidden], rtol=0, atol=TOLERANCE[dtype] * 8)
+
+
+def test_a_bad_gradient_reaches_kept_weights_alone(path, device, sharing):
+    v, weight, _, dz = tensors(device, 20, 5, 7)
+    weight.requires_grad_()
+    clean, spoiled = [], []
+    for found, value in ((clean, 0.0), (spoiled, math.nan)):
+        dz[19] = value
+        z = F.drop_connect_linear(v, weight, None, seed=SEED, **sharing)
+        found += torch.autograd.grad(z, weight, dz)
+    group_size = sharing.get("group_size", 20 if sharing else 1)
+    chance = random.chance(0.5)
+    kept = random.connection_mask(torch.tensor([19 // group_size]), 5, 7, chance, Stream(SEED))[0]
+    assert torch.equal(spoiled[0].isnan(), kept)
+    assert_close(spoiled[0][~kept], clean[0][~kept])
+
+
+def test_the_weight_of_a_tensor_subclass_is_atens(device, monkeypatch):
+    """The kernels take memory, and a subclass need not have any of its own: also beside a plain input."""
+
+    class Own(torch.Tensor):
+        pass
+
+    def run(*_):
+        raise AssertionError("a kernel was launched")
+
+    v, weight, bias, dz = tensors(device, 3, 4, 5)
+    expected = F.drop_connect_linear(v, weight, bias, seed=SEED)
+    monkeypatch.setattr(ops, "_run_forward", run)
+    monkeypatch.setattr(ops, "_run_backward", run)
+    for w, b in ((weight.as_subclass(Own), bias), (weight, bias.as_subclass(Own))):
+        assert_close(F.drop_connect_linear(v, w, b, seed=SEED).as_subclass(torch.Tensor), expected)
+    leaf = weight.as_subclass(Own).requires_grad_()
+    F.drop_connect_linear(v, leaf, None, seed=SEED).backward(dz)
+    assert leaf.grad.shape == weight.shape
 
 
 def test_a_new_call_draws_new_masks_and_manual_seed_brings_them_back(path, device):
@@ -281,21 +438,13 @@ def test_moments_are_those_of_the_paper():
     assert_close(unscaled, z[:1] * (1 - dropped))
 
 
-# --- all or nothing, batch masks --------------------------------------------------------------------------
+# --- all or nothing --------------------------------------------------------------------------------------
 
 
 def test_nothing_and_everything_is_dropped(path, device):
     v, weight, bias, _ = tensors(device, 3, 4, 5)
     assert_close(F.drop_connect_linear(v, weight, bias, 0.0), torch.nn.functional.linear(v, weight, bias))
     assert_close(F.drop_connect_linear(v, weight, bias, 1.0), bias.expand(3, 4))
-
-
-def test_a_mask_for_the_batch_is_dropout_of_the_weights(path, device):
-    v, weight, bias, _ = tensors(device, 3, 4, 5)
-    z = F.drop_connect_linear(v, weight, bias, 0.3, mask="batch", seed=SEED)
-    assert_close(z, torch.nn.functional.linear(v, F.dropout(weight, 0.3, seed=SEED), bias))
-    unscaled = F.drop_connect_linear(v, weight, None, 0.3, mask="batch", seed=SEED, inverted=False)
-    assert_close(unscaled, (z - bias) * 0.7, rtol=1e-4, atol=1e-5)
 
 
 # --- by dense products ------------------------------------------------------------------------------------

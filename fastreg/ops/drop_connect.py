@@ -1,8 +1,9 @@
 """DropConnect: linear layers whose connections, not units, are dropped (Wan et al. 2013).
 
-Masks of its own for every example (or group of examples) are one function, ``_DropConnect``, on two backends: the
-Triton kernels of ``kernels/drop_connect.py`` (CUDA) and loops over the examples in ATen (CPU, fp64). Neither stores a
-mask, and neither needs more memory than its results and a mask or two.
+A mask for every example, for a group of examples, or for the batch (a group as large) is one function,
+``_DropConnect``, on two backends: the Triton kernels of ``kernels/drop_connect.py`` (CUDA) and loops over the groups in
+ATen (CPU, fp64). Neither stores a mask, and neither needs more memory than its results and a mask or two, or one masked
+copy of the weights where large groups share a mask.
 """
 
 import math
@@ -29,6 +30,18 @@ INFERENCE = ("gaussian", "mean")
 SAMPLES = 1000  # of the Gaussian, where an activation has no closed form: as many as in the paper
 
 
+BATCH = 2**31 - 1
+"""The group size that is larger than any batch."""
+
+TILE_EXAMPLES = 128
+"""Most examples of a group that share a tile of masked weights in registers."""
+
+REGISTER_TILES = 4
+"""How many of these tiles cost as much as masking W in memory, at one binary digit. An estimate for an H100: the random
+numbers and the AND take about 9 instructions a weight and tile, 5.5 us at 4096 x 4096, where one pass over W in 16 bits
+takes 22 us. To be replaced by a measurement."""
+
+
 class _Form(NamedTuple):
     """What distinguishes one masked product from another."""
 
@@ -45,9 +58,26 @@ class _Form(NamedTuple):
         """With groups no larger than the batch, which changes no mask and leaves no program idle."""
         return self._replace(group_size=min(self.group_size, examples))
 
+    def groups(self, examples: int) -> int:
+        return ceil_div(examples, self.group_size)
+
     def words(self, examples: int) -> int:
         """How many words of lanes serve so many examples."""
-        return ceil_div(examples, EXAMPLES_PER_LANE * self.group_size)
+        return ceil_div(self.groups(examples), EXAMPLES_PER_LANE)
+
+    def fills_tiles(self, examples: int) -> bool:
+        """Whether a tile of 16 examples is better filled by one group than by several and their zero columns."""
+        return self.group_size >= min(EXAMPLES_PER_LANE, examples)
+
+    def masks_in_registers(self, examples: int) -> bool:
+        """Whether every tile of examples masks its weights anew, rather than one pass over W for a group.
+
+        Each tile draws the random numbers of W again, one a digit. Up to ``REGISTER_TILES`` digits that takes less
+        than reading and writing W once. With more the pass is bound by random numbers too, and only the first tile of
+        a group is for free.
+        """
+        tiles = ceil_div(min(self.group_size, examples), TILE_EXAMPLES)
+        return tiles <= max(1, REGISTER_TILES // self.digits)
 
 
 # --- in ATen ----------------------------------------------------------------------------------------------
@@ -93,10 +123,25 @@ def _aten_backward(dz, v, weight, stream, form, needs_v: bool, needs_weight: boo
 
 
 def _definition(v: Tensor, weight: Tensor, stream: Stream, form: _Form) -> Tensor:
-    """With all masks at once, differentiable any number of times: [examples, outputs, inputs] in memory."""
-    group = torch.arange(len(v), device=v.device) // form.group_size
-    mask = random.connection_mask(group, *weight.shape, form.chance, stream)
-    return (torch.where(mask, weight, 0) @ v.unsqueeze(2)).squeeze(2) * form.scale
+    """Differentiable any number of times, for which every group's masked weights stay in memory."""
+    return form.scale * torch.cat(
+        [
+            v[examples] @ torch.where(mask != 0, weight, 0).t()
+            for examples, mask in _masks(v, weight, stream, form)
+        ]
+    )
+
+
+def _differentiable_backward(dz, v, weight, stream, form, needs_v: bool, needs_weight: bool):
+    """The derivative of ``_definition``, as differentiable. For second derivatives and batched gradients."""
+    masks = [(examples, mask != 0) for examples, mask in _masks(v, weight, stream, form)]
+    dv = dweight = None
+    if needs_v:
+        dv = torch.cat([dz[examples] @ torch.where(mask, weight, 0) for examples, mask in masks]) * form.scale
+    if needs_weight:
+        terms = [torch.where(mask, dz[examples].t() @ v[examples], 0) for examples, mask in masks]
+        dweight = torch.stack(terms).sum(0) * form.scale
+    return dv, dweight
 
 
 # --- launches ---------------------------------------------------------------------------------------------
@@ -114,6 +159,13 @@ def _stream_arguments(stream: Stream, form: _Form) -> dict:
 
 BLOCK_ROWS, BLOCK_COLUMN_BYTES = 64, 128
 BLOCK_GRADIENT = 128, 32  # outputs, inputs
+BLOCK_SHARED_GRADIENT = 128, 64
+BLOCK_MASK = 8, 256
+
+
+def _power_of_2(number: int, least: int, most: int) -> int:
+    """The next one from ``number`` on, within limits."""
+    return min(most, max(least, 1 << (number - 1).bit_length()))
 
 
 def product_launches(
@@ -132,20 +184,28 @@ def product_launches(
     """
     (examples, columns), rows = u.shape, z.shape[1]
     form = form.for_batch(examples)
-    block_examples = EXAMPLES_PER_LANE if form.group_size == 1 else 32
-    chunks = ceil_div(min(EXAMPLES_PER_LANE * form.group_size, examples), block_examples)
-    programs = ceil_div(rows, BLOCK_ROWS) * form.words(examples) * chunks
+    shared = form.fills_tiles(examples)
+    if shared:
+        span = form.group_size
+        block_examples = _power_of_2(span, EXAMPLES_PER_LANE, TILE_EXAMPLES)
+    else:
+        span = EXAMPLES_PER_LANE * form.group_size
+        block_examples = EXAMPLES_PER_LANE if form.group_size == 1 else 32
+    chunks = ceil_div(min(span, examples), block_examples)
+    parts = ceil_div(examples, span)
+    row_blocks = ceil_div(rows, BLOCK_ROWS)
     block_columns = BLOCK_COLUMN_BYTES // u.element_size()
     tiles = ceil_div(columns, block_columns)
-    # Four programs of four warps on every multiprocessor, and at least four tiles for each.
-    splits = max(1, min(ceil_div(tiles, 4), 4 * backend.multiprocessors(u.device) // programs))
+    # Four programs of four warps on every multiprocessor (two where a tile is large), at least four tiles for each.
+    wanted = (2 if block_examples > 32 else 4) * backend.multiprocessors(u.device)
+    splits = max(1, min(ceil_div(tiles, 4), wanted // (row_blocks * parts * chunks)))
     trips = ceil_div(tiles, splits)
     splits = ceil_div(tiles, trips)
     partial = z if splits == 1 else torch.empty(splits, examples, rows, dtype=torch.float32, device=u.device)
     epilogue = {"bias_ptr": bias, "scale": form.scale, "ACTIVATION": activation}
     main = Launch(
         kernels.product,
-        (form.words(examples) * chunks, ceil_div(rows, BLOCK_ROWS), splits),
+        (parts * chunks, row_blocks, splits),
         {
             "u_ptr": u,
             "w_ptr": weight,
@@ -160,13 +220,15 @@ def product_launches(
             "trips": trips,
             "SPLIT": splits > 1,
             "TRANSPOSED": transposed,
-            "THREE": u.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32,
+            "SHARED": shared,
+            "THREE": _three(u),
             "EVEN": rows % BLOCK_ROWS == 0 and columns % (block_columns * trips) == 0,
             "BLOCK_ROWS": BLOCK_ROWS,
             "BLOCK_COLUMNS": block_columns,
             "BLOCK_EXAMPLES": block_examples,
             "num_warps": 4,
-            "maxnreg": 128,  # without it the assembler may spill to fit more programs
+            # Without a limit the assembler may spill to fit more programs.
+            "maxnreg": 128 if block_examples <= 32 else 255,
         },
     )
     if splits == 1:
@@ -182,57 +244,108 @@ def product_launches(
     return [main, Launch(kernels.merge, (ceil_div(rows, 1024), examples), merge | epilogue)]
 
 
+def _three(x: Tensor) -> bool:
+    """Whether fp32 takes three products of TF32."""
+    return x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+
+
 def weight_gradient_launch(dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: _Form) -> Launch:
     (examples, outputs), inputs = dz.shape, v.shape[1]
     form = form.for_batch(examples)
-    block_outputs, block_inputs = BLOCK_GRADIENT
-    return Launch(
-        kernels.weight_gradient,
-        (ceil_div(outputs, block_outputs), ceil_div(inputs, block_inputs)),
-        {
-            "dz_ptr": dz,
-            "v_ptr": v,
-            "dw_ptr": dweight,
-            **_stream_arguments(stream, form),
-            "examples": examples,
-            "outputs": outputs,
-            "inputs": inputs,
-            "group_size": form.group_size,
-            "words": form.words(examples),
-            "BLOCK_OUTPUTS": block_outputs,
-            "BLOCK_INPUTS": block_inputs,
-            "num_warps": 4,
-        },
-    )
+    arguments = {
+        "dz_ptr": dz,
+        "v_ptr": v,
+        "dw_ptr": dweight,
+        **_stream_arguments(stream, form),
+        "examples": examples,
+        "outputs": outputs,
+        "inputs": inputs,
+        "group_size": form.group_size,
+    }
+    if form.fills_tiles(examples):
+        kernel, blocks = kernels.shared_weight_gradient, BLOCK_SHARED_GRADIENT
+        arguments |= {
+            "groups": form.groups(examples),
+            "PRECISION": "tf32x3" if _three(v) else "tf32",
+            "BLOCK_EXAMPLES": _power_of_2(form.group_size, EXAMPLES_PER_LANE, 64 if v.itemsize == 2 else 32),
+            "num_warps": 8,
+        }
+    else:
+        kernel, blocks = kernels.weight_gradient, BLOCK_GRADIENT
+        arguments |= {"words": form.words(examples), "num_warps": 4}
+    grid = ceil_div(outputs, blocks[0]), ceil_div(inputs, blocks[1])
+    return Launch(kernel, grid, arguments | {"BLOCK_OUTPUTS": blocks[0], "BLOCK_INPUTS": blocks[1]})
+
+
+def mask_launch(weight: Tensor, masked: Tensor, group: int, stream: Stream, form: _Form) -> Launch:
+    """masked = the weights that a group keeps, unscaled. ``masked`` may be ``weight``."""
+    outputs, inputs = weight.shape
+    arguments = {
+        "w_ptr": weight,
+        "masked_ptr": masked,
+        **_stream_arguments(stream, form),
+        "outputs": outputs,
+        "inputs": inputs,
+        "group": group,
+        "BLOCK_OUTPUTS": BLOCK_MASK[0],
+        "BLOCK_INPUTS": BLOCK_MASK[1],
+        "num_warps": 4,
+    }
+    del arguments["scale"]
+    grid = ceil_div(outputs, BLOCK_MASK[0]), ceil_div(inputs, BLOCK_MASK[1])
+    return Launch(kernels.mask_weights, grid, arguments)
+
+
+def _masked_products(u, weight, bias, z, stream: Stream, form: _Form, transposed: bool) -> None:
+    """As ``product_launches``, with a copy of W that is masked for one group after the other, and dense products."""
+    masked = torch.empty_like(weight)
+    for group in range(form.groups(len(u))):
+        mask_launch(weight, masked, group, stream, form).run(u.device)
+        examples = slice(group * form.group_size, (group + 1) * form.group_size)
+        matrix = masked if transposed else masked.t()
+        start, beta = (u.new_empty(()), 0) if bias is None else (bias, 1)
+        torch.addmm(start, u[examples], matrix, beta=beta, alpha=form.scale, out=z[examples])
+
+
+def _run_product(u, weight, bias, activation, stream: Stream, form: _Form, transposed: bool) -> Tensor:
+    form = form.for_batch(len(u))
+    z = u.new_empty(len(u), weight.shape[1 if transposed else 0])
+    if form.masks_in_registers(len(u)):
+        for launch in product_launches(u, weight, bias, z, activation, stream, form, transposed):
+            launch.run(u.device)
+        return z
+    _masked_products(u, weight, bias, z, stream, form, transposed)
+    return activated(z, activation)
+
+
+def _run_weight_gradient(dz: Tensor, v: Tensor, weight: Tensor, stream: Stream, form: _Form) -> Tensor:
+    form = form.for_batch(len(v))
+    dweight = torch.empty_like(weight)
+    # fp32 alone would be better off with a dense product: the tensor cores take TF32 only along the examples.
+    if form.groups(len(v)) > 1 or (v.itemsize == 2 and form.masks_in_registers(len(v))):
+        weight_gradient_launch(dz, v, dweight, stream, form).run(v.device)
+    else:
+        torch.addmm(v.new_empty(()), dz.t(), v, beta=0, alpha=form.scale, out=dweight)
+        mask_launch(dweight, dweight, 0, stream, form).run(v.device)
+    return dweight
 
 
 def _run_forward(v, weight, bias, activation, stream, form) -> Tensor:
-    z = v.new_empty(len(v), len(weight))
-    for launch in product_launches(
-        v.contiguous(), weight.contiguous(), bias, z, activation, stream, form, transposed=False
-    ):
-        launch.run(v.device)
-    return z
+    return _run_product(v.contiguous(), weight.contiguous(), bias, activation, stream, form, transposed=False)
 
 
 def _run_backward(dz, v, weight, stream, form, needs_v: bool, needs_weight: bool):
     dz, v, weight = dz.contiguous(), v.contiguous(), weight.contiguous()
-    dv = torch.empty_like(v) if needs_v else None
-    dweight = torch.empty_like(weight) if needs_weight else None
-    if needs_v:
-        for launch in product_launches(dz, weight, None, dv, None, stream, form, transposed=True):
-            launch.run(v.device)
-    if needs_weight:
-        weight_gradient_launch(dz, v, dweight, stream, form).run(v.device)
-    return dv, dweight
+    dv = _run_product(dz, weight, None, None, stream, form, transposed=True) if needs_v else None
+    return dv, _run_weight_gradient(dz, v, weight, stream, form) if needs_weight else None
 
 
-def _on_kernels(*tensors: Tensor) -> bool:
-    return all(backend.runs_kernels(t) and t.dtype != torch.float64 for t in tensors)
+def _on_kernels(*tensors: Tensor | None) -> bool:
+    return all(t is None or (backend.runs_kernels(t) and t.dtype != torch.float64) for t in tensors)
 
 
 def _forward(v: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream, form: _Form) -> Tensor:
-    if _on_kernels(v, weight):
+    if _on_kernels(v, weight, bias):
         return _run_forward(v, weight, bias, None, stream, form)
     z = _aten_forward(v, weight, stream, form)
     return z if bias is None else z + bias
@@ -268,18 +381,6 @@ class _DropConnect(torch.autograd.Function):
             run = _differentiable_backward if torch.is_grad_enabled() or batched else _backward
             dv, dweight = run(dz, v, weight, stream, ctx.form, needs_v, needs_weight)
         return dv, dweight, dz.sum(0) if needs_bias else None, None, None, None
-
-
-def _differentiable_backward(dz, v, weight, stream, form, needs_v: bool, needs_weight: bool):
-    """For second derivatives and batched gradients: both products with all masks at once."""
-    group = torch.arange(len(v), device=v.device) // form.group_size
-    mask = random.connection_mask(group, *weight.shape, form.chance, stream)
-    dv = dweight = None
-    if needs_v:
-        dv = (dz.unsqueeze(1) @ torch.where(mask, weight, 0)).squeeze(1) * form.scale
-    if needs_weight:
-        dweight = torch.where(mask, dz.unsqueeze(2) * v.unsqueeze(1), 0).sum(0) * form.scale
-    return dv, dweight
 
 
 # --- registered operators, for torch.compile --------------------------------------------------------------
@@ -367,7 +468,7 @@ def _masked_linear(v, weight, bias, activation: str | None, stream: Stream, form
     differentiated = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (v, weight, bias)
     )
-    if _on_kernels(v, weight) and not differentiated:
+    if _on_kernels(v, weight, bias) and not differentiated:
         return _run_forward(v, weight, bias, activation, stream, form)
     return activated(_DropConnect.apply(v, weight, bias, *stream, form), activation)
 
@@ -404,7 +505,7 @@ def drop_connect_linear(
         p: probability of dropping a connection. It is applied to 8 binary digits (more for p near 0 or 1), and the
             scale is that of the probability applied: see ``fastreg.random.chance``.
         mask: what a mask belongs to. "example": every example has its own, as in the paper. "group": ``group_size``
-            neighbouring examples share one. "batch": all share one, which is dropout of the weights.
+            neighbouring examples share one. "batch": all share one, that of a group as large as the batch.
             Two that need dense products only: "flipout" (p = 1/2) gives every example a mask with the right
             distribution, independent of that of any other example, but not of those of two others together (Wen et
             al. 2018). "gaussian" has no masks but noise: every sum is normal, with the mean and the variance that it
@@ -430,10 +531,6 @@ def drop_connect_linear(
     check_arguments(p, mask, group_size, inference, samples, activation)
     if not training:
         return _inference(input, weight, bias, p, inverted, inference, samples, activation, seed, generator)
-    if mask == "batch":
-        weight = dropout(weight, p, seed=seed, generator=generator)
-        weight = weight if inverted else weight * (1 - p)
-        return activated(F.linear(input, weight, bias), activation)
     if mask == "flipout":
         return activated(_flipout(input, weight, bias, inverted, seed, generator), activation)
     if mask == "gaussian":
@@ -451,7 +548,7 @@ def drop_connect_linear(
         F.linear(input, weight, bias)  # raises
     scale = 1 / chance.probability if inverted else 1.0
     examples = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
-    form = _Form(*chance, group_size or 1, scale)
+    form = _Form(*chance, BATCH if mask == "batch" else group_size or 1, scale)
     if examples.numel() == 0 or weight.numel() == 0:
         return activated(F.linear(input, weight, bias), activation)
     stream = random.stream(input.device, seed, generator)
