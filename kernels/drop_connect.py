@@ -23,8 +23,8 @@ end is computed once more without them (``_repair``), which costs those that hav
 connection, and one instruction that makes a predicate of its bit; 3.6 with all that comes with them.
 
 Cost of shared masks: 16 and more examples of a group have a tile to themselves (SHARED). Then it is a dense product
-with one operand masked in registers, from where the tensor cores take it (W on the left), and ``shared_weight_gradient``
-one with a mask behind it. That is about 9 instructions a weight for every 128 examples (sm_90, p = 1/2), where
+with one operand masked in registers, from where the tensor cores take it (W on the left), and
+``shared_weight_gradient`` one with a mask behind it. That is about 9 instructions a weight for every 128 examples (sm_90, p = 1/2), where
 reading W in 16 bits once leaves time for 19. Beyond a few hundred examples to a group the random numbers had better be
 drawn once: ``mask_weights`` is one pass over W, 2 accesses an element and 13 instructions, and a dense product follows.
 """
@@ -221,7 +221,7 @@ def _repair(
     rows, columns = shape
     row = first_row + tl.arange(0, ROWS)
     index = tl.arange(0, COUNT)
-    for own in range(0, COUNT):
+    for own in range(COUNT):
         one = index == own
         bit = tl.max(tl.where(one, group, 0), 0)
         b = tl.max(tl.where(one & known, example, 0), 0).to(tl.int64)
@@ -236,7 +236,7 @@ def _repair(
         again = again[:, None]
         if not SPLIT:
             again = _finished(again, bias_ptr, scale, row, rows, ACTIVATION, z_ptr.dtype.element_ty)
-        wanted = tl.max((nan & (one & known)[None, :]).to(tl.int32), 1) > 0
+        wanted = (tl.max((nan & (one & known)[None, :]).to(tl.int32), 1) > 0) & (row < rows)
         tl.store(
             z_ptr + b * rows + row[:, None],
             again.to(z_ptr.dtype.element_ty),
@@ -324,7 +324,7 @@ def product(
         z = _finished(z, bias_ptr, scale, row, rows, ACTIVATION, z_ptr.dtype.element_ty)
     place = example.to(tl.int64)[None, :] * rows + row[:, None]
     tl.store(z_ptr + place, z.to(z_ptr.dtype.element_ty), mask=known[None, :] & (row < rows)[:, None])
-    if not SHARED:
+    if not SHARED:  # noqa: SIM102 - known when it is compiled, unlike the next
         if tl.max(tl.max(nan.to(tl.int32), 1), 0) > 0:
             tl.debug_barrier()  # what another thread has stored is stored again
             end = tl.minimum(first_column + trips * BLOCK_COLUMNS, columns)

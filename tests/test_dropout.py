@@ -637,6 +637,30 @@ def test_mc_dropout_reaches_attention_and_recurrent_layers():
         assert model[1].training
 
 
+def test_mc_dropout_keeps_all_layers_random_that_are_so_in_training(device):
+    class Noise(torch.nn.Module):
+        stochastic = True
+
+        def forward(self, x):
+            return x + torch.randn_like(x) if self.training else x
+
+    layers = {
+        fnn.DropConnectLinear(8, 8, mask="gaussian"): (3, 8),
+        fnn.DropConnectLinear(8, 8): (3, 8),
+        fnn.DropConnectConv2d(2, 2, 3): (1, 2, 5, 5),
+        fnn.GaussianNoise(): (3, 8),
+        fnn.DropoutAddLayerNorm(8): (3, 8),
+        Noise(): (3, 8),
+    }
+    for layer, shape in layers.items():
+        model, x = torch.nn.Sequential(layer).to(device).eval(), torch.randn(shape, device=device)
+        with fastreg.mc_dropout(model), torch.no_grad():
+            assert not model.training
+            assert not torch.equal(model(x), model(x)), layer
+        assert not layer.training
+        assert torch.equal(model(x), model(x))
+
+
 # --- dispatch ---------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,8 @@ class DropConnectLinear(torch.nn.Linear):
     Source: Wan, Zeiler, Zhang, LeCun, Fergus 2013 (ICML).
     """
 
+    stochastic = True  # for mc_dropout
+
     def __init__(
         self,
         in_features: int,
@@ -91,6 +93,8 @@ class DropConnectConv2d(torch.nn.Conv2d):
 
     In evaluation it is torch's convolution: kept weights are scaled by 1 / (1 - p) in training.
     """
+
+    stochastic = True  # for mc_dropout
 
     def __init__(self, *arguments, p: float = 0.5, activation: str | None = None, **keywords) -> None:
         ops.check_arguments(p, activation=activation)

@@ -96,25 +96,27 @@ class DropPath(_Fused, torch.nn.modules.dropout._DropoutNd):
     _function = staticmethod(ops.drop_path)
 
 
-# What their training flag governs is dropout and nothing else.
-_DROPOUT_LAYERS = (torch.nn.modules.dropout._DropoutNd, torch.nn.MultiheadAttention, torch.nn.RNNBase)
+# Of torch's layers those whose training flag governs dropout and nothing else. Ours of the kind say so themselves, with
+# a class attribute ``stochastic = True``.
+_TORCHS = (torch.nn.modules.dropout._DropoutNd, torch.nn.MultiheadAttention, torch.nn.RNNBase)
 
 
 @contextmanager
 def mc_dropout(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
-    """Monte-Carlo dropout: inside, ``model`` is in evaluation mode, but its dropout layers stay random.
+    """Monte-Carlo dropout: inside, ``model`` is in evaluation mode, but its dropout and noise layers stay random.
 
         with fastreg.mc_dropout(model):
             samples = torch.stack([model(x) for _ in range(100)])
         mean, variance = samples.mean(0), samples.var(0)
 
-    Takes torch's dropout layers as well as ours, and the dropout inside attention and recurrent layers. Every
-    module's mode is as before when the block ends. Source: Gal and Ghahramani 2016 (arXiv 1506.02142).
+    Takes torch's dropout layers as well as ours, DropConnect and noise layers, and the dropout inside attention and
+    recurrent layers; a layer of your own too, if its class has ``stochastic = True``. Every module's mode is as before
+    when the block ends. Source: Gal and Ghahramani 2016 (arXiv 1506.02142).
     """
     modes = {module: module.training for module in model.modules()}
     try:
         for module in modes:
-            module.training = isinstance(module, _DROPOUT_LAYERS)
+            module.training = isinstance(module, _TORCHS) or getattr(module, "stochastic", False)
         yield model
     finally:
         for module, mode in modes.items():

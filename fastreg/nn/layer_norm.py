@@ -39,6 +39,8 @@ class DropoutAddLayerNorm(FusedNorm, torch.nn.LayerNorm):
     ``forward(input, residual)``: see :func:`fastreg.functional.dropout_add_layer_norm`.
     """
 
+    stochastic = True  # for mc_dropout
+
     def __init__(
         self,
         normalized_shape,

@@ -20,6 +20,8 @@ class GaussianNoise(torch.nn.Module):
     Source: Bishop 1995 (additive); Srivastava et al. 2014 (multiplicative).
     """
 
+    stochastic = True  # for mc_dropout
+
     def __init__(self, std: float = 0.1, inplace: bool = False, *, mode: str = "additive") -> None:
         super().__init__()
         check_noise(std, mode)
