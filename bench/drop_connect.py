@@ -5,6 +5,7 @@ import torch
 import fastreg.functional as fast
 from fastreg import random as streams
 from fastreg.ops import drop_connect as ops
+from fastreg.ops import expectation
 from fastreg.random import Stream
 
 from .cases import TOLERANCE, Case, rows
@@ -94,6 +95,8 @@ def kernels() -> list[Kernel]:
     found += shared_variants(torch.bfloat16, 256, 32)
     for dtype, p in ((torch.bfloat16, 0.5), (torch.bfloat16, 0.3), (torch.float32, 0.5)):
         found.append(masking(dtype, p))
+    for activation in ("sigmoid", "tanh"):
+        found += sampling(activation)
     return found
 
 
@@ -202,3 +205,22 @@ def masking(dtype, p):
     )
     label = f"mask weights {short_name(dtype)} p={p:g}"
     return Kernel.of(label, launch, weight.numel(), 2 * dtype.itemsize, budget=budget)
+
+
+def sampling(activation, samples=1000):
+    """Of a draw: inference at (256, 4096)."""
+    tensors = [torch.empty(256, 4096, device="meta") for _ in range(5)]
+    mean, deviation, y, dmean, ddeviation = tensors
+    stream = Stream(1)
+    forward = expectation.average_launch(mean, deviation, y, stream, activation, samples)
+    backward = expectation.gradient_launch(y, mean, deviation, dmean, ddeviation, stream, activation, samples)
+    for name, launch, moved, limit in (("sampled", forward, 3, 35), ("sampled gradient", backward, 5, 37)):
+        yield Kernel.of(
+            f"{name} {activation} fp32 Z={samples}",
+            launch,
+            mean.numel() * samples,
+            moved * 4 / samples,
+            trips=launch.arguments["quads"],
+            # Arithmetic is the point: an element a thread, whose accesses are narrow.
+            budget=Budget(max_instructions=limit, narrow_loads=3, narrow_stores=2, min_headroom=0),
+        )

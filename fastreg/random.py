@@ -12,7 +12,8 @@ where lane < t, t = round(p 2^16), and scales what it keeps by 2^16 / (2^16 - t)
 probability applied, which differs from p by at most 2^-17.
 
 A connection (example, output n, input k) of DropConnect receives a bit for each binary digit of its probability:
-that of its example in the 16-bit lane k % 8 of block (k // 8, n), see ``connection_lanes``.
+that of its example in the 16-bit lane k % 8 of block (k // 8, n), see ``connection_lanes``. Where an element is drawn
+many times, four draws of it are the normals of its block, see ``draws``.
 
 The Triton kernels (``kernels/philox.py``) equal this file bit for bit, normals up to the rounding of log, sin, cos.
 """
@@ -176,6 +177,20 @@ def normal(size, stream: Stream, *, dtype: torch.dtype = torch.float32, device=N
     radius = (-2 * uniform.log()).sqrt()
     pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
     return pairs.flatten()[:count].view(size).to(dtype)
+
+
+DRAWS = 4
+"""Draws of an element that share a stream."""
+
+
+def draws(size, quad: int, stream: Stream, *, dtype: torch.dtype = torch.float32, device=None) -> Tensor:
+    """Draws 4 ``quad`` to 4 ``quad`` + 3 for every element of a tensor, ``[*size, 4]``.
+
+    They are the :func:`normal` values of a tensor of that shape, under an offset whose upper half is increased by
+    ``quad``.
+    """
+    seed, offset = stream
+    return normal((*size, DRAWS), Stream(seed, offset + (quad << 32)), dtype=dtype, device=device)
 
 
 def stream(

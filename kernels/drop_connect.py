@@ -24,9 +24,10 @@ connection, and one instruction that makes a predicate of its bit; 3.6 with all 
 
 Cost of shared masks: 16 and more examples of a group have a tile to themselves (SHARED). Then it is a dense product
 with one operand masked in registers, from where the tensor cores take it (W on the left), and
-``shared_weight_gradient`` one with a mask behind it. That is about 9 instructions a weight for every 128 examples (sm_90, p = 1/2), where
-reading W in 16 bits once leaves time for 19. Beyond a few hundred examples to a group the random numbers had better be
-drawn once: ``mask_weights`` is one pass over W, 2 accesses an element and 13 instructions, and a dense product follows.
+``shared_weight_gradient`` one with a mask behind it. That is about 9 instructions a weight for every 128 examples
+(sm_90, p = 1/2), where reading W in 16 bits once leaves time for 19. Beyond a few hundred examples to a group it is
+cheaper to draw once: ``mask_weights`` is one pass over W, 2 accesses an element and 13 instructions, and a dense
+product follows.
 """
 
 import triton

@@ -17,7 +17,7 @@ class DropConnectLinear(torch.nn.Linear):
         mask: "example" (every example has its own), "group" (``group_size`` examples share one), "batch", "flipout",
             "gaussian".
         inverted: False scales by 1 - p in evaluation instead of 1 / (1 - p) in training.
-        inference: in evaluation, "gaussian" (the paper's) or "mean".
+        inference: in evaluation, "gaussian" (the paper's), "mean", or "probit" (approximate, sigmoid alone).
         samples: draws of the Gaussian where ``activation`` has no closed form.
         activation: applied to the sum. The Gaussian inference needs to know it, so give it here, not to a layer behind.
 

@@ -15,7 +15,7 @@ from torch import Generator, Tensor
 from torch.autograd import forward_ad
 
 from fastreg import random
-from fastreg.ops import backend
+from fastreg.ops import backend, expectation
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.dropout import dropout
 from fastreg.ops.fused import activated, check_activation
@@ -26,7 +26,7 @@ if backend.HAS_TRITON:
     from fastreg.kernels import drop_connect as kernels
 
 MASKS = ("example", "group", "batch", "flipout", "gaussian")
-INFERENCE = ("gaussian", "mean")
+INFERENCE = ("gaussian", "mean", "probit")
 SAMPLES = 1000  # of the Gaussian, where an activation has no closed form: as many as in the paper
 
 
@@ -514,7 +514,8 @@ def drop_connect_linear(
         inverted: scale in training, not in evaluation.
         inference: in evaluation, "gaussian" is the paper's: the expectation of ``activation`` over a Gaussian with the
             mean and the variance that the sum has over the masks. In closed form for no activation (where it is the
-            mean) and relu, else over ``samples`` draws. "mean" is the activation of the mean.
+            mean), relu, leaky_relu, gelu, elu and hardswish, else over ``samples`` draws. "mean" is the activation of
+            the mean. "probit" is, for sigmoid alone, an approximation in closed form, off by less than 0.02.
         samples: draws where there is no closed form, 1000 by default as in the paper.
         activation: a name of ``fastreg.ops.fused.ACTIVATIONS``.
         seed, generator: as in :func:`fastreg.functional.dropout`.
@@ -522,8 +523,8 @@ def drop_connect_linear(
     Returns: ``[*, outputs]``.
 
     Raises:
-        ValueError: p outside [0, 1]; mask="flipout" with another p than 1/2; an unknown mask, inference or
-            activation; a group_size without mask="group", or below 1; samples below 1.
+        ValueError: p outside [0, 1]; mask="flipout" with another p than 1/2; inference="probit" without the sigmoid; an
+            unknown mask, inference or activation; a group_size without mask="group", or below 1; samples below 1.
         RuntimeError: torch's own of ``linear``, for shapes, dtypes and devices that do not fit.
 
     Source: Wan, Zeiler, Zhang, LeCun, Fergus 2013 (Regularization of neural networks using DropConnect, ICML).
@@ -573,6 +574,10 @@ def check_arguments(
         raise ValueError('mask="group" needs a group_size, and no other mask has one')
     if mask == "flipout" and p != 0.5:
         raise ValueError(f'mask="flipout" is exact for p = 0.5 alone, but got p = {p}')
+    if inference == "probit" and activation != "sigmoid":
+        raise ValueError(
+            f'inference="probit" approximates the sigmoid alone, but got activation = {activation!r}'
+        )
     for name, value in (("group_size", group_size), ("samples", samples)):
         if value is not None and value < 1:
             raise ValueError(f"{name} has to be at least 1, but got {value}")
@@ -649,21 +654,10 @@ def _inference(input, weight, bias, p, inverted, inference, samples, activation,
         return activated(mean, activation)
     mean, deviation = _moments(input, weight, bias, p, inverted)
     dtype, mean = mean.dtype, mean.to(deviation.dtype)
-    if activation == "relu":
-        return _expected_relu(mean, deviation).to(dtype)
-    stream = None if seed is None and generator is None else random.stream(input.device, seed, generator)
-    total = torch.zeros_like(deviation)
-    samples = samples or SAMPLES
-    for draw in range(samples):
-        own = None if stream is None else Stream(stream.seed, stream.offset + draw)
-        total = total + activated(mean + deviation * _normal(deviation, own), activation)
-    return (total / samples).to(dtype)
-
-
-def _expected_relu(mean: Tensor, deviation: Tensor) -> Tensor:
-    """E max(0, u) of a normal u: mean Phi(mean / deviation) + deviation phi(mean / deviation)."""
-    certain = deviation == 0
-    ratio = mean / torch.where(certain, 1.0, deviation)
-    density = torch.exp(-0.5 * ratio.square()) / math.sqrt(2 * math.pi)
-    expected = mean * torch.special.ndtr(ratio) + deviation * density
-    return torch.where(certain, mean.relu(), expected)
+    if inference == "probit":
+        expected = expectation.probit_sigmoid(mean, deviation)
+    elif activation in expectation.CLOSED_FORMS:
+        expected = expectation.closed_form(mean, deviation, activation)
+    else:
+        expected = expectation.average(mean, deviation, activation, samples or SAMPLES, seed, generator)
+    return expected.to(dtype)
