@@ -1,4 +1,4 @@
-"""DropConnect with a mask of its own for every example. ``p`` is the probability of dropping."""
+"""DropConnect with a mask of its own for every example, or one for all. ``p`` is the probability of dropping."""
 
 import torch
 
@@ -75,7 +75,25 @@ def example(features: int, p: float) -> Case:
     )
 
 
-CASES = (example(1024, 0.5), example(1024, 0.25), example(4096, 0.5))
+def batch(features: int, p: float) -> Case:
+    """Against a masked copy of the weights and a dense product. At p = 1/2 alone, where masks that all share leave the
+    mean square of z what it is with own ones."""
+
+    def dropped_weights(v, weight, bias):
+        return torch.nn.functional.linear(v, torch.nn.functional.dropout(weight, p), bias)
+
+    return Case(
+        f'drop_connect_linear mask="batch" p={p:g} {features}x{features}',
+        inputs(features),
+        ours=lambda v, weight, bias: fast.drop_connect_linear(v, weight, bias, p, mask="batch"),
+        torch=dropped_weights,
+        forward_bytes=lambda e: 2 * e,
+        backward_bytes=lambda e: 3 * e,
+        check=has_the_moments(p),
+    )
+
+
+CASES = (example(1024, 0.5), example(1024, 0.25), example(4096, 0.5), batch(4096, 0.5))
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -200,10 +200,27 @@ def failing_once_checked():
     return function
 
 
+def without_memory(calls_that_fit):
+    """A function that a GPU of 80 GB has no room for, at once or after some calls."""
+    calls = itertools.count()
+
+    def function(x):
+        if next(calls) >= calls_that_fit:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 34.36 GiB.")
+        return halve(x)
+
+    return function
+
+
+OUT_OF_MEMORY = "OutOfMemoryError: CUDA out of memory. Tried to allocate 34.36 GiB."
+
+
 @pytest.mark.parametrize(
     ("build", "error"),
     [
         (lambda case: 1 / 0, "ZeroDivisionError: division by zero"),
+        (lambda case: without_memory(0), OUT_OF_MEMORY),
+        (lambda case: without_memory(2), OUT_OF_MEMORY),
         (lambda case: lambda x: x * 3, "wrong: "),
         (lambda case: failing_once_checked(), "RuntimeError: cannot be captured"),
         (lambda case: lambda x: time.sleep(5), "TimeoutError: took more than"),
@@ -215,6 +232,7 @@ def test_a_bad_peer_is_recorded_and_leaves_the_others(tmp_path, build, error):
     assert bad
     assert all(row["error"].startswith(error) and row["median_us"] is None for row in bad)
     assert len([row for row in document["rows"] if row["error"] is None]) == 6
+    assert "bad, toy, 4 KB" in report.failure_list(document)
 
 
 def test_a_peer_without_the_operation_leaves_no_row(tmp_path):
