@@ -171,12 +171,39 @@ def normal(size, stream: Stream, *, dtype: torch.dtype = torch.float32, device=N
     """Standard normals by the transform of Box and Muller (1958), computed in fp64 and rounded to ``dtype``."""
     count = math.prod(size)
     bits = words(torch.arange((count + 3) // 4, device=device), stream)
-    uniform = (bits[:, 0::2].double() + 0.5) / 2**32
-    angle_word = bits[:, 1::2]
+    return _box_muller(bits).flatten()[:count].view(size).to(dtype)
+
+
+def _box_muller(bits: Tensor) -> Tensor:
+    """Four normals, fp64, of four words."""
+    uniform = (bits[..., 0::2].double() + 0.5) / 2**32
+    angle_word = bits[..., 1::2]
     angle = torch.where(angle_word < 2**31, angle_word, angle_word - 2**32).double() * (math.pi / 2**31)
     radius = (-2 * uniform.log()).sqrt()
-    pairs = torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1)
-    return pairs.flatten()[:count].view(size).to(dtype)
+    return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(-2)
+
+
+def _blocks_of_rows(rows: int, columns: int, stream: Stream, width: int, device) -> Tensor:
+    """The words of the blocks (column // width, row), for what has to start anew in each row."""
+    block = torch.arange((columns + width - 1) // width, device=device)
+    return words(torch.arange(rows, device=device)[:, None] << 32 | block, stream)
+
+
+def row_normals(
+    rows: int, columns: int, stream: Stream, *, dtype: torch.dtype = torch.float32, device=None
+) -> Tensor:
+    """Standard normals ``[rows, columns]``: value k % 4 of block (k // 4, row)."""
+    bits = _blocks_of_rows(rows, columns, stream, 4, device)
+    return _box_muller(bits).flatten(1)[:, :columns].to(dtype)
+
+
+def signs(
+    rows: int, columns: int, stream: Stream, *, dtype: torch.dtype = torch.float32, device=None
+) -> Tensor:
+    """1 or -1 ``[rows, columns]``: -1 where the highest bit of lane k % 8 of block (k // 8, row) is 1."""
+    bits = _blocks_of_rows(rows, columns, stream, 8, device)
+    drawn = torch.stack((bits >> 15 & 1, bits >> 31), dim=-1).flatten(1)[:, :columns]
+    return (1 - 2 * drawn).to(dtype)
 
 
 DRAWS = 4

@@ -1,0 +1,446 @@
+"""Linear layers with noise in their weights by two dense products: every example its own noise, and none in memory.
+
+    gaussian_linear      scale Wv + sigma sqrt((W ∘ W)(v ∘ v)) eps + bias        DropConnect and multiplicative noise
+    flipout_linear       scale (Wv + r ∘ (S ∘ W)(s ∘ v)) + bias                  DropConnect with p = 1/2
+    factorised_linear    Wv + e_out ∘ (Sigma (e_in ∘ v)) + bias + bias_sigma ∘ e_out      noisy networks
+
+One function, ``_Dual``, in three kinds, on two backends: the kernels of ``kernels/dual_linear.py``, and ATen (CPU, fp64,
+second derivatives, ``torch.func``) with the same noise. The noise is that of ``fastreg.random``: eps and the factors
+are ``row_normals``, the signs ``signs``; those of W under the stream itself, of an example and an input one stream
+further on, of an example and an output two.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastreg import random
+from fastreg.ops import backend
+from fastreg.ops.backend import Launch, number
+from fastreg.ops.fused import activated
+from fastreg.ops.layout import ceil_div
+from fastreg.random import Stream
+
+if backend.HAS_TRITON:
+    from fastreg.kernels import dual_linear as kernels
+
+GAUSSIAN, FLIPOUT, FACTORISED = range(3)  # as in the kernels
+SLOPE = 3
+IN, OUT = 1, 2
+
+
+class _Form(NamedTuple):
+    kind: int
+    scale: float = 1.0
+    sigma: float = 1.0  # where it is no tensor
+
+
+def _further(stream: Stream, use: int) -> Stream:
+    return Stream(stream.seed, stream.offset + (use << 32))
+
+
+# --- in ATen ----------------------------------------------------------------------------------------------
+
+
+def _factors(rows: int, columns: int, stream: Stream | None, like: Tensor) -> Tensor:
+    x = _normals(rows, columns, stream, like)
+    return x.sign() * x.abs().sqrt()
+
+
+def _normals(rows: int, columns: int, stream: Stream | None, like: Tensor) -> Tensor:
+    if stream is None:
+        return torch.randn(rows, columns, dtype=like.dtype, device=like.device)
+    return random.row_normals(rows, columns, stream, dtype=like.dtype, device=like.device)
+
+
+def _signs(rows: int, columns: int, stream: Stream | None, like: Tensor) -> Tensor:
+    if stream is None:
+        return torch.randint(2, (rows, columns), device=like.device).to(like.dtype).mul_(2).sub_(1)
+    return random.signs(rows, columns, stream, dtype=like.dtype, device=like.device)
+
+
+def root(x: Tensor) -> Tensor:
+    """sqrt(x) with a slope of 0 at 0."""
+    positive = x > 0
+    return torch.where(positive, torch.where(positive, x, 1.0).sqrt(), torch.where(x == 0, 0.0, x))
+
+
+def squares(v: Tensor, weight: Tensor) -> Tensor:
+    """(W ∘ W)(v ∘ v), in fp32 at least: the square of 1e-4 is no fp16 number."""
+    wide = torch.promote_types(v.dtype, torch.float32)
+    with torch.autocast(v.device.type, enabled=False):
+        return F.linear(v.to(wide).square(), weight.to(wide).square())
+
+
+def _definition(v, weight, bias, sigma, weight_sigma, bias_sigma, stream: Stream | None, form: _Form) -> Tensor:
+    """Differentiable any number of times. Without a stream by torch's own random numbers, which a CPU makes faster."""
+    examples, outputs = len(v), len(weight)
+    at = (lambda use: None) if stream is None else (lambda use: _further(stream, use))
+    if form.kind == GAUSSIAN:
+        b = root(squares(v, weight))
+        noise = (form.sigma if sigma is None else sigma.to(b.dtype)) * b * _normals(examples, outputs, at(OUT), b)
+        z = (form.scale * F.linear(v, weight) + noise).to(v.dtype)
+    elif form.kind == FLIPOUT:
+        flipped = weight * _signs(*weight.shape, at(0), weight)
+        b = F.linear(v * _signs(*v.shape, at(IN), v), flipped)
+        z = form.scale * (F.linear(v, weight) + b * _signs(examples, outputs, at(OUT), b))
+    else:
+        b = F.linear(v * _factors(*v.shape, at(IN), v), weight_sigma, bias_sigma)
+        z = F.linear(v, weight) + b * _factors(examples, outputs, at(OUT), b)
+    return z if bias is None else z + bias
+
+
+# --- launches ---------------------------------------------------------------------------------------------
+
+BLOCK_SECOND = 1024
+
+
+def _second_dtype(dtype: torch.dtype, kind: int) -> torch.dtype:
+    """Of v' and W': squares are no fp16 numbers."""
+    return torch.bfloat16 if kind == GAUSSIAN and dtype == torch.float16 else dtype
+
+
+def _draw(stream: Stream) -> dict:
+    return {**number("seed", stream.seed, 0), "offset": stream.offset}
+
+
+def _precision() -> str:
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def second_launch(x, y, stream, form: _Form, use: int, sigma=None, square_root=None, slope=None) -> Launch:
+    """y = x ∘ x, the noise of ``use`` times x, or with ``square_root`` the q of dz."""
+    rows, columns = x.shape
+    kind = form.kind if square_root is None else SLOPE
+    block = min(BLOCK_SECOND, max(64, 1 << (columns - 1).bit_length()))
+    blocks = ceil_div(columns, block)
+    return Launch(
+        kernels.second_input,
+        (rows * blocks,),
+        {
+            "x_ptr": x,
+            "root_ptr": square_root,
+            "y_ptr": y,
+            "slope_ptr": slope,
+            **_draw(stream),
+            **number("sigma", form.sigma if sigma is None else sigma, 0.0),
+            "columns": columns,
+            "blocks": blocks,
+            "KIND": kind,
+            "USE": use,
+            "BLOCK": block,
+            "num_warps": max(1, block // 256),
+        },
+    )
+
+
+def product_launch(
+    u, u2, weight, weight_sigma, v, bias, bias_sigma, z, square_root, stream, form, sigma, activation, transposed
+) -> Launch:
+    (examples, columns), rows = u.shape, z.shape[1]
+    block_rows, block_columns = 64, 128 // u.element_size()
+    block_examples = 64 if examples > 32 else 32 if examples > 16 else 16
+    return Launch(
+        kernels.product,
+        (ceil_div(examples, block_examples), ceil_div(rows, block_rows)),
+        {
+            "u_ptr": u,
+            "u2_ptr": u2,
+            "w_ptr": weight,
+            "w2_ptr": weight_sigma,
+            "v_ptr": v,
+            "bias_ptr": bias,
+            "bias_sigma_ptr": bias_sigma,
+            "z_ptr": z,
+            "root_ptr": square_root,
+            **_draw(stream),
+            **number("sigma", form.sigma if sigma is None else sigma, 0.0),
+            "scale": form.scale,
+            "examples": examples,
+            "rows": rows,
+            "columns": columns,
+            "KIND": form.kind,
+            "TRANSPOSED": transposed,
+            "ACTIVATION": activation,
+            "PRECISION": _precision(),
+            "EVEN": rows % block_rows == 0 and columns % block_columns == 0,
+            "BLOCK_ROWS": block_rows,
+            "BLOCK_COLUMNS": block_columns,
+            "BLOCK_EXAMPLES": block_examples,
+            "num_warps": 4,
+        },
+    )
+
+
+def weight_gradient_launch(dz, dz2, v, v2, weight, dweight, stream, form) -> Launch:
+    (examples, outputs), inputs = dz.shape, v.shape[1]
+    block = 64
+    return Launch(
+        kernels.weight_gradient,
+        (ceil_div(outputs, block), ceil_div(inputs, block)),
+        {
+            "dz_ptr": dz,
+            "dz2_ptr": dz2,
+            "v_ptr": v,
+            "v2_ptr": v2,
+            "w_ptr": weight,
+            "dw_ptr": dweight,
+            **_draw(stream),
+            "scale": form.scale,
+            "examples": examples,
+            "outputs": outputs,
+            "inputs": inputs,
+            "KIND": form.kind,
+            "PRECISION": _precision(),
+            "BLOCK_OUTPUTS": block,
+            "BLOCK_INPUTS": block,
+            "BLOCK_EXAMPLES": 128 // dz.element_size(),
+            "num_warps": 4,
+        },
+    )
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+def _forward(v, weight, bias, sigma, weight_sigma, bias_sigma, stream, form, activation=None):
+    """z, and the fp32 square root of (W ∘ W)(v ∘ v) of the Gaussian, which has its gradients."""
+    v, weight, bias, weight_sigma, bias_sigma = _contiguous(v, weight, bias, weight_sigma, bias_sigma)
+    z = v.new_empty(len(v), len(weight))
+    square_root = torch.empty_like(z, dtype=torch.float32) if form.kind == GAUSSIAN else None
+    v2 = torch.empty_like(v, dtype=_second_dtype(v.dtype, form.kind))
+    second_launch(v, v2, stream, form, IN).run(v.device)
+    product_launch(
+        v, v2, weight, weight_sigma, None, bias, bias_sigma, z, square_root, stream, form, sigma, activation, False
+    ).run(v.device)
+    return z, square_root
+
+
+def _backward(dz, v, weight, sigma, weight_sigma, square_root, stream, form, needs):
+    """The wanted of the gradients of v, weight, sigma, weight_sigma and bias_sigma; None for the others."""
+    needs_v, needs_weight, needs_sigma, needs_weight_sigma, needs_bias_sigma = needs
+    dz, v, weight, weight_sigma = _contiguous(dz, v, weight, weight_sigma)
+    second = _second_dtype(v.dtype, form.kind)
+    dv = dweight = dsigma = dweight_sigma = dbias_sigma = None
+    dz2 = torch.empty_like(dz, dtype=second)
+    slope = None
+    if form.kind == GAUSSIAN and needs_sigma:
+        block = min(BLOCK_SECOND, max(64, 1 << (dz.shape[1] - 1).bit_length()))
+        slope = dz.new_empty(len(dz) * ceil_div(dz.shape[1], block), dtype=torch.float32)
+    second_launch(dz, dz2, stream, form, OUT, sigma, square_root, slope).run(dz.device)
+    if needs_sigma:
+        dsigma = slope.sum().view(sigma.shape).to(sigma.dtype)
+    if needs_v:
+        dv = torch.empty_like(v)
+        own = v if form.kind == GAUSSIAN else None
+        product_launch(
+            dz, dz2, weight, weight_sigma, own, None, None, dv, None, stream, form, None, None, True
+        ).run(dz.device)
+    if needs_bias_sigma:
+        dbias_sigma = dz2.sum(0)
+    if needs_weight and form.kind == FACTORISED:
+        dweight = dz.t() @ v  # with nothing in common, and no mask: a matrix library's
+    if needs_weight and form.kind != FACTORISED or needs_weight_sigma:
+        v2 = torch.empty_like(v, dtype=second)
+        second_launch(v, v2, stream, form, IN).run(dz.device)
+        if needs_weight_sigma:
+            dweight_sigma = dz2.t() @ v2
+        else:
+            dweight = torch.empty_like(weight)
+            weight_gradient_launch(dz, dz2, v, v2, weight, dweight, stream, form).run(dz.device)
+    return dv, dweight, dsigma, dweight_sigma, dbias_sigma
+
+
+# --- autograd ---------------------------------------------------------------------------------------------
+
+
+class _Dual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v, weight, bias, sigma, weight_sigma, bias_sigma, seed, offset, form):
+        in_memory = isinstance(seed, Tensor)
+        z, square_root = _forward(v, weight, bias, sigma, weight_sigma, bias_sigma, Stream(seed, offset), form)
+        ctx.seed, ctx.offset, ctx.form = None if in_memory else seed, offset, form
+        ctx.save_for_backward(v, weight, sigma, weight_sigma, bias_sigma, square_root, seed if in_memory else None)
+        return z
+
+    @staticmethod
+    def backward(ctx, dz):
+        v, weight, sigma, weight_sigma, bias_sigma, square_root, seed = ctx.saved_tensors
+        stream = Stream(ctx.seed if seed is None else seed, ctx.offset)
+        needs_v, needs_weight, needs_bias, *others = ctx.needs_input_grad[:6]
+        needs = (needs_v, needs_weight, *others)
+        found = (None,) * 5
+        if any(needs):
+            if torch.is_grad_enabled() or not on_kernels(dz, v, weight):
+                inputs = (v, weight, sigma, weight_sigma, bias_sigma)
+                found = _differentiable_backward(dz, inputs, stream, ctx.form, needs)
+            else:
+                found = _backward(dz, v, weight, sigma, weight_sigma, square_root, stream, ctx.form, needs)
+        dv, dweight, *rest = found
+        return dv, dweight, dz.sum(0) if needs_bias else None, *rest, None, None, None
+
+
+def _differentiable_backward(dz, inputs, stream, form, needs):
+    """For second derivatives and batched gradients: those of the definition."""
+    create = torch.is_grad_enabled()
+    with torch.enable_grad():
+        v, weight, sigma, weight_sigma, bias_sigma = (
+            t.detach().requires_grad_() if needed and not t.requires_grad else t
+            for t, needed in zip(inputs, needs, strict=True)
+        )
+        z = _definition(v, weight, None, sigma, weight_sigma, bias_sigma, stream, form)
+        all_ = (v, weight, sigma, weight_sigma, bias_sigma)
+        wanted = [t for t, needed in zip(all_, needs, strict=True) if needed]
+        found = iter(torch.autograd.grad(z, wanted, dz, create_graph=create, allow_unused=True))
+    return tuple(next(found) if needed else None for needed in needs)
+
+
+# --- registered operators, for torch.compile --------------------------------------------------------------
+
+
+@torch.library.custom_op("fastreg::dual_linear", mutates_args=())
+def _dual_op(
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor | None,
+    weight_sigma: Tensor | None,
+    bias_sigma: Tensor | None,
+    seed: Tensor,
+    offset: int,
+    kind: int,
+    scale: float,
+    sigma_number: float,
+) -> tuple[Tensor, Tensor]:
+    form = _Form(kind, scale, sigma_number)
+    z, square_root = _forward(v, weight, bias, sigma, weight_sigma, bias_sigma, Stream(seed, offset), form)
+    return z, v.new_empty(0, dtype=torch.float32) if square_root is None else square_root
+
+
+@_dual_op.register_fake
+def _(v, weight, bias, sigma, weight_sigma, bias_sigma, seed, offset, kind, scale, sigma_number):
+    z = v.new_empty(v.shape[0], weight.shape[0])
+    return z, z.new_empty(z.shape if kind == GAUSSIAN else (0,), dtype=torch.float32)
+
+
+@torch.library.custom_op("fastreg::dual_linear_backward", mutates_args=())
+def _dual_backward_op(
+    dz: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    sigma: Tensor | None,
+    weight_sigma: Tensor | None,
+    square_root: Tensor,
+    seed: Tensor,
+    offset: int,
+    kind: int,
+    scale: float,
+    sigma_number: float,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The wanted gradients; the others are empty."""
+    form = _Form(kind, scale, sigma_number)
+    square_root = square_root if kind == GAUSSIAN else None
+    found = _backward(dz, v, weight, sigma, weight_sigma, square_root, Stream(seed, offset), form, needs)
+    return tuple(dz.new_empty(0) if gradient is None else gradient for gradient in found)
+
+
+@_dual_backward_op.register_fake
+def _(dz, v, weight, sigma, weight_sigma, square_root, seed, offset, kind, scale, sigma_number, needs):
+    like = (v, weight, sigma, weight_sigma, dz[0])
+    return tuple(
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else dz.new_empty(0)
+        for t, needed in zip(like, needs, strict=True)
+    )
+
+
+def _save_for_compiled_backward(ctx, inputs, output):
+    v, weight, _, sigma, weight_sigma, _, seed, *ctx.rest = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(v, weight, sigma, weight_sigma, output[1], seed)
+
+
+def _compiled_backward(ctx, dz, _):
+    needs_v, needs_weight, needs_bias, *others = ctx.needs_input_grad[:6]
+    needs = [needs_v, needs_weight, *others]
+    found = [None] * 5
+    if any(needs):
+        found = _dual_backward_op(dz, *ctx.saved_tensors, *ctx.rest, needs)
+    dv, dweight, *rest = (t if needed else None for t, needed in zip(found, needs, strict=True))
+    return dv, dweight, dz.sum(0) if needs_bias else None, *rest, None, *[None] * len(ctx.rest)
+
+
+_dual_op.register_autograd(_compiled_backward, setup_context=_save_for_compiled_backward)
+
+
+# --- the functions ----------------------------------------------------------------------------------------
+
+
+def on_kernels(*tensors: Tensor | None) -> bool:
+    return all(t is None or (backend.runs_kernels(t) and t.dtype != torch.float64) for t in tensors)
+
+
+def _dual(v, weight, bias, sigma, weight_sigma, bias_sigma, form, activation, seed, generator) -> Tensor:
+    tensors = (v, weight, bias, sigma, weight_sigma, bias_sigma)
+    if not on_kernels(*tensors) or v.numel() == 0 or weight.numel() == 0:
+        # What no seed has to agree with takes torch's own random numbers.
+        drawn = seed is not None or generator is not None
+        stream = random.stream(v.device, seed, generator) if drawn else None
+        return activated(_definition(*tensors, stream, form), activation)
+    stream = random.stream(v.device, seed, generator)
+    if torch.compiler.is_compiling():
+        z, _ = _dual_op(*tensors, stream.seed_on(v.device), stream.offset, *form)
+        return activated(z, activation)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return activated(_Dual.apply(*tensors, *stream, form), activation)
+    return _forward(*tensors, stream, form, activation)[0]
+
+
+def gaussian_linear(
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    sigma: float | Tensor,
+    activation: str | None = None,
+    seed=None,
+    generator=None,
+) -> Tensor:
+    """activation(scale Wv + sigma sqrt((W ∘ W)(v ∘ v)) eps + bias). v: ``[examples, inputs]``; sigma: a number, or a
+    tensor of one element, which has a gradient."""
+    tensor = sigma if isinstance(sigma, Tensor) else None
+    form = _Form(GAUSSIAN, scale, 1.0 if tensor is not None else float(sigma))
+    return _dual(v, weight, bias, tensor, None, None, form, activation, seed, generator)
+
+
+def flipout_linear(
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    activation: str | None = None,
+    seed=None,
+    generator=None,
+) -> Tensor:
+    """activation(scale (Wv + r ∘ (S ∘ W)(s ∘ v)) + bias). v: ``[examples, inputs]``."""
+    return _dual(v, weight, bias, None, None, None, _Form(FLIPOUT, scale), activation, seed, generator)
+
+
+def factorised_linear(
+    v: Tensor,
+    weight: Tensor,
+    weight_sigma: Tensor,
+    bias: Tensor | None,
+    bias_sigma: Tensor | None,
+    activation: str | None = None,
+    seed=None,
+    generator=None,
+) -> Tensor:
+    """activation(Wv + e_out ∘ (Sigma (e_in ∘ v)) + bias + bias_sigma ∘ e_out). v: ``[examples, inputs]``."""
+    return _dual(
+        v, weight, bias, None, weight_sigma, bias_sigma, _Form(FACTORISED), activation, seed, generator
+    )
