@@ -15,6 +15,7 @@ from fastreg.ops.group_norm import group_norm, instance_norm
 from fastreg.ops.layer_norm import dropout_add_layer_norm, layer_norm
 from fastreg.ops.local_response_norm import local_response_norm
 from fastreg.ops.noise import gaussian_noise
+from fastreg.ops.noisy_linear import noisy_linear
 
 __all__ = [
     "alpha_dropout",
@@ -32,4 +33,5 @@ __all__ = [
     "instance_norm",
     "layer_norm",
     "local_response_norm",
+    "noisy_linear",
 ]

@@ -13,7 +13,8 @@ probability applied, which differs from p by at most 2^-17.
 
 A connection (example, output n, input k) of DropConnect receives a bit for each binary digit of its probability:
 that of its example in the 16-bit lane k % 8 of block (k // 8, n), see ``connection_lanes``. Where an element is drawn
-many times, four draws of it are the normals of its block, see ``draws``.
+many times, four draws of it are the normals of its block, see ``draws``. Where noise belongs to the rows of a matrix,
+they start anew in each: see ``row_normals`` and ``signs``.
 
 The Triton kernels (``kernels/philox.py``) equal this file bit for bit, normals up to the rounding of log, sin, cos.
 """

@@ -9,9 +9,11 @@
 eps [examples, outputs] normal; S, s, r random signs; e_in, e_out are f(x) = sign(x) sqrt|x| of normals. The gradients
 have the same shape: dv is a ``product`` with W transposed, and dW of the first two a ``weight_gradient``,
 
-    GAUSSIAN      dv = scale W^T dz + 2 v ∘ (W'^T q)     dW = scale dz^T v + 2 W ∘ (q^T v')    q = dz eps sigma / 2 sqrt(b)
+    GAUSSIAN      dv = scale W^T dz + 2 v ∘ (W'^T q)             dW = scale dz^T v + 2 W ∘ (q^T v')
     FLIPOUT       dv = scale (W^T dz + s ∘ (W'^T (r ∘ dz)))      dW = scale (dz^T v + S ∘ ((r ∘ dz)^T v'))
     FACTORISED    dv = W^T dz + e_in ∘ (Sigma^T (e_out ∘ dz))    (dW and dSigma are plain products)
+
+with q = dz eps sigma / (2 sqrt(b)).
 
 Cost: ``product`` reads W once for both products, where two calls of a matrix library read it twice and a copy of W' was
 made before (2 + 2 accesses of W more). W' is made in registers, from where the tensor cores take it: W stands on the
@@ -28,7 +30,7 @@ import triton.language as tl
 
 from . import activation
 from .fastmath import INTERPRETED, bound, sqrt, upcast
-from .philox import box_muller, high_word, low_word, philox4x32
+from .philox import row_normals, row_words
 
 GAUSSIAN = tl.constexpr(0)
 FLIPOUT = tl.constexpr(1)
@@ -43,33 +45,8 @@ NOT_SPECIALIZED = ("seed", "offset")
 
 
 @triton.jit
-def _words(row, block, seed, offset, use):
-    """The four words of block (block, row) of a draw: ``fastreg.random.signs`` and ``row_normals``."""
-    none = tl.zeros_like(row + block).to(tl.uint32)
-    offset_high = none + high_word(offset) + use
-    return philox4x32(
-        none + block.to(tl.uint32),
-        none + row.to(tl.uint32),
-        none + low_word(offset),
-        offset_high,
-        low_word(seed),
-        high_word(seed),
-    )
-
-
-@triton.jit
-def _normals(row, first, seed, offset, use, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Standard normals [ROWS, COLUMNS] of rows ``row`` and the columns from ``first`` on, a multiple of 4."""
-    block = first // 4 + tl.arange(0, COLUMNS // 4)
-    r0, r1, r2, r3 = _words(row[:, None], block[None, :], seed, offset, use)
-    z0, z1 = box_muller(r0, r1)
-    z2, z3 = box_muller(r2, r3)
-    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [ROWS, COLUMNS])
-
-
-@triton.jit
 def _factors(row, first, seed, offset, use, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    x = _normals(row, first, seed, offset, use, ROWS, COLUMNS)
+    x = row_normals(row, first, seed, offset, use, ROWS, COLUMNS)
     root = sqrt(tl.abs(x))
     return tl.where(x < 0, -root, root)
 
@@ -78,7 +55,7 @@ def _factors(row, first, seed, offset, use, ROWS: tl.constexpr, COLUMNS: tl.cons
 def _flipped(x, row, first, seed, offset, use, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """x [ROWS, COLUMNS], fp32 or of 16 bits, with the signs of its rows and columns; ``first`` is a multiple of 8."""
     block = first // 8 + tl.arange(0, COLUMNS // 8)
-    r0, r1, r2, r3 = _words(row[:, None], block[None, :], seed, offset, use)
+    r0, r1, r2, r3 = row_words(row[:, None], block[None, :], seed, offset, use)
     pairs = tl.join(tl.join(r0, r2), tl.join(r1, r3))
     if x.dtype == tl.float32:
         lanes = tl.reshape(tl.join(pairs << 16, pairs), [ROWS, COLUMNS]).to(tl.int32, bitcast=True)
@@ -129,7 +106,7 @@ def second_input(
         if sigma_ptr is not None:
             sigma = upcast(tl.load(sigma_ptr))
         root = tl.load(root_ptr + place, mask=inside, other=0.0)
-        noise = x * _normals(row, first, seed, offset, OUT, 1, BLOCK)
+        noise = x * row_normals(row, first, seed, offset, OUT, 1, BLOCK)
         y = tl.where(root == 0, 0.0, noise * (0.5 * sigma) / tl.where(root == 0, 1.0, root))
         if slope_ptr is not None:
             tl.store(slope_ptr + tl.program_id(0), tl.sum(tl.sum(noise * root, 1), 0))
@@ -241,7 +218,7 @@ def product(
             root = sqrt(b)
             if root_ptr is not None:
                 tl.store(root_ptr + place, root, mask=inside)
-            eps = _normals(example, first_row, seed, offset, OUT, BLOCK_EXAMPLES, BLOCK_ROWS)
+            eps = row_normals(example, first_row, seed, offset, OUT, BLOCK_EXAMPLES, BLOCK_ROWS)
             z = scale * a + sigma * root * eps
     else:
         USE: tl.constexpr = IN if TRANSPOSED else OUT

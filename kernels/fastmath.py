@@ -56,9 +56,9 @@ def cos(x):
 
 @triton.jit
 def bound(number):
-    """A runtime number as the bound of a loop: Triton 3.6 interprets arguments as arrays of one element, which numpy
-    does not take for an index any more."""
-    return tl.max(number + tl.zeros([1], tl.int32), 0) if INTERPRETED else number
+    """A runtime number as the bound of a loop. Triton 3.6 interprets numbers as arrays of one element, which numpy 2.4
+    and later does not take for an index: where it is interpreted, the number itself."""
+    return (number + tl.zeros([1], tl.int32)).handle.data.item() if INTERPRETED else number
 
 
 @triton.jit

@@ -7,6 +7,7 @@ The contract, which ``fastreg/random.py`` states in PyTorch and these functions 
     key      = seed (64 bits)                counter = (block index, offset) (64 bits each)
     uniform  : element i is lane i % 8 of block i // 8, eight 16-bit lanes a block, low half of a word first
     normal   : element i is value i % 4 of block i // 4, two Box-Muller pairs a block
+    in rows  : both, with block (column // 8 or // 4, row) of two words of 32 bits
 
 A number depends on seed, offset and element index alone, whatever the tile, the dtype or the GPU.
 
@@ -133,6 +134,30 @@ def normals(vector, seed, offset):
     z0, z1 = box_muller(r0, r1)
     z2, z3 = box_muller(r2, r3)
     return tl.join(tl.join(z0, z2), tl.join(z1, z3))
+
+
+@triton.jit
+def row_words(row, block, seed, offset, use):
+    """The four words of block (block, row), ``use`` streams further on: what starts anew in each row of a matrix."""
+    none = tl.zeros_like(row + block).to(tl.uint32)
+    return philox4x32(
+        none + block.to(tl.uint32),
+        none + row.to(tl.uint32),
+        none + low_word(offset),
+        none + high_word(offset) + use,
+        low_word(seed),
+        high_word(seed),
+    )
+
+
+@triton.jit
+def row_normals(row, first, seed, offset, use, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Standard normals [ROWS, COLUMNS] of rows ``row`` and the columns from ``first`` on, a multiple of 4."""
+    block = first // 4 + tl.arange(0, COLUMNS // 4)
+    r0, r1, r2, r3 = row_words(row[:, None], block[None, :], seed, offset, use)
+    z0, z1 = box_muller(r0, r1)
+    z2, z3 = box_muller(r2, r3)
+    return tl.reshape(tl.join(tl.join(z0, z2), tl.join(z1, z3)), [ROWS, COLUMNS])
 
 
 @triton.jit(do_not_specialize=["seed", "offset"])

@@ -15,6 +15,7 @@ from fastreg.nn.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, Ins
 from fastreg.nn.layer_norm import DropoutAddLayerNorm, LayerNorm
 from fastreg.nn.local_response_norm import LocalResponseNorm
 from fastreg.nn.noise import GaussianNoise
+from fastreg.nn.noisy_linear import NoisyLinear
 
 __all__ = [
     "AlphaDropout",
@@ -37,5 +38,6 @@ __all__ = [
     "InstanceNorm3d",
     "LayerNorm",
     "LocalResponseNorm",
+    "NoisyLinear",
     "SyncBatchNorm",
 ]

@@ -15,9 +15,8 @@ from torch import Generator, Tensor
 from torch.autograd import forward_ad
 
 from fastreg import random
-from fastreg.ops import backend, expectation
+from fastreg.ops import backend, dual_linear, expectation
 from fastreg.ops.backend import Launch, number
-from fastreg.ops.dropout import dropout
 from fastreg.ops.fused import activated, check_activation
 from fastreg.ops.layout import ceil_div
 from fastreg.random import EXAMPLES_PER_LANE, Chance, Stream
@@ -27,6 +26,7 @@ if backend.HAS_TRITON:
 
 MASKS = ("example", "group", "batch", "flipout", "gaussian")
 INFERENCE = ("gaussian", "mean", "probit")
+INFINITE = "with p = 1 and inverted scaling the variance of the sum is infinite"
 SAMPLES = 1000  # of the Gaussian, where an activation has no closed form: as many as in the paper
 
 
@@ -532,28 +532,30 @@ def drop_connect_linear(
     check_arguments(p, mask, group_size, inference, samples, activation)
     if not training:
         return _inference(input, weight, bias, p, inverted, inference, samples, activation, seed, generator)
-    if mask == "flipout":
-        return activated(_flipout(input, weight, bias, inverted, seed, generator), activation)
-    if mask == "gaussian":
-        mean, deviation = _moments(input, weight, bias, p, inverted)
-        stream = None if seed is None and generator is None else random.stream(input.device, seed, generator)
-        z = mean.to(deviation.dtype) + deviation * _normal(deviation, stream)
-        return activated(z.to(mean.dtype), activation)
-
+    if mask == "gaussian" and p == 1 and inverted:
+        raise ValueError(INFINITE)
     chance = random.chance(p)
-    if not chance.digits:  # all connections, or none
+    if mask != "gaussian" and not chance.digits:  # all connections, or none
         weight = weight if chance.keep else weight * 0
         return activated(F.linear(input, weight, bias), activation)
-    input, weight, bias = _cast_by_autocast(input, weight, bias)
-    if _torch_refuses(input, weight, bias):
+    input, weight, bias = cast_by_autocast(input, weight, bias)
+    if torch_refuses(input, weight, bias):
         F.linear(input, weight, bias)  # raises
-    scale = 1 / chance.probability if inverted else 1.0
     examples = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
-    form = _Form(*chance, BATCH if mask == "batch" else group_size or 1, scale)
     if examples.numel() == 0 or weight.numel() == 0:
         return activated(F.linear(input, weight, bias), activation)
-    stream = random.stream(input.device, seed, generator)
-    z = _masked_linear(examples, weight, bias, activation, stream, form)
+    if mask == "flipout":
+        scale = 1.0 if inverted else 0.5
+        z = dual_linear.flipout_linear(examples, weight, bias, scale, activation, seed, generator)
+    elif mask == "gaussian":
+        scale = 1.0 if inverted else 1 - p
+        sigma = math.sqrt(_variance(p, inverted))
+        z = dual_linear.gaussian_linear(examples, weight, bias, scale, sigma, activation, seed, generator)
+    else:
+        scale = 1 / chance.probability if inverted else 1.0
+        form = _Form(*chance, BATCH if mask == "batch" else group_size or 1, scale)
+        stream = random.stream(input.device, seed, generator)
+        z = _masked_linear(examples, weight, bias, activation, stream, form)
     return z.view(*input.shape[:-1], weight.shape[0])
 
 
@@ -584,7 +586,7 @@ def check_arguments(
     check_activation(activation)
 
 
-def _cast_by_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def cast_by_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """What autocast does to the arguments of torch's linear."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
@@ -596,7 +598,7 @@ def _cast_by_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     ]
 
 
-def _torch_refuses(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+def torch_refuses(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
         return True
     others = (weight,) if bias is None else (weight, bias)
@@ -605,47 +607,20 @@ def _torch_refuses(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     )
 
 
-# --- by dense products ------------------------------------------------------------------------------------
+# --- inference --------------------------------------------------------------------------------------------
 
 
-def _flipout(input, weight, bias, inverted: bool, seed, generator) -> Tensor:
-    """z_b = (Wv + r ∘ (S ∘ W)(s ∘ v)) / 2 times the scale, with random signs S [outputs, inputs] for all examples, and
-    r [outputs] and s [inputs] of each: the mask (1 + r s^T ∘ S) / 2 has exact marginals and independent elements."""
-
-    def signed(x: Tensor, use: int) -> Tensor:
-        # 2 x or 0, less x. The backward pass draws the signs again, none is stored.
-        own = seed + use if isinstance(seed, Tensor) else None if seed is None else (seed + use) % 2**64
-        return dropout(x, 0.5, seed=own, generator=generator) - x
-
-    z = F.linear(input, weight) + signed(F.linear(signed(input, 1), signed(weight, 0)), 2)
-    z = z if inverted else z * 0.5
-    return z if bias is None else z + bias
+def _variance(p: float, inverted: bool) -> float:
+    """Of a connection of weight 1 and input 1."""
+    return p / (1 - p) if inverted else p * (1 - p)
 
 
 def _moments(input, weight, bias, p: float, inverted: bool) -> tuple[Tensor, Tensor]:
-    """Mean of the sum over masks, bias included, and its standard deviation (fp32 at least).
-
-    Var = p / (1 - p) (W ∘ W)(v ∘ v) with inverted scaling, p (1 - p) (W ∘ W)(v ∘ v) without.
-    """
+    """Mean of the sum over masks, bias included, and its standard deviation (fp32 at least)."""
     if p == 1 and inverted:
-        raise ValueError("with p = 1 and inverted scaling the variance of the sum is infinite")
+        raise ValueError(INFINITE)
     mean = F.linear(input, weight if inverted else weight * (1 - p), bias)
-    # Squares in fp32 at least: that of 1e-4 is no fp16 number.
-    wide = torch.promote_types(mean.dtype, torch.float32)
-    with torch.autocast(input.device.type, enabled=False):
-        variance = F.linear(input.to(wide).square(), weight.to(wide).square())
-    variance = variance * (p / (1 - p) if inverted else p * (1 - p))
-    known = variance > 0
-    return mean, torch.where(known, torch.where(known, variance, 1.0).sqrt(), 0.0)  # no infinite slope at 0
-
-
-def _normal(like: Tensor, stream: Stream | None) -> Tensor:
-    if stream is None:
-        return torch.randn_like(like)
-    return random.normal(like.shape, stream, dtype=like.dtype, device=like.device)
-
-
-# --- inference --------------------------------------------------------------------------------------------
+    return mean, dual_linear.root(dual_linear.squares(input, weight) * _variance(p, inverted))
 
 
 def _inference(input, weight, bias, p, inverted, inference, samples, activation, seed, generator) -> Tensor:

@@ -4,10 +4,10 @@
     flipout_linear       scale (Wv + r ∘ (S ∘ W)(s ∘ v)) + bias                  DropConnect with p = 1/2
     factorised_linear    Wv + e_out ∘ (Sigma (e_in ∘ v)) + bias + bias_sigma ∘ e_out      noisy networks
 
-One function, ``_Dual``, in three kinds, on two backends: the kernels of ``kernels/dual_linear.py``, and ATen (CPU, fp64,
-second derivatives, ``torch.func``) with the same noise. The noise is that of ``fastreg.random``: eps and the factors
-are ``row_normals``, the signs ``signs``; those of W under the stream itself, of an example and an input one stream
-further on, of an example and an output two.
+One function, ``_Dual``, in three kinds, on two backends: the kernels of ``kernels/dual_linear.py``, and ATen (CPU,
+fp64, second derivatives, ``torch.func``) with the same noise. The noise is that of ``fastreg.random``: eps and the
+factors are ``row_normals``, the signs ``signs``; those of W under the stream itself, of an example and an input one
+stream further on, of an example and an output two.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastreg import random
 from fastreg.ops import backend
@@ -75,13 +74,17 @@ def squares(v: Tensor, weight: Tensor) -> Tensor:
         return F.linear(v.to(wide).square(), weight.to(wide).square())
 
 
-def _definition(v, weight, bias, sigma, weight_sigma, bias_sigma, stream: Stream | None, form: _Form) -> Tensor:
+def _definition(
+    v, weight, bias, sigma, weight_sigma, bias_sigma, stream: Stream | None, form: _Form
+) -> Tensor:
     """Differentiable any number of times. Without a stream by torch's own random numbers, which a CPU makes faster."""
     examples, outputs = len(v), len(weight)
     at = (lambda use: None) if stream is None else (lambda use: _further(stream, use))
     if form.kind == GAUSSIAN:
         b = root(squares(v, weight))
-        noise = (form.sigma if sigma is None else sigma.to(b.dtype)) * b * _normals(examples, outputs, at(OUT), b)
+        noise = (
+            (form.sigma if sigma is None else sigma.to(b.dtype)) * b * _normals(examples, outputs, at(OUT), b)
+        )
         z = (form.scale * F.linear(v, weight) + noise).to(v.dtype)
     elif form.kind == FLIPOUT:
         flipped = weight * _signs(*weight.shape, at(0), weight)
@@ -138,11 +141,28 @@ def second_launch(x, y, stream, form: _Form, use: int, sigma=None, square_root=N
 
 
 def product_launch(
-    u, u2, weight, weight_sigma, v, bias, bias_sigma, z, square_root, stream, form, sigma, activation, transposed
+    u,
+    u2,
+    weight,
+    weight_sigma,
+    v,
+    bias,
+    bias_sigma,
+    z,
+    square_root,
+    stream,
+    form,
+    sigma,
+    activation,
+    transposed,
 ) -> Launch:
     (examples, columns), rows = u.shape, z.shape[1]
     block_rows, block_columns = 64, 128 // u.element_size()
     block_examples = 64 if examples > 32 else 32 if examples > 16 else 16
+    # Larger tiles read v and v' less often, if there are enough of them for the GPU. fp32 has no registers for them.
+    tiles = ceil_div(examples, block_examples) * ceil_div(rows, 128)
+    if u.element_size() == 2 and tiles >= 0.75 * backend.multiprocessors(u.device):
+        block_rows = 128
     return Launch(
         kernels.product,
         (ceil_div(examples, block_examples), ceil_div(rows, block_rows)),
@@ -170,7 +190,7 @@ def product_launch(
             "BLOCK_ROWS": block_rows,
             "BLOCK_COLUMNS": block_columns,
             "BLOCK_EXAMPLES": block_examples,
-            "num_warps": 4,
+            "num_warps": block_rows // 16,
         },
     )
 
@@ -215,7 +235,20 @@ def _forward(v, weight, bias, sigma, weight_sigma, bias_sigma, stream, form, act
     v2 = torch.empty_like(v, dtype=_second_dtype(v.dtype, form.kind))
     second_launch(v, v2, stream, form, IN).run(v.device)
     product_launch(
-        v, v2, weight, weight_sigma, None, bias, bias_sigma, z, square_root, stream, form, sigma, activation, False
+        v,
+        v2,
+        weight,
+        weight_sigma,
+        None,
+        bias,
+        bias_sigma,
+        z,
+        square_root,
+        stream,
+        form,
+        sigma,
+        activation,
+        False,
     ).run(v.device)
     return z, square_root
 
@@ -244,7 +277,7 @@ def _backward(dz, v, weight, sigma, weight_sigma, square_root, stream, form, nee
         dbias_sigma = dz2.sum(0)
     if needs_weight and form.kind == FACTORISED:
         dweight = dz.t() @ v  # with nothing in common, and no mask: a matrix library's
-    if needs_weight and form.kind != FACTORISED or needs_weight_sigma:
+    if (needs_weight and form.kind != FACTORISED) or needs_weight_sigma:
         v2 = torch.empty_like(v, dtype=second)
         second_launch(v, v2, stream, form, IN).run(dz.device)
         if needs_weight_sigma:
@@ -262,9 +295,13 @@ class _Dual(torch.autograd.Function):
     @staticmethod
     def forward(ctx, v, weight, bias, sigma, weight_sigma, bias_sigma, seed, offset, form):
         in_memory = isinstance(seed, Tensor)
-        z, square_root = _forward(v, weight, bias, sigma, weight_sigma, bias_sigma, Stream(seed, offset), form)
+        z, square_root = _forward(
+            v, weight, bias, sigma, weight_sigma, bias_sigma, Stream(seed, offset), form
+        )
         ctx.seed, ctx.offset, ctx.form = None if in_memory else seed, offset, form
-        ctx.save_for_backward(v, weight, sigma, weight_sigma, bias_sigma, square_root, seed if in_memory else None)
+        ctx.save_for_backward(
+            v, weight, sigma, weight_sigma, bias_sigma, square_root, seed if in_memory else None
+        )
         return z
 
     @staticmethod

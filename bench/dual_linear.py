@@ -1,0 +1,79 @@
+"""Linear layers with noise in their weights by two dense products: the kernels of Gaussian DropConnect, flipout and
+factorised noise. What is timed stands with the functions that use them, in drop_connect.py and noisy_linear.py."""
+
+import torch
+
+from fastreg.ops import dual_linear as ops
+from fastreg.random import Stream
+
+from .sass import Budget, Kernel, short_name
+
+CASES = ()
+
+
+def kernels() -> list[Kernel]:
+    """An element is a connection: an example, an output and an input, of which each has two products."""
+    found = []
+    for name in ("gaussian", "flipout", "factorised"):
+        found += variants(torch.bfloat16, (256, 4096, 4096), name, headline=name != "factorised")
+        found += variants(torch.float32, (256, 4096, 4096), name)
+    found += variants(torch.float16, (256, 4096, 4096), "gaussian")
+    found += variants(torch.bfloat16, (128, 1024, 1024), "gaussian", activation="relu", note=" 1024")
+    return found
+
+
+def variants(dtype, size, name, activation=None, note="", headline=False):
+    examples, outputs, inputs = size
+    kind = {"gaussian": ops.GAUSSIAN, "flipout": ops.FLIPOUT, "factorised": ops.FACTORISED}[name]
+    form, stream = ops._Form(kind), Stream(1)
+    e, connections = dtype.itemsize, examples * outputs * inputs
+
+    def empty(*shape, dtype=dtype):
+        return torch.empty(*shape, dtype=dtype, device="meta")
+
+    second = ops._second_dtype(dtype, kind)
+    v, z, weight = empty(examples, inputs), empty(examples, outputs), empty(outputs, inputs)
+    v2, z2 = empty(examples, inputs, dtype=second), empty(examples, outputs, dtype=second)
+    bias = empty(outputs)
+    root = empty(examples, outputs, dtype=torch.float32) if kind == ops.GAUSSIAN else None
+    weight_sigma = weight if kind == ops.FACTORISED else None
+    bias_sigma = bias if kind == ops.FACTORISED else None
+    weights = weight.numel() * (1 + (weight_sigma is not None))
+    label = f"{short_name(dtype)} {name}{note}"
+
+    def of_a_product(what, launch, trips, moved):
+        # Bound by the tensor cores, by construction: no headroom is asked for. The tiles of v pass shared memory.
+        budget = Budget(min_headroom=0, shared_bytes=1 << 17, narrow_loads=400, narrow_stores=400)
+        return Kernel.of(
+            f"{what} {label}",
+            launch,
+            connections,
+            moved / connections,
+            trips=trips,
+            budget=budget,
+            headline=headline,
+        )
+
+    forward = ops.product_launch(
+        v, v2, weight, weight_sigma, None, bias, bias_sigma, z, root, stream, form, None, activation, False
+    )
+    moved = e * (weights + 2 * v.numel() + z.numel()) + (0 if root is None else 4 * z.numel())
+    yield of_a_product("forward", forward, inputs // forward.arguments["BLOCK_COLUMNS"], moved)
+    own = v if kind == ops.GAUSSIAN else None
+    backward = ops.product_launch(
+        z, z2, weight, weight_sigma, own, None, None, v, None, stream, form, None, None, True
+    )
+    moved = e * (weights + 2 * z.numel() + v.numel() * (1 + (own is not None)))
+    yield of_a_product("input gradient", backward, outputs // backward.arguments["BLOCK_COLUMNS"], moved)
+    if kind != ops.FACTORISED:
+        gradient = ops.weight_gradient_launch(z, z2, v, v2, weight, weight, stream, form)
+        reads = weight.numel() if kind == ops.GAUSSIAN else 0
+        moved = e * (weight.numel() + reads + 2 * z.numel() + 2 * v.numel())
+        trips = examples // gradient.arguments["BLOCK_EXAMPLES"]
+        yield of_a_product("weight gradient", gradient, trips, moved)
+    launch = ops.second_launch(v, v2, stream, form, ops.IN)
+    yield Kernel.of(f"second input {label}", launch, v.numel(), e + v2.element_size(), headline=headline)
+    if kind == ops.GAUSSIAN:
+        launch = ops.second_launch(z, z2, stream, form, ops.OUT, None, root)
+        moved = e + 4 + z2.element_size()
+        yield Kernel.of(f"slope {label}", launch, z.numel(), moved, headline=headline)

@@ -1,0 +1,98 @@
+"""A linear layer with noise on its weights: ``torch.nn.Linear`` in evaluation."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastreg.ops import noisy_linear as ops
+
+
+class NoisyLinear(torch.nn.Linear):
+    """A linear layer whose weights are noisy in training: see :func:`fastreg.functional.noisy_linear`.
+
+    Args:
+        in_features, out_features, bias, device, dtype: as of :class:`torch.nn.Linear`.
+        sigma: standard deviation of the noise. Of kind="factorised" that of its paper: the noise of a weight starts at
+            sigma / sqrt(in_features), which is 0.5 there.
+        kind: "additive", "multiplicative" or "factorised".
+        learn_sigma: the deviation is a parameter, ``sigma``; of kind="factorised", where this is the default, one for
+            every weight and, as ``bias_sigma``, for every bias. Otherwise it is a fixed number, and the
+            ``state_dict`` that of torch's layer.
+        activation: applied to the sum.
+
+    Shape: ``[*, in_features]`` to ``[*, out_features]``.
+
+    With kind="factorised" weights and biases start uniform in ±1 / sqrt(in_features), as in the paper.
+
+    Source: Fortunato et al. 2018 (arXiv 1706.10295).
+    """
+
+    stochastic = True  # for mc_dropout
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        sigma: float = 0.1,
+        *,
+        kind: str = "additive",
+        learn_sigma: bool | None = None,
+        activation: str | None = None,
+        device=None,
+        dtype=None,
+    ) -> None:
+        ops.check_arguments(sigma, kind, None, activation)
+        self.kind, self.activation = kind, activation
+        self.initial_sigma = sigma
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.learn_sigma = kind == "factorised" if learn_sigma is None else learn_sigma
+        factorised = kind == "factorised"
+        noisy_bias = factorised and bias
+        if not self.learn_sigma:
+            self.sigma = self._start()
+            self.bias_sigma = self.sigma if noisy_bias else None
+            return
+        self.sigma = torch.nn.Parameter(self.weight.new_empty(self.weight.shape if factorised else ()))
+        self.register_parameter(
+            "bias_sigma", torch.nn.Parameter(self.weight.new_empty(out_features)) if noisy_bias else None
+        )
+        self._reset_sigma()
+
+    def _start(self) -> float:
+        """Where the deviation of a weight starts."""
+        scale = 1 / math.sqrt(max(1, self.in_features)) if self.kind == "factorised" else 1.0
+        return self.initial_sigma * scale
+
+    def _reset_sigma(self) -> None:
+        for sigma in (self.sigma, self.bias_sigma):
+            if isinstance(sigma, Tensor):
+                torch.nn.init.constant_(sigma, self._start())
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        if self.kind == "factorised" and self.bias is not None and self.in_features:
+            bound = 1 / math.sqrt(self.in_features)
+            torch.nn.init.uniform_(self.weight, -bound, bound)
+            torch.nn.init.uniform_(self.bias, -bound, bound)
+        if "sigma" in self._parameters:
+            self._reset_sigma()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.noisy_linear(
+            input,
+            self.weight,
+            self.bias,
+            self.sigma,
+            self.training,
+            kind=self.kind,
+            bias_sigma=self.bias_sigma,
+            activation=self.activation,
+        )
+
+    def extra_repr(self) -> str:
+        text = f"{super().extra_repr()}, sigma={self.initial_sigma}, kind={self.kind}"
+        if self.learn_sigma:
+            text += ", learn_sigma=True"
+        return text if self.activation is None else f"{text}, activation={self.activation}"

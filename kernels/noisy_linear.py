@@ -1,0 +1,68 @@
+"""Isotropic noise on the weights of a linear layer, for every example its own, behind a dense product.
+
+    (W + sigma E) v = W v + sigma |v| eps         E, eps independent standard normals
+
+is exact in distribution (Kingma et al. 2015), so that no noisy W is made:
+
+    y[b, n]  = x[b, n] + deviation[b] eps[b, n]                  ``row_noise``
+    dd[b]    = sum_n dy[b, n] eps[b, n]                          ``row_noise_backward``; dx is dy itself
+
+Cost: forward x read and y written, 2 accesses, into x itself where nobody else needs it; backward dy read once. A
+normal takes about 20 instructions, with 4 of a call of Philox, which stays below the time of the bytes. One program has
+1,024 columns of a row forward, and a whole row backward: its sum is of fixed order.
+"""
+
+import triton
+import triton.language as tl
+
+from .fastmath import bound, upcast
+from .philox import row_normals
+
+NOT_SPECIALIZED = ("seed", "offset")
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def row_noise(
+    x_ptr,  # [rows, columns]
+    deviation_ptr,  # fp32 [rows]
+    y_ptr,  # [rows, columns]; may be x_ptr
+    seed_ptr,  # int64 [1], or None: then ``seed``
+    seed: tl.int64,
+    offset: tl.int64,
+    columns,
+    blocks,  # of columns
+    BLOCK: tl.constexpr,
+):
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    row = tl.program_id(0) // blocks + tl.arange(0, 1)
+    first = (tl.program_id(0) % blocks) * BLOCK
+    column = first + tl.arange(0, BLOCK)[None, :]
+    place = row.to(tl.int64)[:, None] * columns + column
+    x = upcast(tl.load(x_ptr + place, mask=column < columns, other=0.0))
+    deviation = tl.load(deviation_ptr + row)[:, None]
+    y = tl.fma(deviation + tl.zeros_like(x), row_normals(row, first, seed, offset, 0, 1, BLOCK), x)
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=column < columns)
+
+
+@triton.jit(do_not_specialize=NOT_SPECIALIZED)
+def row_noise_backward(
+    dy_ptr,  # [rows, columns]
+    ddeviation_ptr,  # fp32 [rows]
+    seed_ptr,
+    seed: tl.int64,
+    offset: tl.int64,
+    columns,
+    BLOCK: tl.constexpr,
+):
+    """One program a row."""
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    row = tl.program_id(0) + tl.arange(0, 1)
+    total = tl.zeros([1, BLOCK], tl.float32)
+    for first in range(0, bound(columns), BLOCK):
+        column = first + tl.arange(0, BLOCK)[None, :]
+        place = row.to(tl.int64)[:, None] * columns + column
+        dy = upcast(tl.load(dy_ptr + place, mask=column < columns, other=0.0))
+        total += dy * row_normals(row, first, seed, offset, 0, 1, BLOCK)
+    tl.store(ddeviation_ptr + row, tl.sum(total, 1))
