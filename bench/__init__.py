@@ -2,6 +2,6 @@
 
 # A family is one stem: bench/<family>.py declares CASES, which are timed, and kernels(), which are inspected.
 FAMILIES = (
-    *("dropout", "drop_connect", "dual_linear", "noise"),
+    *("dropout", "drop_connect", "dual_linear", "noise", "noisy_linear"),
     *("batch_norm", "group_norm", "layer_norm", "local_response_norm"),
 )

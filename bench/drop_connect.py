@@ -1,6 +1,7 @@
 """DropConnect with a mask of its own for every example, or one for all. ``p`` is the probability of dropping."""
 
 import torch
+import torch.nn.functional as F
 
 import fastreg.functional as fast
 from fastreg import random as streams
@@ -62,12 +63,44 @@ def has_the_moments(p: float):
     return check
 
 
-def example(features: int, p: float) -> Case:
+def dropped_weights(p: float):
+    """A masked copy of the weights and a dense product. At p = 1/2 alone, where masks that all share leave the mean
+    square of z what it is with own ones."""
+
+    def drop_connect(v, weight, bias):
+        return F.linear(v, F.dropout(weight, p), bias)
+
+    return drop_connect
+
+
+def two_products(p: float):
+    """The Gaussian with the mean and variance over masks."""
+
+    def drop_connect(v, weight, bias):
+        mean = F.linear(v, weight, bias)
+        variance = p / (1 - p) * F.linear(v.square(), weight.square())
+        return mean + variance.sqrt() * torch.randn_like(mean)
+
+    return drop_connect
+
+
+def flipped(v, weight, bias):
+    """Flipout at p = 1/2, with signs from memory."""
+
+    def signs(like):
+        return torch.randint(2, like.shape, device=like.device, dtype=like.dtype) * 2 - 1
+
+    mean = F.linear(v, weight, bias)
+    return mean + F.linear(v * signs(v), weight * signs(weight)) * signs(mean)
+
+
+def case(features: int, p: float, plain, mask: str = "example") -> Case:
+    name = "" if mask == "example" else f' mask="{mask}"'
     return Case(
-        f"drop_connect_linear p={p:g} {features}x{features}",
+        f"drop_connect_linear{name} p={p:g} {features}x{features}",
         inputs(features),
-        ours=lambda v, weight, bias: fast.drop_connect_linear(v, weight, bias, p),
-        torch=all_masks_at_once(p),
+        ours=lambda v, weight, bias: fast.drop_connect_linear(v, weight, bias, p, mask=mask),
+        torch=plain,
         # v and z, dz, v and dv. What the weights add is little, and what takes the time is no byte.
         forward_bytes=lambda e: 2 * e,
         backward_bytes=lambda e: 3 * e,
@@ -75,25 +108,14 @@ def example(features: int, p: float) -> Case:
     )
 
 
-def batch(features: int, p: float) -> Case:
-    """Against a masked copy of the weights and a dense product. At p = 1/2 alone, where masks that all share leave the
-    mean square of z what it is with own ones."""
-
-    def dropped_weights(v, weight, bias):
-        return torch.nn.functional.linear(v, torch.nn.functional.dropout(weight, p), bias)
-
-    return Case(
-        f'drop_connect_linear mask="batch" p={p:g} {features}x{features}',
-        inputs(features),
-        ours=lambda v, weight, bias: fast.drop_connect_linear(v, weight, bias, p, mask="batch"),
-        torch=dropped_weights,
-        forward_bytes=lambda e: 2 * e,
-        backward_bytes=lambda e: 3 * e,
-        check=has_the_moments(p),
-    )
-
-
-CASES = (example(1024, 0.5), example(1024, 0.25), example(4096, 0.5), batch(4096, 0.5))
+CASES = (
+    case(1024, 0.5, all_masks_at_once(0.5)),
+    case(1024, 0.25, all_masks_at_once(0.25)),
+    case(4096, 0.5, all_masks_at_once(0.5)),
+    case(4096, 0.5, dropped_weights(0.5), "batch"),
+    case(4096, 0.5, flipped, "flipout"),
+    case(4096, 0.25, two_products(0.25), "gaussian"),
+)
 
 
 # -----------------------------------------------------------------------------------------------------------

@@ -299,6 +299,21 @@ def test_input_noise_is_on_the_input():
     assert not any(isinstance(layer, fnn.GaussianNoise) for layer in others)
 
 
+def test_weight_noise_is_on_the_hidden_dense_layers():
+    recipe = recipe_for("weight-noise", quick_settings(weight_noise=0.25))
+    network = MODELS["mlp"]((1, 8, 8), 4, recipe)
+    noisy = [layer for layer in network if isinstance(layer, fnn.NoisyLinear)]
+    assert [str(layer) for layer in noisy] == [
+        f"NoisyLinear(in_features={inputs}, out_features=800, bias=True, sigma=0.25, kind=additive, activation=relu)"
+        for inputs in (64, 800)
+    ]
+    assert len(network) == 4  # with the flattening and the output
+    both = MODELS["cnn"]((1, 8, 8), 4, recipe_for("weight-noise+dropconnect", quick_settings()))
+    assert isinstance(both[-2], fnn.DropConnectLinear)
+    with_norm = MODELS["cnn"]((1, 8, 8), 4, recipe_for("weight-noise+batchnorm", quick_settings()))
+    assert with_norm[-3].activation is None
+
+
 def test_groups_divide_the_channels():
     network = MODELS["cnn"]((1, 8, 8), 4, recipe_for("groupnorm", quick_settings()), channels=6)
     assert [layer.num_groups for layer in network if isinstance(layer, nn.GroupNorm)] == [2, 4, 8]
@@ -531,6 +546,7 @@ BAD_INPUT = {
     "p above 1": (["--dropout", "1.5"], "dropout probability has to be between 0 and 1, but got 1.5"),
     "p below 0": (["--input-dropout", "-0.1"], "dropout probability has to be between 0 and 1, but got -0.1"),
     "noise below 0": (["--input-noise", "-1"], "--input-noise has to be at least 0, but got -1.0"),
+    "weight noise below 0": (["--weight-noise", "-1"], "--weight-noise has to be at least 0, but got -1.0"),
     "p not a number": (["--dropout", "nan"], "dropout probability has to be between 0 and 1, but got nan"),
     "epochs": (["--epochs", "0"], "--epochs has to be at least 1, but got 0"),
     "batch": (["--batch-size", "0"], "--batch-size has to be at least 1, but got 0"),

@@ -72,6 +72,12 @@ def train(
             metavar="STD", help="Deviation of the noise on an input pixel, where input-noise is on."
         ),
     ] = DEFAULTS.input_noise,
+    weight_noise: Annotated[
+        float,
+        typer.Option(
+            metavar="STD", help="Deviation of the noise on a hidden layer's weight, where weight-noise is on."
+        ),
+    ] = DEFAULTS.weight_noise,
     epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = DEFAULTS.epochs,
     batch_size: Annotated[
         int, typer.Option(help="Examples of a step, over all processes together.")
@@ -125,6 +131,7 @@ def train(
             study=study,
             dropout=dropout,
             input_noise=input_noise,
+            weight_noise=weight_noise,
             input_dropout=INPUT_DROPOUT.get(model, 0.0) if input_dropout is None else input_dropout,
             epochs=epochs,
             batch_size=batch_size,

@@ -17,8 +17,8 @@ def mlp(image_shape: tuple[int, int, int], classes: int, recipe: Recipe, width: 
     return nn.Sequential(
         *_made(recipe.input_layers),
         nn.Flatten(),
-        *_dense(math.prod(image_shape), width, recipe),
-        *_dense(width, width, recipe, recipe.last_hidden),
+        *_dense(math.prod(image_shape), width, recipe, recipe.dense),
+        *_dense(width, width, recipe, recipe.last_hidden or recipe.dense),
         nn.Linear(width, classes),
     )
 
@@ -44,7 +44,7 @@ def cnn(image_shape: tuple[int, int, int], classes: int, recipe: Recipe, channel
         nn.MaxPool2d(2),
         nn.Flatten(),
         *_made(recipe.hidden_layers),
-        *_dense(2 * channels * (height // 4) * (width // 4), 256, recipe, recipe.last_hidden),
+        *_dense(2 * channels * (height // 4) * (width // 4), 256, recipe, recipe.last_hidden or recipe.dense),
         nn.Linear(256, classes),
     )
 

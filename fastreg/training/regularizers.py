@@ -32,8 +32,9 @@ class Recipe:
         normalization: maker of what stands between a hidden layer and the next in place of a ReLU: one layer
             that normalizes and applies the ReLU. It is given the number of channels and of spatial
             dimensions, 2 behind a convolution and 0 behind a dense layer.
-        last_hidden: maker of the last dense layer before the output, in place of ``torch.nn.Linear`` and what it is
-            followed by: given inputs, outputs, and the name of the activation, or None where a normalization does it.
+        dense: maker of every hidden dense layer, in place of ``torch.nn.Linear`` and what it is followed by: given
+            inputs, outputs, and the name of the activation, or None where a normalization does it.
+        last_hidden: the same of the last dense layer before the output, in place of ``dense``.
         smallest_share: the fewest examples of a batch that the layers can train on, in every process.
         optimizer: keyword arguments of ``torch.optim.SGD``.
         transforms: functions of the training images of a batch, ``(B, 1, H, W)``, applied in order.
@@ -42,6 +43,7 @@ class Recipe:
     input_layers: list[Callable[[], nn.Module]] = field(default_factory=list)
     hidden_layers: list[Callable[[], nn.Module]] = field(default_factory=list)
     normalization: Callable[[int, int], nn.Module] | None = None
+    dense: Callable[[int, int, str | None], nn.Module] | None = None
     last_hidden: Callable[[int, int, str | None], nn.Module] | None = None
     smallest_share: int = 0
     optimizer: dict = field(default_factory=dict)
@@ -104,6 +106,14 @@ def dropconnect(recipe: Recipe, options: Any) -> None:
 def input_noise(recipe: Recipe, options: Any) -> None:
     """Gaussian noise on the input (Bishop, 1995), of --input-noise standard deviation; a pixel is between 0 and 1."""
     recipe.input_layers.append(lambda: fnn.GaussianNoise(options.input_noise))
+
+
+@regularizer("weight-noise")
+def weight_noise(recipe: Recipe, options: Any) -> None:
+    """Gaussian noise on the weights of the hidden dense layers (Graves, 2011), of --weight-noise standard deviation."""
+    recipe.dense = lambda inputs, outputs, activation: fnn.NoisyLinear(
+        inputs, outputs, sigma=options.weight_noise, activation=activation
+    )
 
 
 @regularizer("batchnorm")

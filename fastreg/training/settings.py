@@ -25,7 +25,8 @@ class Settings:
         compare: settings of the comparison: names of regularizers, or several joined with ``+``.
         study: a key of ``studies.STUDIES``, to make the comparison at each of its values, or None.
         dropout, input_dropout: probabilities of dropping a hidden unit and an input pixel.
-        input_noise: standard deviation of the noise on an input pixel.
+        input_noise, weight_noise: standard deviations of the noise on an input pixel, and on a weight of a hidden
+            dense layer.
         epochs, batch_size: passes over the training set; examples of a step, over all processes.
         seed, seeds: the first seed and how many consecutive ones are run.
         lr, momentum: of ``torch.optim.SGD``.
@@ -43,6 +44,7 @@ class Settings:
     dropout: float = 0.5
     input_dropout: float = INPUT_DROPOUT["mlp"]
     input_noise: float = 0.3
+    weight_noise: float = 0.05
     epochs: int = 20
     batch_size: int = 100
     lr: float = 0.02
@@ -59,8 +61,9 @@ class Settings:
         for probability in (self.dropout, self.input_dropout):
             if not 0 <= probability <= 1:
                 raise InputError(f"dropout probability has to be between 0 and 1, but got {probability}")
-        if not 0 <= self.input_noise < math.inf:
-            raise InputError(f"--input-noise has to be at least 0, but got {self.input_noise}")
+        for name in ("input_noise", "weight_noise"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"{option(name)} has to be at least 0, but got {getattr(self, name)}")
         for name in ("epochs", "batch_size", "seeds", "threads"):
             if getattr(self, name) < 1:
                 raise InputError(f"{option(name)} has to be at least 1, but got {getattr(self, name)}")

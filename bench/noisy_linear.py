@@ -1,0 +1,123 @@
+"""Noisy linear layers, a noise of its own for every example, against the plain expression of the same distribution."""
+
+import torch
+import torch.nn.functional as F
+
+import fastreg.functional as fast
+from fastreg.ops import noisy_linear as ops
+from fastreg.random import Stream
+
+from .cases import TOLERANCE, Case
+from .drop_connect import inputs
+from .sass import Budget, Kernel, short_name
+
+SIGMA = 0.02
+
+
+def additive(v, weight, bias):
+    """As PyTorch users write it: the noise of the sums."""
+    z = F.linear(v, weight, bias)
+    return z + SIGMA * v.norm(dim=1, keepdim=True) * torch.randn_like(z)
+
+
+def multiplicative(v, weight, bias):
+    mean = F.linear(v, weight, bias)
+    deviation = SIGMA * F.linear(v.square(), weight.square()).sqrt()
+    return mean + deviation * torch.randn_like(mean)
+
+
+def factorised(v, weight, bias):
+    def factors(like):
+        x = torch.randn_like(like)
+        return x.sign() * x.abs().sqrt()
+
+    mean = F.linear(v, weight, bias)
+    noise = F.linear(v * factors(v), torch.full_like(weight, SIGMA))
+    return mean + noise * factors(mean)
+
+
+def noisy(kind: str):
+    """The check of any implementation: the noise has its mean and variance, and the gradient of the bias is the sum."""
+
+    def check(inputs, z, dz, grads) -> str | None:
+        v, weight, bias, z, dz, _, _, dbias = (t.detach().float() for t in (*inputs, z, dz, *grads))
+        if z.shape != (len(v), len(weight)):
+            return f"output is {tuple(z.shape)}"
+        mean, norm = F.linear(v, weight, bias), v.norm(dim=1, keepdim=True)
+        deviation = (
+            SIGMA * (v.square() @ weight.square().t()).sqrt() if kind == "multiplicative" else SIGMA * norm
+        )
+        # Two factors, each with the variance E |x| = sqrt(2 / pi).
+        deviation = deviation * (2 / torch.pi) ** 0.5 if kind == "factorised" else deviation
+        rounding = TOLERANCE[inputs[0].dtype] * (1 + z.abs().max())
+        normal = (z - mean) / deviation.clamp(min=1e-6)
+        # Of factors the sums of an example share e_in: the effective count is that of the examples.
+        count = len(v) if kind == "factorised" else normal.numel()
+        tolerance = 6 * (8 / count) ** 0.5 + rounding / deviation.mean()
+        if abs(normal.mean()) > tolerance or abs(normal.var(correction=0) - 1) > 2 * tolerance:
+            return (
+                f"mean {normal.mean():.4f} and variance {normal.var():.4f} of the noise, in place of 0 and 1"
+            )
+        if not torch.allclose(dbias, dz.sum(0), rtol=1e-2, atol=1e-2 * float(dz.sum(0).abs().max())):
+            return "the gradient of the bias is not the sum of dz"
+        return None
+
+    return check
+
+
+def case(kind: str, plain, features: int = 4096) -> Case:
+    return Case(
+        f"noisy_linear {kind} {features}x{features}",
+        inputs(features),
+        ours=lambda v, weight, bias: fast.noisy_linear(v, weight, bias, SIGMA, kind=kind),
+        torch=plain,
+        # v and z, dz, v and dv; the weights are read in each direction too, and written once.
+        forward_bytes=lambda e: 2 * e,
+        backward_bytes=lambda e: 3 * e,
+        check=noisy(kind),
+    )
+
+
+CASES = (
+    case("additive", additive),
+    case("multiplicative", multiplicative),
+    case("factorised", factorised),
+)
+
+
+# -----------------------------------------------------------------------------------------------------------
+# What ``fastreg inspect`` compiles: what is behind the dense product. The others are in dual_linear.py
+
+
+def kernels() -> list[Kernel]:
+    found = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        found += variants(dtype, (8192, 4096), headline=dtype != torch.float16)
+    return found
+
+
+def variants(dtype, size, headline=False):
+    x = torch.empty(size, dtype=dtype, device="meta")
+    deviation = torch.empty(size[0], dtype=torch.float32, device="meta")
+    stream, e = Stream(1), dtype.itemsize
+    # A B200 moves 16-bit elements in the time of 20 instructions: there issue sets the time. The backward pass moves
+    # half of the bytes with as many normals.
+    forward = Budget(narrow_loads=1, shared_bytes=2048, min_headroom={80: 1.2, 90: 1.1, 100: 0.6})
+    backward = Budget(
+        narrow_loads=1, narrow_stores=1, shared_bytes=4096, min_headroom={80: 0.6, 90: 0.6, 100: 0.3}
+    )
+    launch = ops.forward_launch(x, deviation, x, stream)
+    yield Kernel.of(
+        f"forward {short_name(dtype)}", launch, x.numel(), 2 * e, budget=forward, headline=headline
+    )
+    launch = ops.backward_launch(x, deviation, stream)
+    trips = size[1] // launch.arguments["BLOCK"]
+    yield Kernel.of(
+        f"backward {short_name(dtype)}",
+        launch,
+        x.numel(),
+        e,
+        trips=trips,
+        budget=backward,
+        headline=headline,
+    )
