@@ -246,12 +246,14 @@ def check(
 
 @app.command("list")
 def list_all() -> None:
-    """The cases, and the peers with their versions or why they are absent."""
+    """The cases, and the peers with their versions, or why they are absent and what pip installs for them."""
     for family in FAMILIES:
         for case in cases_of(family, []):
             console.print(f"{family}: {case.name}", markup=False)
+    packages = {peer.name: " ".join(peer.packages) for peer in PEERS}
     for name, version in select()[1].items():
-        console.print(f"peer {name}: {version}", markup=False)
+        absent = version.startswith("absent") and packages[name]
+        console.print(f"peer {name}: {version}{f' (pip install {absent})' if absent else ''}", markup=False)
 
 
 @app.command(hidden=True)

@@ -160,6 +160,17 @@ def test_absent_peers_are_named_with_the_reason():
     assert versions["no_such_library"].startswith("absent: PackageNotFoundError")
 
 
+def test_the_list_says_what_to_install(monkeypatch):
+    peer = library("no_such_library", "no-such-package==1.0", "another")
+    monkeypatch.setattr(command, "PEERS", (peer,))
+    monkeypatch.setattr(command, "select", lambda: select(table=(peer,)))
+    shown = CliRunner().invoke(command.app, ["list"]).output
+    assert (
+        "No package metadata was found for no-such-package (pip install no-such-package==1.0 another)"
+        in shown
+    )
+
+
 def test_unknown_peers_are_refused():
     with pytest.raises(ValueError, match="nonsense"):
         select(("nonsense",))
