@@ -166,7 +166,7 @@ def steps(
     device: Annotated[str, typer.Option(help="cuda or cpu; cuda where there is one.")] = "",
     seconds: Annotated[float, typer.Option(help="Seconds of one timing.")] = 5,
 ) -> None:
-    """Time one training step of whole networks, with our layers and optimizer and with torch's."""
+    """Time one training step of whole networks, with our layers and with torch's."""
     where, failed, names = choose_device(device), False, tuple(words(implementations))
     if unknown := set(names) - {implementation.name for implementation in IMPLEMENTATIONS}:
         raise typer.BadParameter(f"unknown implementations: {', '.join(sorted(unknown))}")

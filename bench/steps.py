@@ -1,10 +1,11 @@
-"""Times one training step of whole networks, with our layers and optimizer and with torch's: what all of it together
-changes. Forward, backward and the optimizer's step, in bf16 autocast; images channels_last.
+"""Times one training step of whole networks, with our layers and with torch's: what all of it together changes.
+ Forward, backward and the optimizer's step, in bf16 autocast; images channels_last.
 
     python -m bench steps
 
 The networks are those of ``networks.py``. Every implementation starts from the same weights; its logits in
-evaluation mode have to agree with the others' before it is timed. torch's optimizers are the fused ones.
+evaluation mode have to agree with the others' before it is timed. The optimizer is torch's fused
+one.
 """
 
 import json
@@ -17,8 +18,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastreg import optim
-
 from .harness import SCHEMA, Cpu, Cuda, explain, summary, time_limit
 from .networks import FUSED, GPT, PLAIN, Layers, ResNet
 from .provenance import provenance
@@ -27,13 +26,13 @@ from .report import STEPS
 
 @dataclass(frozen=True)
 class Network:
-    """``build(layers)`` makes it, ``batch(device)`` its input and target; ``optimizer`` is the name of a class of
-    torch.optim and fastreg.optim, with its arguments."""
+    """``build(layers)`` makes it, ``batch(device)`` its input and target; ``optimizer`` is a class of torch.optim with
+    its arguments."""
 
     name: str
     build: Callable[[Layers], nn.Module]
     batch: Callable[[torch.device], tuple[Tensor, Tensor]]
-    optimizer: tuple[str, dict]
+    optimizer: tuple[type, dict]
 
 
 def images(count: int, side: int, classes: int):
@@ -52,8 +51,8 @@ def tokens(count: int, length: int, vocabulary: int):
     return batch
 
 
-SGD = ("SGD", {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-5})
-ADAMW = ("AdamW", {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1})
+SGD = (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-5})
+ADAMW = (torch.optim.AdamW, {"lr": 3e-4, "betas": (0.9, 0.95), "weight_decay": 0.1})
 
 NETWORKS = (
     Network("ResNet-50, batch 256, 224x224", ResNet, images(256, 224, 1000), SGD),
@@ -75,15 +74,14 @@ SMALL_NETWORKS = (
 class Implementation:
     name: str
     layers: Layers
-    optimizers: object  # a module: torch.optim or fastreg.optim
     compiled: bool = False
 
 
 IMPLEMENTATIONS = (
-    Implementation("fastreg", FUSED, optim),
-    Implementation("torch", PLAIN, torch.optim),
-    Implementation("compile", PLAIN, torch.optim, compiled=True),
-    Implementation("fastreg + compile", FUSED, optim, compiled=True),
+    Implementation("fastreg", FUSED),
+    Implementation("torch", PLAIN),
+    Implementation("compile", PLAIN, compiled=True),
+    Implementation("fastreg + compile", FUSED, compiled=True),
 )
 
 
@@ -97,10 +95,8 @@ class Step:
         self.input, self.target = network.batch(device)
         if self.input.dim() == 4:
             self.model.to(memory_format=torch.channels_last)
-        name, arguments = network.optimizer
-        fused = {"fused": True} if implementation.optimizers is torch.optim else {}
-        make = getattr(implementation.optimizers, name)
-        self.optimizer = make(self.model.parameters(), **arguments, **fused)
+        optimizer, arguments = network.optimizer
+        self.optimizer = optimizer(self.model.parameters(), **arguments, fused=True)
         self.forward = torch.compile(self.model) if implementation.compiled else self.model
 
     def loss(self) -> Tensor:

@@ -322,9 +322,9 @@ def test_steps_are_timed_and_shown(tmp_path):
 
 @pytest.mark.usefixtures("aten")
 def test_a_network_with_other_logits_is_not_timed(tmp_path):
-    other = steps.Implementation("other", dataclasses.replace(networks.PLAIN, norm=Halved), torch.optim)
+    other = steps.Implementation("other", dataclasses.replace(networks.PLAIN, norm=Halved))
     clock = harness.Cpu()
-    plain = steps.Implementation("torch", networks.PLAIN, torch.optim)
+    plain = steps.Implementation("torch", networks.PLAIN)
     rows = list(steps.measure(steps.SMALL_NETWORKS[0], (plain, other), clock, torch.device("cpu"), 1e-3, 60))
     assert [row["error"] is None for row in rows] == [True, False]
     assert "the logits differ" in rows[1]["error"]
