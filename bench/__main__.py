@@ -1,4 +1,4 @@
-"""``python -m bench`` (in a checkout) and ``fastreg bench`` (installed): run, report, check."""
+"""``python -m bench`` (in a checkout) and ``fastreg bench`` (installed): run, steps, report, check."""
 
 import importlib
 import math
@@ -31,10 +31,12 @@ from .peers import CPU_PEERS, PEERS, select
 from .provenance import REPOSITORY, provenance
 from .report import OURS, Entry, entries, human, ratio_cell
 from .report import report as render
+from .steps import IMPLEMENTATIONS
+from .steps import run as time_steps
 
 # Results belong to the checkout; an installed package writes none into itself.
 RESULTS = REPOSITORY / "bench/results" if (REPOSITORY / "pyproject.toml").exists() else Path("bench-results")
-app = typer.Typer(help="Benchmarks: run, report, check.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(help="Benchmarks: run, steps, report, check.", no_args_is_help=True, add_completion=False)
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -155,6 +157,34 @@ def line_of(entry: Entry) -> str:
 
 
 @app.command()
+def steps(
+    implementations: Annotated[
+        str,
+        typer.Option(help="Of fastreg, torch, compile, fastreg + compile, with commas; all if not given."),
+    ] = "",
+    out: Annotated[Path | None, typer.Option(help="Folder of the result file.")] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu; cuda where there is one.")] = "",
+    seconds: Annotated[float, typer.Option(help="Seconds of one timing.")] = 5,
+) -> None:
+    """Time one training step of whole networks, with our layers and with torch's."""
+    where, failed, names = choose_device(device), False, tuple(words(implementations))
+    if unknown := set(names) - {implementation.name for implementation in IMPLEMENTATIONS}:
+        raise typer.BadParameter(f"unknown implementations: {', '.join(sorted(unknown))}")
+
+    def tell(row: dict) -> None:
+        nonlocal failed
+        failed |= row["error"] is not None and row["implementation"] == OURS
+        result = row["error"] or f"{row['median_us'] / 1e3:.2f} ms, launches: {row['launches']}"
+        console.print(f"{row['case']}  {row['implementation']}:  {result}", markup=False)
+
+    folder = out or RESULTS / provenance(where)["slug"]
+    path = time_steps(folder, where, names=names, budget=seconds, tell=tell)
+    console.print(f"wrote {path}", markup=False)
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
 def report(
     results: Annotated[Path, typer.Option(help="Folder with result files.")] = RESULTS,
     page: Annotated[
@@ -216,12 +246,14 @@ def check(
 
 @app.command("list")
 def list_all() -> None:
-    """The cases, and the peers with their versions or why they are absent."""
+    """The cases, and the peers with their versions, or why they are absent and what pip installs for them."""
     for family in FAMILIES:
         for case in cases_of(family, []):
             console.print(f"{family}: {case.name}", markup=False)
+    packages = {peer.name: " ".join(peer.packages) for peer in PEERS}
     for name, version in select()[1].items():
-        console.print(f"peer {name}: {version}", markup=False)
+        absent = version.startswith("absent") and packages[name]
+        console.print(f"peer {name}: {version}{f' (pip install {absent})' if absent else ''}", markup=False)
 
 
 @app.command(hidden=True)

@@ -21,7 +21,7 @@ import torch
 from .provenance import REPOSITORY, provenance
 
 TOTAL = 600  # seconds
-SHARES = {"tests": 220, "memcheck": 60, "racecheck": 60, "bench": 200, "report": 40}
+SHARES = {"tests": 220, "memcheck": 55, "racecheck": 55, "bench": 170, "steps": 60, "report": 40}
 # What runs no kernel needs no GPU and has no place in its ten minutes.
 GPU_TESTS = "tests " + " ".join(
     f"--ignore tests/test_{name}.py" for name in ("training", "inspect", "bench", "speed", "doctor")
@@ -69,6 +69,9 @@ def stages(out: Path, dry: bool, tests: str | None) -> list[Stage]:
     if dry:
         sweep += ["--device", "cpu", "--sizes", "4KB,64KB", "--peers", "fastreg,torch", "--budget", "5"]
     found.append(Stage("bench", sweep, plain))
+    # Eager alone: the compiler would take most of the ten minutes.
+    steps = ["--implementations", "fastreg,torch", "--seconds", "0.5" if dry else "3", "--out", results]
+    found.append(Stage("steps", bench("steps", *steps, *(["--device", "cpu"] if dry else [])), plain))
     found.append(
         Stage("report", bench("report", "--results", results, "--page", str(out / "RESULTS.md")), plain)
     )

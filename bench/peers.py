@@ -19,13 +19,15 @@ class Peer:
     """``probe()`` returns the version or raises; ``build(case)`` returns the function to time, None where it
     has none.
 
-    ``context()`` is held open while the peer is checked and timed.
+    ``context()`` is held open while the peer is checked and timed. ``packages`` are what pip installs for it, of which
+    there are wheels for Linux on x86-64 (a GPU machine without a network takes them from ``pip download``).
     """
 
     name: str
     probe: Callable[[], str]
     build: Callable[[Case], Callable | None]
     context: Callable[[], AbstractContextManager] = nullcontext
+    packages: tuple[str, ...] = ()
 
 
 def fastreg_version() -> str:
@@ -34,12 +36,15 @@ def fastreg_version() -> str:
     return fastreg.__version__
 
 
-def library(name: str, distribution: str | None = None) -> Peer:
-    """A library that takes part where a case has a builder for it under this name."""
+def library(name: str, *packages: str) -> Peer:
+    """A library that takes part where a case has a builder for it under this name. The first of ``packages`` has its
+    version, if its name differs."""
+    distribution = packages[0].partition("==")[0] if packages else name
     return Peer(
         name,
-        probe=lambda: metadata.version(distribution or name),
+        probe=lambda: metadata.version(distribution),
         build=lambda case: case.peers[name]() if name in case.peers else None,
+        packages=packages,
     )
 
 
@@ -70,13 +75,19 @@ PEERS = (
     Peer("compile", torch_version, compiled(None)),
     Peer("compile-max", torch_version, compiled("max-autotune-no-cudagraphs")),
     # FlagGems replaces ATen's operators, so it runs the plain PyTorch expression of every case.
-    Peer("flag_gems", lambda: metadata.version("flag_gems"), lambda case: case.torch, use_gems),
-    library("attorch"),
-    library("transformer_engine"),
-    library("liger_kernel"),
-    library("quack", "quack-kernels"),
-    library("apex"),
-    library("flash_attn"),
+    Peer(
+        "flag_gems",
+        lambda: metadata.version("flag_gems"),
+        lambda case: case.torch,
+        use_gems,
+        ("flag-gems==5.0.2", "sqlalchemy==2.0.48", "PyYAML==6.0.3"),
+    ),
+    library("attorch"),  # no package: from its repository
+    library("transformer_engine"),  # its wheel has no PyTorch part: it is built on the machine
+    library("liger_kernel", "liger-kernel==0.8.5"),
+    library("quack", "quack-kernels==0.6.5", "nvidia-cutlass-dsl", "apache-tvm-ffi", "torch-c-dlpack-ext"),
+    library("apex"),  # from its repository
+    library("flash_attn"),  # no wheel: it is built on the machine
 )
 CPU_PEERS = ("fastreg", "torch")  # what a CPU can say something about: the overhead over torch
 

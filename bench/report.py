@@ -15,6 +15,7 @@ from .harness import SCHEMA
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 OURS = "fastreg"
+STEPS = "steps"  # the family of whole training steps: bench/steps.py
 HEADLINE = {"cuda": "events", "cpu": "perf_counter"}  # the method of pictures and summaries
 LEGEND = """\
 Written by `python -m bench report` from the JSON files under `bench/results`; never edited by hand.
@@ -215,6 +216,28 @@ def cpu_table(document: dict) -> str:
     return markdown(header, map(line, both), left=3)
 
 
+def steps_table(document: dict) -> str:
+    """Whole training steps: a line for each network and implementation."""
+    ours = {row["case"]: row for row in document["rows"] if row["implementation"] == OURS}
+
+    def line(row: dict) -> list[str]:
+        if row["error"] is not None:
+            return [row["case"], row["implementation"], f"`{row['error']}`", "", "", ""]
+        time, mine = row["median_us"], ours.get(row["case"], {}).get("median_us")
+        ratio = "" if mine is None or row["implementation"] == OURS else f"{time / mine:.2f}×"
+        return [
+            row["case"],
+            row["implementation"],
+            f"{time / 1e3:.2f} ({row['p20_us'] / 1e3:.2f} to {row['p80_us'] / 1e3:.2f})",
+            f"{RED} **{ratio}**" if ratio and round(time / mine, 2) < 1 else ratio,
+            "" if row["peak_memory"] is None else human(row["peak_memory"]),
+            "" if row["launches"] is None else str(row["launches"]),
+        ]
+
+    header = ["network", "implementation", "ms a step (p20 to p80)", "time over fastreg's"]
+    return markdown([*header, "peak memory", "launches"], map(line, document["rows"]), left=2)
+
+
 def failure_list(document: dict) -> str:
     def line(row: dict) -> str:
         mark = f"{RED} " if row["implementation"] == OURS else ""
@@ -231,6 +254,10 @@ def results_page(documents: list[dict], page: Path, static: Path | None = None) 
     for document in documents:
         origin = document["provenance"]
         title = f"## {document['family']}, {document['dtype']}, {origin['gpu'] or 'CPU'}"
+        if document["family"] == STEPS:
+            note = "" if origin["gpu"] else "Tiny networks on a CPU: they show that it runs, and no more."
+            parts += [title, origin_line(document) + ".", note, steps_table(document)]
+            continue
         absent = [name for name, version in document["peers"].items() if version.startswith("absent")]
         parts += [title, origin_line(document) + "."]
         if origin["device"] == "cuda":
@@ -265,8 +292,14 @@ def loss_line(losses: list[Entry], count: int) -> str:
 
 def readme_section(documents: list[dict], static: Path, readme: Path, page: Path) -> str:
     """What stands between the markers: a summary for each GPU, or the static predictions as predictions."""
-    gpus, parts = [document for document in documents if copy_rate(document)], []
+    gpus, parts = [document for document in documents if document["provenance"]["gpu"]], []
     for document in gpus:
+        if document["family"] == STEPS:
+            title = f"### One training step, {document['provenance']['gpu']}"
+            parts += [title, origin_line(document) + ".", steps_table(document)]
+            continue
+        if not copy_rate(document):
+            continue
         timings = losses_first(entries(document))
         timed = [entry for entry in timings if entry.method == HEADLINE["cuda"]]
         largest = max((entry.bytes for entry in timed), default=0)
@@ -465,7 +498,7 @@ def report(results: Path, page: Path, readme: Path | None = None) -> list[Path]:
     """Draws the pictures beside the result files, writes ``page``, fills the section of ``readme``. Returns
     what it wrote."""
     documents, written = load(results), []
-    for document in documents:
+    for document in (document for document in documents if document["family"] != STEPS):
         for direction, path in zip(DIRECTIONS, pictures_of(document), strict=True):
             draw(document, direction, path)
             written.append(path)

@@ -1,6 +1,7 @@
 """The benchmark suite itself, on a CPU: sweep, statistics, result files, report, dry run of the check."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from fastreg.bench import __main__ as command
-from fastreg.bench import check, harness, provenance, report
+from fastreg.bench import check, harness, networks, provenance, report, steps
 from fastreg.bench.cases import Case, images, masked, random, rows
 from fastreg.bench.check import Stage, run_stage, stages
 from fastreg.bench.peers import PEERS, Peer, library, select
@@ -159,6 +160,17 @@ def test_absent_peers_are_named_with_the_reason():
     assert versions["no_such_library"].startswith("absent: PackageNotFoundError")
 
 
+def test_the_list_says_what_to_install(monkeypatch):
+    peer = library("no_such_library", "no-such-package==1.0", "another")
+    monkeypatch.setattr(command, "PEERS", (peer,))
+    monkeypatch.setattr(command, "select", lambda: select(table=(peer,)))
+    shown = CliRunner().invoke(command.app, ["list"]).output
+    assert (
+        "No package metadata was found for no-such-package (pip install no-such-package==1.0 another)"
+        in shown
+    )
+
+
 def test_unknown_peers_are_refused():
     with pytest.raises(ValueError, match="nonsense"):
         select(("nonsense",))
@@ -280,6 +292,66 @@ def test_run_fails_when_ours_is_wrong(tmp_path, monkeypatch, ours, code):
 def test_run_refuses_what_it_does_not_know(tmp_path, options):
     done = CliRunner().invoke(command.app, ["run", "--device", "cpu", "--out", str(tmp_path), *options])
     assert done.exit_code == 2
+
+
+# --- whole training steps -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("aten")
+@pytest.mark.parametrize("network", steps.SMALL_NETWORKS, ids=lambda network: network.name)
+def test_networks_of_the_implementations_are_one_function(network):
+    """With the same weights and no dropout: outputs and gradients in training mode."""
+    found = []
+    for layers in (networks.PLAIN, networks.FUSED):
+        torch.manual_seed(0)
+        model = network.build(layers).double()
+        for module in model.modules():
+            if hasattr(module, "p"):
+                module.p = 0.0
+        x, target = network.batch(torch.device("cpu"))
+        y = model(x.double() if x.is_floating_point() else x)
+        torch.nn.functional.cross_entropy(y.flatten(0, -2), target.flatten()).backward()
+        found.append({name: parameter.grad for name, parameter in model.named_parameters()} | {"y": y})
+    assert list(found[0]) == list(found[1])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, msg=name)
+
+
+@pytest.mark.usefixtures("aten")
+def test_steps_are_timed_and_shown(tmp_path):
+    lines = []
+    path = steps.run(
+        tmp_path, torch.device("cpu"), names=("fastreg", "torch"), budget=1e-3, tell=lines.append
+    )
+    document = json.loads(path.read_text())
+    assert document["complete"]
+    assert document["rows"] == lines
+    assert [(row["case"], row["implementation"]) for row in lines] == [
+        (network.name, name) for network in steps.SMALL_NETWORKS for name in ("fastreg", "torch")
+    ]
+    assert all(row["error"] is None and row["median_us"] > 0 for row in lines)
+    document["provenance"]["interpreted"] = False  # the variable is set, though ATen ran
+    path.write_text(json.dumps(document))
+    page = tmp_path / "RESULTS.md"
+    assert report.report(tmp_path, page) == [page]
+    assert "Tiny networks on a CPU" in page.read_text()
+    assert page.read_text().count("| small GPT |") == 2
+
+
+@pytest.mark.usefixtures("aten")
+def test_a_network_with_other_logits_is_not_timed(tmp_path):
+    other = steps.Implementation("other", dataclasses.replace(networks.PLAIN, norm=Halved))
+    clock = harness.Cpu()
+    plain = steps.Implementation("torch", networks.PLAIN)
+    rows = list(steps.measure(steps.SMALL_NETWORKS[0], (plain, other), clock, torch.device("cpu"), 1e-3, 60))
+    assert [row["error"] is None for row in rows] == [True, False]
+    assert "the logits differ" in rows[1]["error"]
+    assert "median_us" not in rows[1]
+
+
+class Halved(networks.PlainNorm):
+    def forward(self, x, residual=None):
+        return super().forward(x, residual) / 2
 
 
 # --- the GPU path, with a pretended GPU ---------------------------------------------------------------------
@@ -601,7 +673,7 @@ def test_a_stage_that_hangs_is_ended_and_its_output_kept(tmp_path):
 def test_stages_for_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: f"/opt/{name}")
     plan = {stage.name: stage for stage in stages(tmp_path, dry=False, tests=None)}
-    assert list(plan) == ["tests", "memcheck", "racecheck", "bench", "report"]
+    assert list(plan) == ["tests", "memcheck", "racecheck", "bench", "steps", "report"]
     assert plan["tests"].environment["TRITON_INTERPRET"] is None  # the real kernels, natively
     assert plan["racecheck"].command[:3] == ["/opt/compute-sanitizer", "--tool", "racecheck"]
     assert "--device" not in plan["bench"].command
@@ -627,6 +699,7 @@ def test_check_makes_a_dry_run_end_to_end(tmp_path):
         "memcheck": "ok",
         "racecheck": "skipped",
         "bench": "ok",
+        "steps": "ok",
         "report": "ok",
     }
     (result,) = (tmp_path / "results").glob("dropout-fp32-quick-*.json")
