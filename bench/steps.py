@@ -1,11 +1,11 @@
 """Times one training step of whole networks, with our layers and with torch's: what all of it together changes.
- Forward, backward and the optimizer's step, in bf16 autocast; images channels_last.
+
+Forward, backward and the optimizer's step, in bf16 autocast; images channels_last.
 
     python -m bench steps
 
 The networks are those of ``networks.py``. Every implementation starts from the same weights; its logits in
-evaluation mode have to agree with the others' before it is timed. The optimizer is torch's fused
-one.
+evaluation mode have to agree with the others' before it is timed. The optimizer is torch's fused one.
 """
 
 import json

@@ -8,6 +8,7 @@ reports on the kernels below; ``python -m fastreg.bench.inspect`` reports on the
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -221,6 +222,19 @@ def test_headline_kernel_keeps_its_budget(violations_of, family, name):
 @pytest.mark.parametrize(("family", "name"), kernels(headline=False))
 def test_declared_kernel_keeps_its_budget(violations_of, family, name, cc):
     assert violations_of(family, cc)[name] == []
+
+
+@pytest.mark.parametrize("name", ["forward bf16 flipout", "forward fp16 gaussian"])
+def test_noisy_products_run_on_the_matrix_units(name):
+    """Of Hopper, with the noisy weights from registers: HGMMA with a register in front of the descriptor."""
+    finished = run(
+        "-m", "fastreg.bench.inspect", "--family=dual_linear", f"--kernel={name}", "--target=90", "--sass"
+    )
+    assert finished.returncode == 0, finished.stderr
+    products = re.findall(r"HGMMA\.\S+ R\d+, (R\d+, )?gdesc", finished.stdout)
+    assert sum(map(bool, products)) >= 4  # a tile of 64 columns has four steps of 16, of both products
+    assert len(products) >= 8
+    assert not re.search(r"\bHMMA\b", finished.stdout)
 
 
 def test_names_of_declared_kernels_are_distinct():
