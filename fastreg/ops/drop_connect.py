@@ -507,8 +507,9 @@ def drop_connect_linear(
         mask: what a mask belongs to. "example": every example has its own, as in the paper. "group": ``group_size``
             neighbouring examples share one. "batch": all share one, that of a group as large as the batch.
             Two that need dense products only: "flipout" (p = 1/2) gives every example a mask with the right
-            distribution, independent of that of any other example, but not of those of two others together (Wen et
-            al. 2018). "gaussian" has no masks but noise: every sum is normal, with the mean and the variance that it
+            distribution, the connections of any two examples pairwise independent, but not four and more: where two
+            examples agree and where they differ has an even number of differences at the corners of any rectangle of
+            outputs and inputs (Wen et al. 2018). "gaussian" has no masks but noise: every sum is normal, with the mean and the variance that it
             has over masks (local reparameterization: Kingma et al. 2015).
         group_size: of mask="group".
         inverted: scale in training, not in evaluation.
