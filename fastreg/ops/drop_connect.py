@@ -509,8 +509,8 @@ def drop_connect_linear(
             Two that need dense products only: "flipout" (p = 1/2) gives every example a mask with the right
             distribution, the connections of any two examples pairwise independent, but not four and more: where two
             examples agree and where they differ has an even number of differences at the corners of any rectangle of
-            outputs and inputs (Wen et al. 2018). "gaussian" has no masks but noise: every sum is normal, with the mean and the variance that it
-            has over masks (local reparameterization: Kingma et al. 2015).
+            outputs and inputs (Wen et al. 2018). "gaussian" has no masks but noise: every sum is normal, with the mean
+            and the variance that it has over masks (local reparameterization: Kingma et al. 2015).
         group_size: of mask="group".
         inverted: scale in training, not in evaluation.
         inference: in evaluation, "gaussian" is the paper's: the expectation of ``activation`` over a Gaussian with the
