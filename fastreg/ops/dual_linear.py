@@ -98,7 +98,11 @@ def _definition(
 
 # --- launches ---------------------------------------------------------------------------------------------
 
-BLOCK_SECOND = 1024
+
+def row_blocks(columns: int) -> tuple[int, int]:
+    """Of an elementwise pass over rows: columns of a program, and how many of these blocks a row has."""
+    block = min(1024, max(64, 1 << (columns - 1).bit_length()))
+    return block, ceil_div(columns, block)
 
 
 def _second_dtype(dtype: torch.dtype, kind: int) -> torch.dtype:
@@ -118,8 +122,7 @@ def second_launch(x, y, stream, form: _Form, use: int, sigma=None, square_root=N
     """y = x ∘ x, the noise of ``use`` times x, or with ``square_root`` the q of dz."""
     rows, columns = x.shape
     kind = form.kind if square_root is None else SLOPE
-    block = min(BLOCK_SECOND, max(64, 1 << (columns - 1).bit_length()))
-    blocks = ceil_div(columns, block)
+    block, blocks = row_blocks(columns)
     return Launch(
         kernels.second_input,
         (rows * blocks,),
@@ -262,8 +265,7 @@ def _backward(dz, v, weight, sigma, weight_sigma, square_root, stream, form, nee
     dz2 = torch.empty_like(dz, dtype=second)
     slope = None
     if form.kind == GAUSSIAN and needs_sigma:
-        block = min(BLOCK_SECOND, max(64, 1 << (dz.shape[1] - 1).bit_length()))
-        slope = dz.new_empty(len(dz) * ceil_div(dz.shape[1], block), dtype=torch.float32)
+        slope = dz.new_empty(len(dz) * row_blocks(dz.shape[1])[1], dtype=torch.float32)
     second_launch(dz, dz2, stream, form, OUT, sigma, square_root, slope).run(dz.device)
     if needs_sigma:
         dsigma = slope.sum().view(sigma.shape).to(sigma.dtype)

@@ -14,16 +14,14 @@ from fastreg import random
 from fastreg.ops import backend, dual_linear
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.drop_connect import cast_by_autocast, torch_refuses
-from fastreg.ops.dual_linear import on_kernels
+from fastreg.ops.dual_linear import on_kernels, row_blocks
 from fastreg.ops.fused import activated, check_activation
-from fastreg.ops.layout import ceil_div
 from fastreg.random import Stream
 
 if backend.HAS_TRITON:
     from fastreg.kernels import noisy_linear as kernels
 
 KINDS = ("additive", "multiplicative", "factorised")
-BLOCK = 1024
 
 
 # --- noise with a deviation for each row ------------------------------------------------------------------
@@ -37,23 +35,21 @@ def _definition(x: Tensor, deviation: Tensor, stream: Stream | None) -> Tensor:
     return (x + deviation[:, None] * eps).to(x.dtype)
 
 
-def _block(columns: int) -> dict:
-    block = min(BLOCK, max(64, 1 << (columns - 1).bit_length()))
-    return {"columns": columns, "BLOCK": block, "num_warps": max(1, block // 256)}
+def _arguments(columns: int, stream: Stream) -> dict:
+    block, _ = row_blocks(columns)
+    draw = {**number("seed", stream.seed, 0), "offset": stream.offset}
+    return draw | {"columns": columns, "BLOCK": block, "num_warps": max(1, block // 256)}
 
 
 def forward_launch(x: Tensor, deviation: Tensor, y: Tensor, stream: Stream) -> Launch:
-    sizes = _block(x.shape[1])
-    blocks = ceil_div(x.shape[1], sizes["BLOCK"])
-    tensors = {"x_ptr": x, "deviation_ptr": deviation, "y_ptr": y}
-    draw = {**number("seed", stream.seed, 0), "offset": stream.offset}
-    return Launch(kernels.row_noise, (len(x) * blocks,), tensors | draw | sizes | {"blocks": blocks})
+    blocks = row_blocks(x.shape[1])[1]
+    tensors = {"x_ptr": x, "deviation_ptr": deviation, "y_ptr": y, "blocks": blocks}
+    return Launch(kernels.row_noise, (len(x) * blocks,), tensors | _arguments(x.shape[1], stream))
 
 
 def backward_launch(dy: Tensor, ddeviation: Tensor, stream: Stream) -> Launch:
-    draw = {**number("seed", stream.seed, 0), "offset": stream.offset}
     tensors = {"dy_ptr": dy, "ddeviation_ptr": ddeviation}
-    return Launch(kernels.row_noise_backward, (len(dy),), tensors | draw | _block(dy.shape[1]))
+    return Launch(kernels.row_noise_backward, (len(dy),), tensors | _arguments(dy.shape[1], stream))
 
 
 def _forward(x: Tensor, deviation: Tensor, stream: Stream) -> Tensor:
