@@ -161,8 +161,10 @@ def product_launch(
 ) -> Launch:
     (examples, columns), rows = u.shape, z.shape[1]
     block_rows, block_columns = 64, 128 // u.element_size()
-    block_examples = 64 if examples > 32 else 32 if examples > 16 else 16
-    # Larger tiles read v and v' less often, if there are enough of them for the GPU. fp32 has no registers for them.
+    # fp32 has no registers for larger tiles: a product of it is three of TF32.
+    most = 64 if u.element_size() == 2 else 32
+    block_examples = next(block for block in (16, 32, 64) if block >= min(examples, most))
+    # Larger tiles read v and v' less often, if there are enough of them for the GPU.
     tiles = ceil_div(examples, block_examples) * ceil_div(rows, 128)
     if u.element_size() == 2 and tiles >= 0.75 * backend.multiprocessors(u.device):
         block_rows = 128
