@@ -94,17 +94,28 @@ def flipped(v, weight, bias):
     return mean + F.linear(v * signs(v), weight * signs(weight)) * signs(mean)
 
 
-def case(features: int, p: float, plain, mask: str = "example") -> Case:
-    name = "" if mask == "example" else f' mask="{mask}"'
+def of_weights(name: str, features: int, ours, plain, check) -> Case:
+    """A case of a linear layer with something random in its weights."""
     return Case(
-        f"drop_connect_linear{name} p={p:g} {features}x{features}",
+        f"{name} {features}x{features}",
         inputs(features),
-        ours=lambda v, weight, bias: fast.drop_connect_linear(v, weight, bias, p, mask=mask),
+        ours=ours,
         torch=plain,
         # v and z, dz, v and dv. What the weights add is little, and what takes the time is no byte.
         forward_bytes=lambda e: 2 * e,
         backward_bytes=lambda e: 3 * e,
-        check=has_the_moments(p),
+        check=check,
+    )
+
+
+def case(features: int, p: float, plain, mask: str = "example") -> Case:
+    form = "" if mask == "example" else f' mask="{mask}"'
+    return of_weights(
+        f"drop_connect_linear{form} p={p:g}",
+        features,
+        lambda v, weight, bias: fast.drop_connect_linear(v, weight, bias, p, mask=mask),
+        plain,
+        has_the_moments(p),
     )
 
 

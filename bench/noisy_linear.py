@@ -8,7 +8,7 @@ from fastreg.ops import noisy_linear as ops
 from fastreg.random import Stream
 
 from .cases import TOLERANCE, Case
-from .drop_connect import inputs
+from .drop_connect import of_weights
 from .sass import Budget, Kernel, short_name
 
 SIGMA = 0.02
@@ -37,27 +37,30 @@ def factorised(v, weight, bias):
 
 
 def noisy(kind: str):
-    """The check of any implementation: the noise has its mean and variance, and the gradient of the bias is the sum."""
+    """The check of any implementation: the noise has its mean and variance, and the gradients follow it, for z - b is
+    linear in the length of v: (dv, v) = (dz, z - b)."""
 
     def check(inputs, z, dz, grads) -> str | None:
-        v, weight, bias, z, dz, _, _, dbias = (t.detach().float() for t in (*inputs, z, dz, *grads))
+        v, weight, bias, z, dz, dv, _, dbias = (t.detach().float() for t in (*inputs, z, dz, *grads))
         if z.shape != (len(v), len(weight)):
             return f"output is {tuple(z.shape)}"
-        mean, norm = F.linear(v, weight, bias), v.norm(dim=1, keepdim=True)
-        deviation = (
-            SIGMA * (v.square() @ weight.square().t()).sqrt() if kind == "multiplicative" else SIGMA * norm
-        )
-        # Two factors, each with the variance E |x| = sqrt(2 / pi).
-        deviation = deviation * (2 / torch.pi) ** 0.5 if kind == "factorised" else deviation
-        rounding = TOLERANCE[inputs[0].dtype] * (1 + z.abs().max())
-        normal = (z - mean) / deviation.clamp(min=1e-6)
-        # Of factors the sums of an example share e_in: the effective count is that of the examples.
+        mean, deviation = F.linear(v, weight, bias), SIGMA * v.norm(dim=1, keepdim=True)
+        if kind == "multiplicative":
+            deviation = SIGMA * (v.square() @ weight.square().t()).sqrt()
+        if kind == "factorised":  # two factors, each with the variance E |x| = sqrt(2 / pi)
+            deviation = deviation * (2 / torch.pi) ** 0.5
+        normal = (z - mean) / deviation
+        # Rounding of z, which is random too. All outputs of an example share its e_in, and so a part of their variance.
+        rounding = float(torch.finfo(inputs[0].dtype).eps * z.square().mean().sqrt() / deviation.mean())
         count = len(v) if kind == "factorised" else normal.numel()
-        tolerance = 6 * (8 / count) ** 0.5 + rounding / deviation.mean()
-        if abs(normal.mean()) > tolerance or abs(normal.var(correction=0) - 1) > 2 * tolerance:
-            return (
-                f"mean {normal.mean():.4f} and variance {normal.var():.4f} of the noise, in place of 0 and 1"
-            )
+        tolerance = 6 * (8 / count) ** 0.5 + 4 * rounding**2
+        if abs(normal.mean()) > 6 * (2 / normal.numel()) ** 0.5 + rounding:
+            return f"the mean of the noise is {normal.mean():.4f} of its deviation"
+        if abs(normal.var(correction=0) - 1) > tolerance:
+            return f"the variance of the noise is {normal.var():.4f} of what it should be"
+        product, size = (dz * (z - bias)).sum(), (dz * (z - bias)).norm()
+        if abs(product - (dv * v).sum()) > TOLERANCE[inputs[0].dtype] * (1 + 10 * size):
+            return "the gradient of the input does not follow the noise"
         if not torch.allclose(dbias, dz.sum(0), rtol=1e-2, atol=1e-2 * float(dz.sum(0).abs().max())):
             return "the gradient of the bias is not the sum of dz"
         return None
@@ -66,15 +69,12 @@ def noisy(kind: str):
 
 
 def case(kind: str, plain, features: int = 4096) -> Case:
-    return Case(
-        f"noisy_linear {kind} {features}x{features}",
-        inputs(features),
-        ours=lambda v, weight, bias: fast.noisy_linear(v, weight, bias, SIGMA, kind=kind),
-        torch=plain,
-        # v and z, dz, v and dv; the weights are read in each direction too, and written once.
-        forward_bytes=lambda e: 2 * e,
-        backward_bytes=lambda e: 3 * e,
-        check=noisy(kind),
+    return of_weights(
+        f"noisy_linear {kind}",
+        features,
+        lambda v, weight, bias: fast.noisy_linear(v, weight, bias, SIGMA, kind=kind),
+        plain,
+        noisy(kind),
     )
 
 

@@ -36,6 +36,7 @@ import triton.language as tl
 from . import activation
 from .fastmath import INTERPRETED, bound, upcast
 from .philox import high_word, low_word, philox4x32
+from .tiles import weight_tile
 
 EXAMPLES = tl.constexpr(16)  # that a lane has bits for
 # Examples at a time. With all 16, sm_90 takes three times the shared memory, and the code for sm_100 is one trap.
@@ -184,13 +185,7 @@ def _weights(
     LANE: tl.constexpr = tl.int16 if w_ptr.dtype.element_ty.primitive_bitwidth == 16 else tl.int32
     row = first_row + tl.arange(0, ROWS)
     column = first_column + tl.arange(0, COLUMNS)
-    if TRANSPOSED:
-        place = column.to(tl.int64)[:, None] * rows + row[None, :]
-        inside = (column < columns)[:, None] & (row < rows)[None, :]
-    else:
-        place = row.to(tl.int64)[:, None] * columns + column[None, :]
-        inside = (row < rows)[:, None] & (column < columns)[None, :]
-    w = tl.load(w_ptr + place) if EVEN else tl.load(w_ptr + place, mask=inside, other=0.0)
+    w = weight_tile(w_ptr, first_row, first_column, rows, columns, TRANSPOSED, EVEN, ROWS, COLUMNS)
     if TRANSPOSED:
         call = first_row // CALL + tl.arange(0, ROWS // CALL)
         lanes = _lanes(column, call, word, bit, seed, offset, keep, COLUMNS, ROWS, DIGITS, LANE)

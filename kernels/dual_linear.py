@@ -31,6 +31,7 @@ import triton.language as tl
 from . import activation
 from .fastmath import INTERPRETED, bound, sqrt, upcast
 from .philox import row_normals, row_words
+from .tiles import weight_tile
 
 GAUSSIAN = tl.constexpr(0)
 FLIPOUT = tl.constexpr(1)
@@ -125,18 +126,16 @@ def _plus(z, w, u, PRECISION: tl.constexpr):
 
 @triton.jit
 def _second_weights(
-    w, w2_ptr, place, inside, first_output, first_input, seed, offset,
+    w, first_output, first_input, seed, offset,
     KIND: tl.constexpr, SECOND: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of W' [OUTPUTS, INPUTS] from that of W."""
+    """A tile of W' [OUTPUTS, INPUTS] from that of W: its squares, or W with signs."""
     if KIND == GAUSSIAN:
         w = upcast(w)
         return (w * w).to(SECOND)
-    elif KIND == FLIPOUT:
+    else:
         output = first_output + tl.arange(0, OUTPUTS)
         return _flipped(w, output, first_input, seed, offset, 0, OUTPUTS, INPUTS)
-    else:
-        return tl.load(w2_ptr + place, mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -183,24 +182,21 @@ def product(
         inside = known[None, :] & (column < columns)[:, None]
         u = tl.load(u_ptr + place, mask=inside, other=0.0)
         u2 = tl.load(u2_ptr + place, mask=inside, other=0.0)
-        if TRANSPOSED:
-            place = column.to(tl.int64)[:, None] * rows + row[None, :]
-            inside = (column < columns)[:, None] & (row < rows)[None, :]
-        else:
-            place = row.to(tl.int64)[:, None] * columns + column[None, :]
-            inside = (row < rows)[:, None] & (column < columns)[None, :]
-        w = tl.load(w_ptr + place) if EVEN else tl.load(w_ptr + place, mask=inside, other=0.0)
-        if TRANSPOSED:
+        w = weight_tile(w_ptr, first_row, start, rows, columns, TRANSPOSED, EVEN, BLOCK_ROWS, BLOCK_COLUMNS)
+        if KIND == FACTORISED:
+            w2 = weight_tile(
+                w2_ptr, first_row, start, rows, columns, TRANSPOSED, EVEN, BLOCK_ROWS, BLOCK_COLUMNS
+            )
+        elif TRANSPOSED:
             w2 = _second_weights(
-                w, w2_ptr, place, inside, start, first_row, seed, offset,
-                KIND, u2_ptr.dtype.element_ty, BLOCK_COLUMNS, BLOCK_ROWS,
-            )  # fmt: skip
+                w, start, first_row, seed, offset, KIND, u2_ptr.dtype.element_ty, BLOCK_COLUMNS, BLOCK_ROWS
+            )
+        else:
+            w2 = _second_weights(
+                w, first_row, start, seed, offset, KIND, u2_ptr.dtype.element_ty, BLOCK_ROWS, BLOCK_COLUMNS
+            )
+        if TRANSPOSED:
             w, w2 = tl.trans(w), tl.trans(w2)
-        else:
-            w2 = _second_weights(
-                w, w2_ptr, place, inside, first_row, start, seed, offset,
-                KIND, u2_ptr.dtype.element_ty, BLOCK_ROWS, BLOCK_COLUMNS,
-            )  # fmt: skip
         a = _plus(a, w, u, PRECISION)
         b = _plus(b, w2, u2, PRECISION)
 

@@ -8,8 +8,9 @@ tensor [elements, 4], with a stream of its own for every four draws (``fastreg.r
 
 Cost: mean, deviation and y once, whatever Z is, and Z draws of 27 (sigmoid) to 35 (tanh) instructions an element
 (sm_90): Philox takes 13 of them at four normals a call, Box and Muller 7, the activation the rest. The bound are the
-special functions: two a normal and two for the activation, 8 issue slots each. So a thread has one element, whose
-narrow accesses do not count, and a small layer still fills the GPU; four would take 5 instructions less, and as long.
+special functions, two a normal and two for the activation, 8 issue slots each; with tanh as much the issue. So a thread
+has one element, whose narrow accesses do not count, and a small layer still fills the GPU; four would take 5
+instructions less, and as long.
 The sum is fp32, in the order of the draws.
 """
 

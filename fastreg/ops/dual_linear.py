@@ -232,11 +232,13 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _forward(v, weight, bias, sigma, weight_sigma, bias_sigma, stream, form, activation=None):
-    """z, and the fp32 square root of (W ∘ W)(v ∘ v) of the Gaussian, which has its gradients."""
+def _forward(v, weight, bias, sigma, weight_sigma, bias_sigma, stream, form, activation=None, keep_root=True):
+    """z, and for the gradients of the Gaussian the fp32 square root of (W ∘ W)(v ∘ v)."""
     v, weight, bias, weight_sigma, bias_sigma = _contiguous(v, weight, bias, weight_sigma, bias_sigma)
     z = v.new_empty(len(v), len(weight))
-    square_root = torch.empty_like(z, dtype=torch.float32) if form.kind == GAUSSIAN else None
+    square_root = None
+    if form.kind == GAUSSIAN and keep_root:
+        square_root = torch.empty_like(z, dtype=torch.float32)
     v2 = torch.empty_like(v, dtype=_second_dtype(v.dtype, form.kind))
     second_launch(v, v2, stream, form, IN).run(v.device)
     product_launch(
@@ -438,7 +440,7 @@ def _dual(v, weight, bias, sigma, weight_sigma, bias_sigma, form, activation, se
         return activated(z, activation)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return activated(_Dual.apply(*tensors, *stream, form), activation)
-    return _forward(*tensors, stream, form, activation)[0]
+    return _forward(*tensors, stream, form, activation, keep_root=False)[0]
 
 
 def gaussian_linear(
