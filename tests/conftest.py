@@ -33,6 +33,31 @@ def path(request, monkeypatch) -> str:
     return request.param
 
 
+@pytest.fixture(scope="module")
+def _started(request, tmp_path_factory):
+    from processes import Processes
+
+    started: dict[int, Processes] = {}
+
+    def processes(world: int) -> Processes:
+        if world not in started:
+            started[world] = Processes(world, tmp_path_factory.mktemp("world"), request.module.__name__)
+        return started[world]
+
+    processes.stop = lambda: [started.pop(world).stop() for world in list(started)]
+    yield processes
+    processes.stop()
+
+
+@pytest.fixture
+def processes(_started, request):
+    """processes(world): a callable that runs a job. A test that fails may leave them out of step: they start anew."""
+    failed = request.session.testsfailed
+    yield _started
+    if request.session.testsfailed > failed:
+        _started.stop()
+
+
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
     torch.manual_seed(0)

@@ -1,21 +1,17 @@
 """Synchronized batch normalization: processes with parts of a batch against one process with all of it.
 
-The processes are real ones, which communicate with gloo. They are started once a size of the world, and then serve
-jobs: functions of this file, named ``job_...``, run by all of them at the same time.
+The processes are real ones, which communicate with gloo and serve jobs: see ``processes.py``.
 """
 
 import contextlib
 import copy
-import datetime
-import multiprocessing
-import os
 import pickle
-import traceback
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 import torch.distributed as dist
+from processes import path_taken
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -27,102 +23,10 @@ from fastreg.ops.fused import ACTIVATIONS
 
 pytestmark = pytest.mark.xdist_group("processes")  # one set of them is enough for two cores
 
-SECONDS = 60  # a collective, and a job: what takes longer hangs
-
-
-# --- the processes ----------------------------------------------------------------------------------------
-
-
-def serve(rank: int, world: int, store: str, connection) -> None:
-    torch.set_num_threads(1)
-    if not torch.cuda.is_available():
-        backend.multiprocessors = lambda device: 1  # fewer programs for the interpreter, each with more to do
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # looking up the name of the machine may take seconds
-    timeout = datetime.timedelta(seconds=SECONDS)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timeout
-    )
-    with contextlib.suppress(EOFError):
-        while True:
-            name, path, arguments = pickle.loads(connection.recv_bytes())
-            take(path)
-            torch.manual_seed(0)
-            try:
-                answer = True, globals()[name](rank, *arguments)
-            except BaseException:
-                answer = False, f"rank {rank}: {traceback.format_exc()}"
-            connection.send_bytes(pickle.dumps(answer))
-
-
-RUNS_KERNELS = backend.runs_kernels
-
-
-def take(path: str) -> None:
-    """From now on this process takes this path, whatever the tensors."""
-    backend.runs_kernels = RUNS_KERNELS if path == "kernels" else lambda x: False
-
-
-class Processes:
-    def __init__(self, world: int, folder) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(
-            ["torch", "torch._dynamo", "triton", __name__]
-        )  # imported once for all of them
-        self.world, self.connections, self.processes = world, [], []
-        for rank in range(world):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=serve, args=(rank, world, str(folder / "store"), theirs), daemon=True
-            )
-            process.start()
-            theirs.close()
-            self.connections.append(ours)
-            self.processes.append(process)
-
-    def __call__(self, job, path: str | list[str], *arguments) -> list[Any]:
-        """What ``job`` returns in each process."""
-        paths = [path] * self.world if isinstance(path, str) else path
-        for connection, own in zip(self.connections, paths, strict=True):
-            connection.send_bytes(pickle.dumps((job.__name__, own, arguments)))
-        answers = []
-        for connection in self.connections:
-            assert connection.poll(2 * SECONDS), "a process hangs"
-            answers.append(pickle.loads(connection.recv_bytes()))
-        assert all(good for good, _ in answers), "\n".join(str(text) for good, text in answers if not good)
-        return [value for _, value in answers]
-
-    def stop(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.join()
-
-
-@pytest.fixture(scope="module")
-def _started(tmp_path_factory):
-    started: dict[int, Processes] = {}
-
-    def processes(world: int) -> Processes:
-        if world not in started:
-            started[world] = Processes(world, tmp_path_factory.mktemp("world"))
-        return started[world]
-
-    processes.stop = lambda: [started.pop(world).stop() for world in list(started)]
-    yield processes
-    processes.stop()
-
-
-@pytest.fixture
-def processes(_started, request):
-    """processes(world): a callable that runs a job. A test that fails may leave them out of step: they start anew."""
-    failed = request.session.testsfailed
-    yield _started
-    if request.session.testsfailed > failed:
-        _started.stop()
-
 
 @pytest.fixture(params=["kernels", "aten"])
 def path(request) -> str:
-    """Where processes do their part: see ``take``."""
+    """Where processes do their part: see ``processes.take``."""
     if request.param == "kernels" and not backend.HAS_TRITON:
         pytest.skip("needs Triton")
     return request.param
@@ -214,8 +118,7 @@ def job_train(rank: int, case: Case, process_group=None):
     first = sum(case.sizes[:rank])
     own = slice(first, first + case.sizes[rank])
     parts = [Data(*(None if t is None else t[own].clone() for t in whole)) for whole in data_of(case)]
-    path = "kernels" if backend.runs_kernels is RUNS_KERNELS else "aten"
-    return train(layer_of(case), parts, case, device_of(path))
+    return train(layer_of(case), parts, case, device_of(path_taken()))
 
 
 class Reference(nn.Module):

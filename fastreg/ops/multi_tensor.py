@@ -1,0 +1,58 @@
+"""Many tensors in one launch: the tables that tell programs where their elements are (``kernels/multi_tensor.py``).
+
+A table is built once, and holds numbers only: no reference to a tensor. Whoever keeps it has to see that the tensors
+still lie where they lay, and to ``move`` a list whose addresses have changed.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def deal(lengths: np.ndarray, sizes: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts units of ``lengths`` into chunks of ``sizes`` elements: the unit of each chunk, and where it starts there."""
+    counts = -(-lengths // sizes)
+    unit = np.repeat(np.arange(len(lengths)), counts)
+    place = np.arange(len(unit)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return unit, place * np.broadcast_to(sizes, lengths.shape)[unit]
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+
+
+def upload(numbers: np.ndarray | Sequence, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """A tensor on the device, without waiting for it."""
+    tensor = torch.as_tensor(np.asarray(numbers)).to(dtype)
+    if device.type != "cuda":
+        return tensor.clone() if device.type == "cpu" else tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+class Table:
+    """entries: int64 ``[rows, tensors]`` on the device; chunks: int64 ``[2, programs]``: tensor and first element."""
+
+    def __init__(self, rows: Sequence[Sequence[int]], chunks: Sequence[np.ndarray], device: torch.device):
+        self.device = device
+        self.entries = upload(np.array(rows, dtype=np.int64), device)
+        self.chunks = upload(np.stack(chunks), device)
+        self._kept: list[Tensor] = []
+
+    @property
+    def tensors(self) -> int:
+        return self.entries.shape[1]
+
+    @property
+    def programs(self) -> int:
+        return self.chunks.shape[1]
+
+    def move(self, row: int, addresses: Sequence[int]) -> None:
+        """Writes the new addresses of a list. Recorded in a CUDA graph, every replay writes these."""
+        numbers = torch.tensor(addresses, dtype=torch.int64)
+        if self.device.type == "cuda":
+            numbers = numbers.pin_memory()
+            if torch.cuda.is_current_stream_capturing():
+                self._kept.append(numbers)  # a replay reads it again
+        self.entries[row].copy_(numbers, non_blocking=True)

@@ -1,0 +1,400 @@
+"""One step of an optimizer: the definition in ATen, and the launches of ``kernels/optimizers.py``, which say what it is.
+
+An optimizer (``fastreg/optim``) hands over tensors and the numbers of their groups. Here nothing is remembered between
+two steps but the tables of addresses.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastreg import random
+from fastreg.ops import backend
+from fastreg.ops.backend import Launch
+from fastreg.ops.layout import ceil_div, is_dense
+from fastreg.ops.multi_tensor import Table, addresses, deal, upload
+from fastreg.random import Stream
+
+if backend.HAS_TRITON:
+    import triton.language as tl
+
+    from fastreg.kernels import optimizers as kernels
+
+    _TYPES = {
+        torch.float64: tl.float64,
+        torch.float32: tl.float32,
+        torch.float16: tl.float16,
+        torch.bfloat16: tl.bfloat16,
+    }
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+TILE = 1024  # elements of a program
+ROW_MOST = 4096  # elements of a row that is projected in its tile
+
+
+@dataclass
+class Numbers:
+    """The numbers of a group, in the order of ``kernels/optimizers.py``. Neutral ones switch an option off."""
+
+    lr: float | Tensor
+    lr_0: float = 0.0  # of decouple_lr; 0: decay goes with lr
+    l2: float | Tensor = 0.0
+    decay: float | Tensor = 0.0
+    beta_1: float = 0.0  # or momentum
+    beta_2: float = 0.0  # or dampening
+    eps: float = 0.0
+    sign: float = 1.0
+    l1_subgradient: float = 0.0
+    l1_proximal: float = 0.0
+    max_norm: float = math.inf
+    max_grad_norm: float = math.inf
+    follow: float = 0.0  # 1 - ema_decay
+
+
+NUMBERS = [field.name for field in fields(Numbers)]
+WIDTH = 16  # of a row of the table of groups
+
+
+class Rule(NamedTuple):
+    """What is computed, but for the numbers: with the dtypes, what makes a kernel of its own."""
+
+    adam: bool
+    momentum: bool  # there is a first moment
+    nesterov: bool = False
+    amsgrad: bool = False
+    cautious: bool = False
+    rows: bool | None = None  # max-norm of each row, of the whole tensor, or None
+    master: bool = False
+    average: bool = False
+    at_random: bool = False
+
+
+@dataclass
+class Member:
+    """A parameter with all that belongs to its step: plain tensors, of one dense layout."""
+
+    parameter: Tensor
+    gradient: Tensor
+    first: Tensor | None = None  # momentum_buffer, exp_avg
+    second: Tensor | None = None  # exp_avg_sq
+    largest: Tensor | None = None  # max_exp_avg_sq
+    master: Tensor | None = None
+    average: Tensor | None = None
+    step: Tensor | None = None  # fp32 [] on the device
+    group: int = 0
+    ordinal: int = 0  # its place in the optimizer
+
+
+def row_of(parameter: Tensor, rule: Rule) -> int:
+    """Elements over which the max-norm goes; 0 without one. Rows are those of weights: of two dimensions and more."""
+    if rule.rows is None or (rule.rows and parameter.dim() < 2):
+        return 0
+    count = parameter.shape[0] if rule.rows else 1
+    return parameter.numel() // count if count else 0
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+# --- the definition, in ATen ------------------------------------------------------------------------------
+
+
+def resolve(numbers: Numbers, adam: bool, t: float, gain: float = 1.0) -> dict[str, float]:
+    """What ``advance`` computes, for step number ``t``. gain: of unscaling and clipping."""
+    lr, decay = float(numbers.lr), float(numbers.decay)
+    moves = lr != 0
+    found = {
+        "gain": numbers.sign * gain,
+        "coupled": float(numbers.l2),
+        "subgradient": numbers.l1_subgradient,
+        "size": lr,
+        "keep": 1 - decay * (lr / numbers.lr_0 if numbers.lr_0 else lr),
+        "threshold": lr * numbers.l1_proximal,
+        "radius": numbers.max_norm if moves else math.inf,
+        "follow": numbers.follow if moves else 0.0,
+    }
+    if adam:
+        correction = 1 - numbers.beta_2**t
+        found |= {
+            "size": lr / (1 - numbers.beta_1**t),
+            "decay_1": numbers.beta_1,
+            "gain_1": 1 - numbers.beta_1,
+            "decay_2": numbers.beta_2,
+            "gain_2": 1 - numbers.beta_2,
+            "root": 1 / math.sqrt(correction),
+            "eps": numbers.eps,
+        }
+    else:
+        first = t <= 1
+        found |= {
+            "decay_1": 0.0 if first else numbers.beta_1,
+            "gain_1": 1.0 if first else 1 - numbers.beta_2,
+            "decay_2": numbers.beta_1,
+        }
+    return found
+
+
+def clipped(norm: float, most: float) -> float:
+    """What gradients of this norm are multiplied with. A NaN is for all of them, as in torch."""
+    return 1.0 if norm <= most else most / norm
+
+
+def define(member: Member, rule: Rule, numbers: Numbers, gain: float = 1.0, shards: Any = None) -> None:
+    """One step of one tensor, in place. gain: of unscaling and clipping; shards: over whom the norm of p goes."""
+    if member.step is not None:
+        member.step += 1
+    t = 1.0 if member.step is None else member.step.item()
+    s = resolve(numbers, rule.adam, t, gain)
+    p = member.parameter
+    compute = compute_dtype(p.dtype)
+    value = (p if member.master is None else member.master).to(compute)
+    g = member.gradient.to(compute) * s["gain"]
+    if s["coupled"] or s["subgradient"]:
+        g = g + s["coupled"] * value + s["subgradient"] * value.sign()
+    if rule.momentum:
+        m = member.first.to(compute)
+        m = (m * s["decay_1"] if s["decay_1"] else 0) + g * s["gain_1"]
+        member.first.copy_(m)
+    if rule.adam:
+        v = member.second.to(compute) * s["decay_2"] + g * g * s["gain_2"]
+        member.second.copy_(v)
+        if rule.amsgrad:
+            v = torch.maximum(member.largest.to(compute), v)
+            member.largest.copy_(v)
+        update = s["size"] * m / (v.sqrt() * s["root"] + s["eps"])
+    elif rule.momentum:
+        update = s["size"] * (g + s["decay_2"] * m if rule.nesterov else m)
+    else:
+        update = s["size"] * g
+    keep = s["keep"]
+    if rule.cautious:
+        keep = torch.where(update * value >= 0, keep, 1.0)
+    value = value * keep - update
+    if s["threshold"]:
+        value = torch.where(value.abs() < s["threshold"], 0.0, value - s["threshold"] * value.sign())
+    if row_of(p, rule) or shards is not None:
+        dims = tuple(range(1, p.dim())) if rule.rows else tuple(range(p.dim()))
+        squared = value.square().sum(dims, keepdim=True) if dims else value.square()
+        if shards is not None:
+            squared = shards.sum_(squared)
+        norm = squared.sqrt()
+        value = torch.where(norm > s["radius"], value * (s["radius"] / norm), value)
+    stored = value
+    if rule.at_random:
+        stored = _rounded_at_random(value, member.ordinal, int(t))
+    p.copy_(stored)
+    if member.master is not None:
+        member.master.copy_(value)
+    if member.average is not None:
+        followed = value if member.master is not None else p.to(compute)
+        member.average += s["follow"] * (followed - member.average)
+
+
+def _rounded_at_random(x: Tensor, key: int, count: int) -> Tensor:
+    """fp32 to what bf16 can hold: 16 random bits are added, and the last 16 cut off."""
+    order = x.transpose(0, 0) if x.dim() == 0 else x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
+    element = torch.arange(x.numel(), device=x.device).view(order.shape)
+    bits = random.lanes(element, Stream(key, count)).to(torch.int64)
+    pattern = order.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    rounded = ((pattern + bits) & 0xFFFF0000).to(torch.int64)
+    rounded = torch.where(rounded >= 1 << 31, rounded - (1 << 32), rounded).to(torch.int32).view(torch.float32)
+    rounded = torch.where((pattern & 0x7F800000) == 0x7F800000, order, rounded)
+    return torch.empty_like(order).copy_(rounded) if x.dim() == 0 else _unpermuted(rounded, x)
+
+
+def _unpermuted(ordered: Tensor, like: Tensor) -> Tensor:
+    order = sorted(range(like.dim()), key=like.stride, reverse=True)
+    return ordered.permute([order.index(i) for i in range(like.dim())])
+
+
+# --- the launches -----------------------------------------------------------------------------------------
+
+
+def takes(p: Tensor, g: Tensor, rule: Rule) -> bool:
+    """Whether the kernels take this parameter with this gradient; one of another layout is copied for them."""
+    if not backend.runs_kernels(p) or not is_dense(p) or not backend.is_plain(g) or g.dtype not in DTYPES:
+        return False
+    row = row_of(p, rule) if rule.rows else 0
+    return not row or p.shape[0] == 1 or p.stride(0) == row
+
+
+class Batch:
+    """The tensors of one rule, of the same dtypes on the same device: all of them in one launch a stage."""
+
+    LISTS = ("parameter", "gradient", "first", "second", "largest", "master", "average", "step")
+    GRADIENT = LISTS.index("gradient")
+
+    def __init__(self, rule: Rule, members: Sequence[Member], shards: Any = None):
+        """shards: the processes that hold the other pieces, where the max-norm is of whole parameters."""
+        self.rule, self.count, self.shards = rule, len(members), shards
+        p, g, first = members[0].parameter, members[0].gradient, members[0].first
+        self.device = p.device
+        self.dtypes = p.dtype, g.dtype, p.dtype if first is None else first.dtype
+        self.compute = compute_dtype(p.dtype)
+        self.groups = sorted({member.group for member in members})
+        numel = np.array([member.parameter.numel() for member in members])
+        rows = np.array([row_of(member.parameter, rule) for member in members])
+        self.projection, self.width = projection(members[0].parameter, rule, shards)
+        self.block = max(TILE, self.width)
+        if self.projection == "partial":
+            counts = numel // np.maximum(rows, 1) if rule.rows else np.ones_like(rows)
+            tensor = np.repeat(np.arange(len(members)), counts)
+            place = np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)
+            unit, start = deal(rows[tensor], self.block)
+            chunks = tensor[unit], place[unit] * rows[tensor][unit] + start
+            per_unit = -(-rows[tensor] // self.block)
+            self.units = upload(np.stack([np.cumsum(per_unit) - per_unit, per_unit]), self.device)
+            self.chunk_units = upload(unit, self.device)
+            self.squared = torch.zeros(len(tensor), dtype=self.compute, device=self.device)
+        else:
+            sizes = rows * (self.block // self.width) if self.projection == "rows" else self.block
+            chunks = deal(numel, np.maximum(sizes, 1))
+        lists = [addresses([getattr(member, name) for member in members]) for name in self.LISTS]
+        groups = [self.groups.index(member.group) for member in members]
+        ordinals = [member.ordinal for member in members]
+        self.table = Table([*lists, numel, rows, groups, ordinals], chunks, self.device)
+        self.scalars = torch.empty(len(members), kernels.SCALARS.value, dtype=torch.float64, device=self.device)
+        self.partials = torch.empty(self.table.programs, dtype=self.compute, device=self.device)
+
+    def move_gradients(self, addresses: Sequence[int]) -> None:
+        self.table.move(self.GRADIENT, addresses)
+
+    def run(self, launch: Launch) -> None:
+        if launch.grid[0]:
+            launch.run(self.device)
+
+    @property
+    def _vector(self) -> int:
+        return 16 // min(dtype.itemsize for dtype in (*self.dtypes, self.compute))
+
+    @property
+    def _table(self) -> dict[str, Any]:
+        return {"entries_ptr": self.table.entries, "tensors": self.table.tensors}
+
+    @property
+    def _chunks(self) -> dict[str, Any]:
+        return {"chunks_ptr": self.table.chunks, "programs": self.table.programs}
+
+    def squares(self) -> Launch:
+        """Sums of the squares of the gradients, into ``partials``."""
+        arguments = {
+            **self._table,
+            **self._chunks,
+            "partials_ptr": self.partials,
+            "DTYPE": _TYPES[self.dtypes[1]],
+            "BLOCK": self.block,
+            "VECTOR": 16 // self.dtypes[1].itemsize,
+            "num_warps": self.block // 256,
+        }
+        return Launch(kernels.squares, (self.table.programs,), arguments)
+
+    def advance(
+        self,
+        groups: Tensor,
+        squared: Tensor | None = None,
+        norm: Tensor | None = None,
+        scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> Launch:
+        """groups: fp64 ``[len(self.groups), WIDTH]``; the others of one element, fp64, fp32, fp32, fp32."""
+        arguments = {
+            **self._table,
+            "groups_ptr": groups,
+            "scalars_ptr": self.scalars,
+            "squared_ptr": squared,
+            "norm_ptr": norm,
+            "scale_ptr": scale,
+            "found_inf_ptr": found_inf,
+            "ADAM": self.rule.adam,
+            "COUNTS": self.rule.momentum or self.rule.at_random,
+            "BLOCK": 128,
+            "num_warps": 4,
+        }
+        return Launch(kernels.advance, (ceil_div(self.count, 128),), arguments)
+
+    def step(self, pulled: bool, shrunk: bool) -> Launch:
+        """pulled, shrunk: some group has a coupled penalty, or a proximal L1."""
+        p, g, s = self.dtypes
+        arguments = {
+            **self._table,
+            **self._chunks,
+            "scalars_ptr": self.scalars,
+            "partials_ptr": self.partials if self.projection == "partial" else None,
+            "ADAM": self.rule.adam,
+            "MOMENTUM": self.rule.momentum,
+            "NESTEROV": self.rule.nesterov,
+            "AMSGRAD": self.rule.amsgrad,
+            "CAUTIOUS": self.rule.cautious,
+            "PULLED": pulled,
+            "SHRUNK": shrunk,
+            "PROJECTION": self.projection,
+            "HAS_MASTER": self.rule.master,
+            "HAS_AVERAGE": self.rule.average,
+            "AT_RANDOM": self.rule.at_random,
+            "P": _TYPES[p],
+            "G": _TYPES[g],
+            "S": _TYPES[s],
+            "COMPUTE": _TYPES[self.compute],
+            "WIDTH": self.width,
+            "BLOCK": self.block,
+            "VECTOR": self._vector,
+            "num_warps": self.block // 256,
+        }
+        return Launch(kernels.step, (self.table.programs,), arguments)
+
+    def fold(self) -> Launch:
+        units = self.units.shape[1]
+        arguments = {
+            "partials_ptr": self.partials,
+            "units_ptr": self.units,
+            "squared_ptr": self.squared,
+            "units": units,
+            "BLOCK": 128,
+            "num_warps": 1,
+        }
+        return Launch(kernels.fold, (units,), arguments)
+
+    def project(self) -> Launch:
+        arguments = {
+            **self._table,
+            **self._chunks,
+            "chunk_units_ptr": self.chunk_units,
+            "scalars_ptr": self.scalars,
+            "squared_ptr": self.squared,
+            "HAS_MASTER": self.rule.master,
+            "HAS_AVERAGE": self.rule.average,
+            "P": _TYPES[self.dtypes[0]],
+            "COMPUTE": _TYPES[self.compute],
+            "BLOCK": self.block,
+            "VECTOR": self._vector,
+            "num_warps": self.block // 256,
+        }
+        return Launch(kernels.project, (self.table.programs,), arguments)
+
+
+def projection(parameter: Tensor, rule: Rule, shards: Any = None) -> tuple[str, int]:
+    """How a max-norm is done, and in tiles of what width."""
+    row = row_of(parameter, rule)
+    if shards is None and not row:
+        return "none", 1
+    if shards is None and row <= ROW_MOST:
+        return "rows", max(8, 1 << (row - 1).bit_length())
+    return "partial", 1
+
+
+def same_layout(x: Tensor, y: Tensor) -> bool:
+    """Whether the elements of two tensors of one shape lie in the same order. (Of one element there is but one.)"""
+    if x.stride() == y.stride():
+        return True
+    return all(a == b or size == 1 for a, b, size in zip(x.stride(), y.stride(), x.shape, strict=True))
+
+
+def laid_out(x: Tensor, like: Tensor) -> Tensor:
+    """``x`` in the layout of ``like``: itself wherever it has it."""
+    return x if same_layout(x, like) else torch.empty_like(like, dtype=x.dtype).copy_(x)

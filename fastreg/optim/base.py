@@ -1,0 +1,565 @@
+"""What the optimizers share: options of every regularizer of the weights, and the way of a step to the kernels.
+
+The classes are torch's own with another ``step``: arguments, groups, hooks and state are theirs, and a state of theirs
+can be loaded here and taken back. Where a step runs:
+
+    kernels    dense CUDA parameters: all groups and tensors of one kind together (``ops/optimizers.py``)
+    torch      CPU parameters without an option of ours, and whatever else torch alone can do (complex, differentiable)
+    ATen       all the rest, tensor by tensor, by the definition
+
+Between two steps the tables of addresses are kept. What may have changed since is asked in every step: gradients,
+the memory of parameters and of gradients, tensors of the state, options that choose another kernel.
+"""
+
+import math
+import operator
+import weakref
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from fastreg.ops import backend
+from fastreg.ops.multi_tensor import addresses, upload
+from fastreg.ops.optimizers import (
+    DTYPES,
+    NUMBERS,
+    WIDTH,
+    Batch,
+    Member,
+    Numbers,
+    Rule,
+    clipped,
+    compute_dtype,
+    define,
+    laid_out,
+    projection,
+    same_layout,
+    takes,
+)
+from fastreg.optim.distributed import (
+    by_shards,
+    check_max_norm,
+    is_distributed,
+    local,
+    local_gradient,
+    shards,
+    total,
+)
+
+OPTIONS: dict[str, Any] = {
+    "l1": 0.0,
+    "l1_mode": "proximal",
+    "max_norm": None,
+    "max_norm_dim": None,
+    "max_grad_norm": None,
+    "ema_decay": None,
+    "cautious": False,
+    "decouple_lr": False,
+    "stochastic_rounding": False,
+    "master_weights": False,
+}
+"""Our options of a group and their defaults. ``lr_0`` comes to them: the lr a group was made with."""
+
+OPTIONS_DOC = """
+        l1: strength of an L1 penalty, not negative.
+        l1_mode: "proximal" (p shrinks by lr l1 after the step, to exact zeros) or "subgradient" (l1 sign(p) is added
+            to the gradient).
+        max_norm: radius of the ball a parameter is projected into after the step, or None.
+        max_norm_dim: None: the norm of the whole parameter; 0: of each row, the incoming weights of a unit. Parameters
+            of fewer than two dimensions have no rows and stay free. What lies inside stays as it is, to the bit.
+        max_grad_norm: the gradients of all groups with this option are scaled together so that their norm is at most
+            that, or None. The norm before that is then ``optimizer.grad_norm``.
+        ema_decay: keeps an exponential moving average of the parameter, in fp32, as ``state[p]["ema"]``; or None.
+        cautious: decoupled decay acts only where it does not work against the update.
+        decouple_lr: decoupled decay is p <- (1 - weight_decay) p whatever lr is; it follows a schedule of lr by
+            lr / lr_0, lr_0 being what the group was made with.
+        stochastic_rounding: parameters of bf16 are rounded up or down at random, so that small updates are not lost;
+            the bits depend on the place of the parameter and its step alone. Others are rounded to the nearest.
+        master_weights: keeps an fp32 copy of parameters of 16 bits as ``state[p]["master"]``, and the moments in fp32.
+            It is the copy that is trained: weights loaded into the model later need a new optimizer.
+"""
+
+
+def check(group: dict[str, Any], decoupled: bool) -> None:
+    """Raises ValueError for an option out of range."""
+    if not 0 <= group["l1"] < math.inf:
+        raise ValueError(f"Invalid l1 value: {group['l1']}")
+    if group["l1_mode"] not in ("proximal", "subgradient"):
+        raise ValueError(f"Invalid l1_mode: {group['l1_mode']!r}, choose 'proximal' or 'subgradient'")
+    for name in ("max_norm", "max_grad_norm"):
+        if group[name] is not None and not group[name] > 0:
+            raise ValueError(f"Invalid {name} value: {group[name]}")
+    if group["max_norm_dim"] not in (None, 0):
+        raise ValueError(f"Invalid max_norm_dim: {group['max_norm_dim']}, choose None or 0")
+    if group["ema_decay"] is not None and not 0 <= group["ema_decay"] <= 1:
+        raise ValueError(f"Invalid ema_decay value: {group['ema_decay']}")
+    for name in ("cautious", "decouple_lr"):
+        if group[name] and not decoupled:
+            raise ValueError(f"{name} is a way of decoupled weight decay: use SGDW or AdamW")
+    if group["master_weights"] and group["stochastic_rounding"]:
+        raise ValueError("master_weights and stochastic_rounding exclude each other")
+
+
+def rule_of(group: dict[str, Any], **rest: bool) -> Rule:
+    """The rule of a group, as far as all the optimizers share it."""
+    return Rule(
+        cautious=bool(group["cautious"]),
+        rows=None if group["max_norm"] is None else group["max_norm_dim"] == 0,
+        master=bool(group["master_weights"]),
+        average=group["ema_decay"] is not None,
+        at_random=bool(group["stochastic_rounding"]),
+        **rest,
+    )
+
+
+def numbers_of(group: dict[str, Any], decoupled: bool, **rest: float) -> Numbers:
+    """The numbers of a group, as far as all the optimizers share them."""
+    proximal = group["l1_mode"] == "proximal"
+    return Numbers(
+        lr=group["lr"],
+        lr_0=group["lr_0"] if group["decouple_lr"] else 0.0,
+        l2=0.0 if decoupled else group["weight_decay"],
+        decay=group["weight_decay"] if decoupled else 0.0,
+        sign=-1.0 if group["maximize"] else 1.0,
+        l1_subgradient=0.0 if proximal else group["l1"],
+        l1_proximal=group["l1"] if proximal else 0.0,
+        max_norm=math.inf if group["max_norm"] is None else group["max_norm"],
+        max_grad_norm=math.inf if group["max_grad_norm"] is None else group["max_grad_norm"],
+        follow=0.0 if group["ema_decay"] is None else 1.0 - group["ema_decay"],
+        **rest,
+    )
+
+
+def may_fuse(group: dict[str, Any], *lists: list[Tensor]) -> bool:
+    """Whether torch's fused step on the CPU, which walks over memory, does what its loop over the parameters does."""
+    if group["fused"] is None and group["foreach"] is None:
+        return all(t.is_contiguous() and t.dtype in DTYPES and t.device.type == "cpu" for ts in lists for t in ts)
+    return bool(group["fused"]) and all(t.is_contiguous() for ts in lists for t in ts)
+
+
+class Plan:
+    """Which parameters are stepped where, and by what this may be recognised in the next step. Holds no gradient."""
+
+    def __init__(self, structure: tuple, params: list[Tensor], state: dict):
+        self.structure, self.params, self.state = structure, params, state
+        self.distributed = any(is_distributed(p) for p in params)
+        self.batches: list[_Placed] = []
+        self.rest: list[int] = []  # places of parameters that no kernel takes
+        self.sums: list = []  # by what shards the norm of the gradients is summed, in an order all processes share
+        self.copies = False  # some gradient has another layout than its parameter
+        self.written: list[Tensor] = []  # by kernels, behind the back of autograd
+
+    def remember(self, grads: list[Tensor | None], pieces: list[Tensor]) -> None:
+        self.gradients = _weakly(grads)
+        self.gradient_addresses = addresses(grads)
+        self.addresses = list(map(_address, pieces))
+        self.dicts = [self.state[p] for p in self.params if p in self.state]
+        self.values = list(chain.from_iterable(map(dict.values, self.dicts)))
+
+    def has_all_but_gradients(self, structure: tuple, params: list, pieces: list, state: dict) -> bool:
+        return (
+            structure == self.structure
+            and state is self.state
+            and _same(params, self.params)
+            and list(map(_address, pieces)) == self.addresses
+            and _same(list(chain.from_iterable(map(dict.values, self.dicts))), self.values)
+        )
+
+    def follow(self, grads: list[Tensor | None], pieces: list[Tensor]) -> bool:
+        """Takes up new gradients in the place of the old ones. False where they are not of the same kind."""
+        found = addresses(grads)
+        if not _same(grads, [None if r is None else r() for r in self.gradients]):
+            if [g is None for g in grads] != [r is None for r in self.gradients]:
+                return False
+            for batch in self.batches:
+                for i in batch.places:
+                    if not _fits(grads[i], pieces[i], batch.dtypes[1]):
+                        return False
+            self.gradients = _weakly(grads)
+        if found != self.gradient_addresses:
+            for batch in self.batches:
+                batch.move_gradients([found[i] for i in batch.places])
+            self.gradient_addresses = found
+        return not self.copies
+
+
+class _Placed(Batch):
+    """A batch with the places of its parameters in the optimizer, and the numbers of its groups on the device."""
+
+    places: list[int]
+    clips: bool  # its gradients are of the global norm
+    key: Any  # what shards they are of
+    _written: tuple | None = None
+
+    def numbers_on_device(self, numbers: list[Numbers]) -> Tensor:
+        """fp64 ``[groups, WIDTH]``, written where they have changed; what lies on the device is copied there."""
+        found = [[getattr(numbers[group], name) for name in NUMBERS] for group in self.groups]
+        there = [
+            (row, column, value)
+            for row, values in enumerate(found)
+            for column, value in enumerate(values)
+            if isinstance(value, Tensor) and value.device == self.device and value.is_cuda
+        ]
+        for row, column, _ in there:
+            found[row][column] = 0.0
+        written = tuple(tuple(map(float, values)) for values in found)
+        if written != self._written:
+            padded = [(*values, *(0.0,) * (WIDTH - len(values))) for values in written]
+            self._on_device, self._written = upload(padded, self.device, torch.float64), written
+        for row, column, value in there:
+            self._on_device[row, column].copy_(value.reshape(()))
+        return self._on_device
+
+
+def _fits(g: Tensor, piece: Tensor, dtype: torch.dtype) -> bool:
+    return g.dtype == dtype and g.layout == torch.strided and backend.is_plain(g) and same_layout(g, piece)
+
+
+def _weakly(grads: list[Tensor | None]) -> list:
+    return [None if g is None else weakref.ref(g) for g in grads]
+
+
+_address = torch._C.TensorBase.data_ptr
+
+
+def _same(found: list, expected: list) -> bool:
+    return len(found) == len(expected) and all(map(operator.is_, found, expected))
+
+
+class Regularized(Optimizer):
+    """Mixed into a class of torch, before it. What a class of its own adds: ``_rule``, ``_numbers``, ``_state_of``."""
+
+    _step_supports_amp_scaling = True  # of the class: what __init__ sets is lost in copies
+    _theirs: type[Optimizer]  # the class of torch
+    _plan: Plan | None = None
+    _loading: list | None = None
+
+    # --- what a class of its own says
+
+    def _decoupled(self, group: dict) -> bool:
+        raise NotImplementedError
+
+    def _rule(self, group: dict) -> Rule:
+        raise NotImplementedError
+
+    def _numbers(self, group: dict) -> Numbers:
+        raise NotImplementedError
+
+    def _moments(self, group: dict) -> list[str]:
+        """The keys of the tensors like the parameter in its state; the first comes as ``Member.first``, and so on."""
+        raise NotImplementedError
+
+    def _torch_step(self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor]) -> None:
+        """The step of torch, for parameters whose state has been made (or is torch's to make)."""
+        raise NotImplementedError
+
+    # --- options
+
+    def _take(self, arguments: dict[str, Any]) -> None:
+        """The end of ``__init__``: our options out of its arguments."""
+        options = {key: arguments[key] for key in OPTIONS}
+        self.defaults.update(options)
+        for group in self.param_groups:
+            for key, value in options.items():
+                group.setdefault(key, value)
+            self._check(group)
+
+    def _check(self, group: dict) -> None:
+        check(group, self._decoupled(group))
+        group.setdefault("lr_0", float(group["lr"]))
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        super().add_param_group(param_group)
+        if "l1" in self.defaults:
+            try:
+                self._check(self.param_groups[-1])
+            except ValueError:
+                self.param_groups.pop()
+                raise
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in OPTIONS.items():
+                group.setdefault(key, value)
+            group.setdefault("lr_0", float(group["lr"]))
+        self._plan = None
+        if self._loading:
+            self._restore_dtypes(self._loading[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in super().__getstate__().items() if key != "_plan"}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's, but state keeps its dtype beside parameters of 16 bits: torch rounds it to theirs."""
+        self._loading = []
+        seen = self.register_load_state_dict_pre_hook(lambda _, found: self._loading.append(found))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            seen.remove()
+            self._loading = None
+
+    load_state_dict.__doc__ = Optimizer.load_state_dict.__doc__
+
+    def _restore_dtypes(self, loaded: dict[str, Any]) -> None:
+        ids = chain.from_iterable(group["params"] for group in loaded["param_groups"])
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for i, p in zip(ids, params, strict=True):
+            for key, value in loaded["state"].get(i, {}).items():
+                if key != "step" and isinstance(value, Tensor) and value.dtype != self.state[p][key].dtype:
+                    self.state[p][key] = value.to(device=p.device)
+
+    # --- the step
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Takes one step. The order of operations is an equation in ``kernels/optimizers.py``.
+
+        Args:
+            closure: evaluates the model anew and returns the loss.
+        """
+        if any(group["differentiable"] for group in self.param_groups):
+            return self._differentiable_step(closure)
+        if "capturable" in self.defaults:
+            self._accelerator_graph_capture_health_check()
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step()
+        return loss
+
+    def _differentiable_step(self, closure):
+        for group in self.param_groups:
+            if self._theirs is None or any(group[key] != value for key, value in OPTIONS.items()):
+                raise RuntimeError("differentiable=True takes torch's step, which has none of our options")
+        step = self._theirs.step
+        return (step.__wrapped__ if getattr(step, "hooked", False) else step)(self, closure)
+
+    @torch._disable_dynamo
+    def _step(self) -> None:
+        groups = self.param_groups
+        params = [p for group in groups for p in group["params"]]
+        grads = [p.grad for p in params]
+        plan = self._plan
+        if (plan is None or plan.distributed) and any(map(is_distributed, params)):
+            pieces = list(map(local, params))
+            grads = list(map(local_gradient, params))
+        else:
+            pieces = params
+        structure = tuple(self._structure(group) for group in groups)
+        if (
+            plan is None
+            or not plan.has_all_but_gradients(structure, params, pieces, self.state)
+            or not plan.follow(grads, pieces)
+        ):
+            if all(g is None for g in grads) and all(group["max_grad_norm"] is None for group in groups):
+                return
+            plan = self._plan = self._make(structure, params, grads, pieces)
+        self._run(plan, grads, pieces)
+
+    def _structure(self, group: dict) -> tuple:
+        return len(group["params"]), self._rule(group), group["max_grad_norm"] is None, self._decoupled(group)
+
+    def _make(
+        self, structure: tuple, params: list[Tensor], grads: list[Tensor | None], pieces: list[Tensor]
+    ) -> Plan:
+        """Decides where each parameter is stepped, makes its state, and writes the tables."""
+        plan = Plan(structure, params, self.state)
+        owners = [k for k, group in enumerate(self.param_groups) for _ in group["params"]]
+        plan.owners = owners
+        for i, p in enumerate(params):
+            group = self.param_groups[owners[i]]
+            if group["max_norm"] is not None:
+                check_max_norm(p, group["max_norm_dim"])
+            if grads[i] is not None:
+                self._refuse(p, grads[i], group)
+        batches: dict[tuple, tuple[list[Member], list[int]]] = {}
+        for i, (p, piece, g) in enumerate(zip(params, pieces, grads, strict=True)):
+            if g is None:
+                continue
+            group = self.param_groups[owners[i]]
+            rule = self._rule_of(p, group)
+            if not takes(piece, g, rule):
+                plan.rest.append(i)
+                continue
+            self._prepare(p, piece, group, rule, kernels=True)
+            if not same_layout(g, piece):
+                plan.copies, g = True, laid_out(g, piece)
+            member = self._member(i, p, piece, g, owners[i], rule)
+            clips = group["max_grad_norm"] is not None
+            key = shards(p) if clips else None
+            over = shards(p) if rule.rows is False else None
+            dtypes = p.dtype, g.dtype, p.dtype if member.first is None else member.first.dtype
+            kind = rule, piece.device, dtypes, projection(piece, rule, over), over, clips, key
+            batches.setdefault(kind, ([], []))
+            batches[kind][0].append(member)
+            batches[kind][1].append(i)
+        for (rule, _, _, _, over, clips, key), (members, places) in batches.items():
+            batch = _Placed(rule, members, over)
+            batch.places, batch.clips, batch.key = places, clips, key
+            batch.kept = [member.gradient for member in members] if plan.copies else []
+            plan.batches.append(batch)
+            for member in members:
+                plan.written += [t for t in (member.parameter, member.average) if t is not None]
+        plan.written = [t for t in plan.written if not t.is_inference()]
+        clipping = [p for i, p in enumerate(params) if self.param_groups[owners[i]]["max_grad_norm"] is not None]
+        plan.sums = list(by_shards(clipping))
+        plan.remember(grads, pieces)
+        return plan
+
+    def _refuse(self, p: Tensor, g: Tensor, group: dict) -> None:
+        """Raises for what no step can take, before anything has changed."""
+        if g.is_sparse and "betas" in self.defaults:
+            raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
+        if self._has_options(group) and (g.is_sparse or not p.is_floating_point() or p.is_meta):
+            raise RuntimeError(
+                "l1, max_norm, max_grad_norm and the other options beside those of torch need parameters of floating "
+                f"point and dense gradients, but got {p.dtype} on {p.device}, and a gradient of {g.layout}"
+            )
+
+    @staticmethod
+    def _has_options(group: dict) -> bool:
+        return any(group[key] != OPTIONS[key] for key in OPTIONS if key not in ("l1_mode", "max_norm_dim"))
+
+    def _rule_of(self, p: Tensor, group: dict) -> Rule:
+        """The rule of the group, without what there is nothing to do for in this parameter."""
+        rule = self._rule(group)
+        small = compute_dtype(p.dtype) != p.dtype if p.is_floating_point() else False
+        rows = None if rule.rows and p.dim() < 2 else rule.rows
+        at_random = rule.at_random and p.dtype == torch.bfloat16
+        return rule._replace(master=rule.master and small, at_random=at_random, rows=rows)
+
+    def _prepare(self, p: Tensor, piece: Tensor, group: dict, rule: Rule, kernels: bool) -> None:
+        """Makes what is missing in the state of a parameter, and brings the rest to where the step needs it."""
+        moments = self._moments(group)
+        if not (moments or rule.at_random or rule.master or rule.average):
+            return
+        state = self.state[p]
+        dtype = compute_dtype(p.dtype) if rule.master else p.dtype
+        fresh = not state or any(state.get(key) is None for key in moments[:1])
+        if moments or rule.at_random:
+            # torch's SGD counts no steps: where it has left a buffer, the first is over
+            begun = 0.0 if fresh or "betas" in self.defaults else 1.0
+            counter = state.get("step")
+            counter = torch.full((), begun) if counter is None or (fresh and moments) else torch.as_tensor(counter)
+            if kernels and (counter.device != piece.device or counter.dtype != torch.float32 or counter.dim()):
+                counter = counter.to(piece.device, torch.float32).reshape(())
+            state["step"] = counter
+        for key in moments:
+            if state.get(key) is None:
+                state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
+            elif rule.master and state[key].dtype != dtype:
+                state[key] = state[key].to(dtype)
+        if rule.master and state.get("master") is None:
+            state["master"] = p.detach().to(dtype)
+        if rule.average and state.get("ema") is None:
+            state["ema"] = p.detach().to(compute_dtype(p.dtype), copy=True)
+        if kernels and not is_distributed(p):
+            for key in (*moments, "master", "ema"):
+                if key in state and not same_layout(state[key], p):
+                    state[key] = laid_out(state[key], p)
+
+    def _member(self, i: int, p: Tensor, piece: Tensor, g: Tensor, owner: int, rule: Rule) -> Member:
+        group = self.param_groups[owner]
+        state = self.state.get(p, {})
+        moments = [local(state[key]) for key in self._moments(group)]
+        return Member(
+            piece,
+            g,
+            *moments,
+            *(None,) * (3 - len(moments)),
+            master=local(state["master"]) if rule.master else None,
+            average=local(state["ema"]) if rule.average else None,
+            step=state["step"] if moments or rule.at_random else None,
+            group=owner,
+            ordinal=i,
+        )
+
+    # --- the step itself
+
+    def _run(self, plan: Plan, grads: list[Tensor | None], pieces: list[Tensor]) -> None:
+        numbers = [self._numbers(group) for group in self.param_groups]
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        found_inf = found_inf if isinstance(found_inf, Tensor) else None  # the number 0 where there are no gradients
+        squared = self._squared(plan, grads, pieces) if plan.sums else None
+        norm = None
+        for batch in plan.batches:
+            device = batch.device
+            mine = squared.to(device) if batch.clips else None
+            if mine is not None:
+                norm = torch.empty((), dtype=torch.float32, device=device)
+            batch.run(
+                batch.advance(
+                    batch.numbers_on_device(numbers),
+                    mine,
+                    norm,
+                    None if scale is None else torch.as_tensor(scale, dtype=torch.float32).to(device),
+                    None if found_inf is None else found_inf.to(device, torch.float32),
+                )
+            )
+            own = [numbers[k] for k in batch.groups]
+            pulled = any(isinstance(n.l2, Tensor) or n.l2 or n.l1_subgradient for n in own)
+            batch.run(batch.step(pulled, any(n.l1_proximal for n in own)))
+            if batch.projection == "partial":
+                batch.run(batch.fold())
+                if batch.shards is not None:
+                    batch.shards.sum_(batch.squared)
+                batch.run(batch.project())
+            batch.kept = []
+        if plan.written:
+            torch.autograd.graph.increment_version(plan.written)
+        if plan.rest:
+            self._step_the_rest(plan, grads, pieces, numbers, scale, found_inf, squared)
+        if squared is not None:
+            if norm is None:
+                norm = squared.sqrt() if scale is None else squared.sqrt() / abs(float(scale))
+            self.grad_norm = norm
+
+    def _squared(self, plan: Plan, grads: list[Tensor | None], pieces: list[Tensor]) -> Tensor:
+        """fp64 []: the sum of squares of all gradients of groups that clip, over all processes."""
+        device = pieces[0].device
+        sums = {key: torch.zeros((), dtype=torch.float64, device=device) for key in plan.sums}
+        for batch in plan.batches:
+            if batch.clips:
+                batch.run(batch.squares())
+                sums[batch.key] += batch.partials.sum(dtype=torch.float64).to(device)
+        for i in plan.rest:
+            if self.param_groups[plan.owners[i]]["max_grad_norm"] is not None:
+                sums[shards(plan.params[i])] += grads[i].double().square().sum().to(device)
+        return total(sums)
+
+    def _step_the_rest(self, plan, grads, pieces, numbers, scale, found_inf, squared) -> None:
+        if found_inf is not None and float(found_inf):
+            found_inf = True
+        norm = None
+        if squared is not None:
+            norm = float(squared.sqrt()) / (1 if scale is None else abs(float(scale)))
+        by_torch: dict[int, list[int]] = {}
+        for i in plan.rest:
+            p, piece, g, owner = plan.params[i], pieces[i], grads[i], plan.owners[i]
+            group = self.param_groups[owner]
+            if not p.is_floating_point() or p.is_meta or g.is_sparse:
+                by_torch.setdefault(owner, []).append(i)
+                continue
+            rule = self._rule_of(p, group)
+            self._prepare(p, piece, group, rule, kernels=False)
+            if found_inf is True:
+                continue
+            member = self._member(i, p, piece, g, owner, rule)
+            state = (member.first, member.second, member.largest)
+            if scale is None and not self._has_options(group) and all(s is None or s.dtype == p.dtype for s in state):
+                by_torch.setdefault(owner, []).append(i)
+                continue
+            gain = 1.0 if scale is None else 1 / float(scale)
+            if group["max_grad_norm"] is not None:
+                gain *= clipped(norm, group["max_grad_norm"])
+            define(member, rule, numbers[owner], gain, shards(p) if rule.rows is False else None)
+        for owner, places in by_torch.items():
+            if found_inf is not True:
+                chosen = ([x[i] for i in places] for x in (plan.params, pieces, grads))
+                self._torch_step(self.param_groups[owner], *chosen)
