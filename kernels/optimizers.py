@@ -109,14 +109,16 @@ def advance(
     inside = tensor < tensors
     group = groups_ptr + tl.load(entries_ptr + GROUP * tensors + tensor, mask=inside, other=0) * NUMBERS
     row = scalars_ptr + tensor * SCALARS
-    live = True if found_inf_ptr is None else tl.load(found_inf_ptr).to(tl.float32) == 0.0
+    live = tl.full([BLOCK], 1.0, tl.float64)
+    if found_inf_ptr is not None:
+        live = tl.where(tl.load(found_inf_ptr + tl.zeros([BLOCK], tl.int32)) == 0.0, 1.0, 0.0).to(tl.float64)
 
     t = tl.full([BLOCK], 1.0, tl.float64)
     if COUNTS:
         counter = tl.load(entries_ptr + STEP * tensors + tensor, mask=inside, other=0)
         counter = counter.to(tl.pointer_type(tl.float32))
         t += tl.load(counter, mask=inside, other=0.0).to(tl.float64)
-        tl.store(counter, t.to(tl.float32), mask=inside & live)
+        tl.store(counter, t.to(tl.float32), mask=inside & (live != 0.0))
 
     gain = tl.load(group + SIGN)
     if scale_ptr is not None:
@@ -149,7 +151,7 @@ def advance(
         tl.store(row + DECAY_1, tl.where(first, 0.0, beta_1), mask=inside)  # the gradient itself, undamped
         tl.store(row + GAIN_1, tl.where(first, 1.0, 1.0 - beta_2), mask=inside)
         tl.store(row + DECAY_2, beta_1, mask=inside)  # of Nesterov, which takes it at once
-    tl.store(row + LIVE, tl.where(live, 1.0, 0.0) + tl.zeros([BLOCK], tl.float64), mask=inside)
+    tl.store(row + LIVE, live, mask=inside)
     tl.store(row + GAIN, gain, mask=inside)
     tl.store(row + COUPLED, tl.load(group + L2), mask=inside)
     tl.store(row + SUBGRADIENT, tl.load(group + L1_SUBGRADIENT), mask=inside)

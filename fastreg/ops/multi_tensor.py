@@ -20,7 +20,13 @@ def deal(lengths: np.ndarray, sizes: np.ndarray | int) -> tuple[np.ndarray, np.n
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    """-1 where there is no tensor: empty ones may lie at 0. Sparse ones, which lie nowhere, get 0."""
+    try:
+        return [-1 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    except RuntimeError:
+        return [
+            -1 if tensor is None else 0 if tensor.layout != torch.strided else tensor.data_ptr() for tensor in tensors
+        ]
 
 
 def upload(numbers: np.ndarray | Sequence, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:

@@ -218,7 +218,9 @@ def _unpermuted(ordered: Tensor, like: Tensor) -> Tensor:
 
 def takes(p: Tensor, g: Tensor, rule: Rule) -> bool:
     """Whether the kernels take this parameter with this gradient; one of another layout is copied for them."""
-    if not backend.runs_kernels(p) or not is_dense(p) or not backend.is_plain(g) or g.dtype not in DTYPES:
+    if not backend.runs_kernels(p) or not is_dense(p) or not backend.is_plain(g):
+        return False
+    if g.dtype not in DTYPES or g.layout != torch.strided:
         return False
     row = row_of(p, rule) if rule.rows else 0
     return not row or p.shape[0] == 1 or p.stride(0) == row

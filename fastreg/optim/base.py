@@ -171,15 +171,16 @@ class Plan:
     def follow(self, grads: list[Tensor | None], pieces: list[Tensor]) -> bool:
         """Takes up new gradients in the place of the old ones. False where they are not of the same kind."""
         found = addresses(grads)
+        moved = found != self.gradient_addresses
+        if moved and [a == -1 for a in found] != [a == -1 for a in self.gradient_addresses]:
+            return False
         if not _same(grads, [None if r is None else r() for r in self.gradients]):
-            if [g is None for g in grads] != [r is None for r in self.gradients]:
+            if not all(
+                _fits(grads[i], pieces[i], batch.dtypes[1]) for batch in self.batches for i in batch.places
+            ):
                 return False
-            for batch in self.batches:
-                for i in batch.places:
-                    if not _fits(grads[i], pieces[i], batch.dtypes[1]):
-                        return False
             self.gradients = _weakly(grads)
-        if found != self.gradient_addresses:
+        if moved:
             for batch in self.batches:
                 batch.move_gradients([found[i] for i in batch.places])
             self.gradient_addresses = found
@@ -563,3 +564,5 @@ class Regularized(Optimizer):
             if found_inf is not True:
                 chosen = ([x[i] for i in places] for x in (plan.params, pieces, grads))
                 self._torch_step(self.param_groups[owner], *chosen)
+                written = [plan.params[i] for i in places]  # torch's fused step does not say so
+                torch.autograd.graph.increment_version([p for p in written if not p.is_inference()])
