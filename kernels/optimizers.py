@@ -101,7 +101,7 @@ def advance(
     found_inf_ptr,  # fp32 [1], not 0 where the step is skipped, or None
     tensors,
     ADAM: tl.constexpr,
-    COUNTS: tl.constexpr,  # there are step counters
+    COUNTS: tl.constexpr,  # there are step counters (SGD: for a first step that is not dampened, or random bits)
     BLOCK: tl.constexpr,
 ):
     """Counts the steps and resolves the numbers of each tensor. Grid: (ceil(tensors / BLOCK),)."""
@@ -128,7 +128,9 @@ def advance(
         if scale_ptr is not None:
             norm /= tl.abs(tl.load(scale_ptr).to(tl.float64))
         most = tl.load(group + MAX_GRAD_NORM)
-        gain *= tl.where(norm <= most, 1.0, most / norm)  # a NaN is for all gradients, as in torch
+        gain *= tl.where(
+            norm <= most, 1.0, most / tl.where(norm == 0.0, 1.0, norm)
+        )  # a NaN is for all gradients, as in torch
         tl.store(norm_ptr, norm.to(tl.float32), mask=tl.program_id(0) == 0)
 
     lr = tl.load(group + LR)
@@ -147,7 +149,7 @@ def advance(
         tl.store(row + EPS, tl.load(group + EPSILON), mask=inside)
     else:
         size = lr
-        first = t <= 1.0
+        first = (t <= 1.0) & COUNTS
         tl.store(row + DECAY_1, tl.where(first, 0.0, beta_1), mask=inside)  # the gradient itself, undamped
         tl.store(row + GAIN_1, tl.where(first, 1.0, 1.0 - beta_2), mask=inside)
         tl.store(row + DECAY_2, beta_1, mask=inside)  # of Nesterov, which takes it at once
@@ -316,7 +318,9 @@ def step(
     tensor, first = chunk(chunks_ptr, programs)
     row = scalars_ptr + tensor * SCALARS
     if tl.load(row + LIVE) != 0.0:
-        addresses = entry(entries_ptr, tensors, tensor, PARAMETER) | entry(entries_ptr, tensors, tensor, GRADIENT)
+        addresses = entry(entries_ptr, tensors, tensor, PARAMETER) | entry(
+            entries_ptr, tensors, tensor, GRADIENT
+        )
         if MOMENTUM:
             addresses |= entry(entries_ptr, tensors, tensor, FIRST)
         if ADAM:
@@ -389,7 +393,9 @@ def squares(
         total = _square_tile(entries_ptr, tensors, tensor, first, limit, GRADIENT, DTYPE, BLOCK, VECTOR, True)
         tl.store(partials_ptr + tl.program_id(0), total)
     else:
-        total = _square_tile(entries_ptr, tensors, tensor, first, limit, GRADIENT, DTYPE, BLOCK, VECTOR, False)
+        total = _square_tile(
+            entries_ptr, tensors, tensor, first, limit, GRADIENT, DTYPE, BLOCK, VECTOR, False
+        )
         tl.store(partials_ptr + tl.program_id(0), total)
 
 

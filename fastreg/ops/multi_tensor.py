@@ -25,7 +25,8 @@ def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
         return [-1 if tensor is None else tensor.data_ptr() for tensor in tensors]
     except RuntimeError:
         return [
-            -1 if tensor is None else 0 if tensor.layout != torch.strided else tensor.data_ptr() for tensor in tensors
+            -1 if tensor is None else 0 if tensor.layout != torch.strided else tensor.data_ptr()
+            for tensor in tensors
         ]
 
 

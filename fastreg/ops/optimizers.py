@@ -149,7 +149,7 @@ def define(member: Member, rule: Rule, numbers: Numbers, gain: float = 1.0, shar
     """One step of one tensor, in place. gain: of unscaling and clipping; shards: over whom the norm of p goes."""
     if member.step is not None:
         member.step += 1
-    t = 1.0 if member.step is None else member.step.item()
+    t = math.inf if member.step is None else member.step.item()
     s = resolve(numbers, rule.adam, t, gain)
     p = member.parameter
     compute = compute_dtype(p.dtype)
@@ -198,12 +198,16 @@ def define(member: Member, rule: Rule, numbers: Numbers, gain: float = 1.0, shar
 
 def _rounded_at_random(x: Tensor, key: int, count: int) -> Tensor:
     """fp32 to what bf16 can hold: 16 random bits are added, and the last 16 cut off."""
-    order = x.transpose(0, 0) if x.dim() == 0 else x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
+    order = (
+        x.transpose(0, 0) if x.dim() == 0 else x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
+    )
     element = torch.arange(x.numel(), device=x.device).view(order.shape)
     bits = random.lanes(element, Stream(key, count)).to(torch.int64)
     pattern = order.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     rounded = ((pattern + bits) & 0xFFFF0000).to(torch.int64)
-    rounded = torch.where(rounded >= 1 << 31, rounded - (1 << 32), rounded).to(torch.int32).view(torch.float32)
+    rounded = (
+        torch.where(rounded >= 1 << 31, rounded - (1 << 32), rounded).to(torch.int32).view(torch.float32)
+    )
     rounded = torch.where((pattern & 0x7F800000) == 0x7F800000, order, rounded)
     return torch.empty_like(order).copy_(rounded) if x.dim() == 0 else _unpermuted(rounded, x)
 
@@ -240,6 +244,7 @@ class Batch:
         self.dtypes = p.dtype, g.dtype, p.dtype if first is None else first.dtype
         self.compute = compute_dtype(p.dtype)
         self.groups = sorted({member.group for member in members})
+        self.counts = members[0].step is not None
         numel = np.array([member.parameter.numel() for member in members])
         rows = np.array([row_of(member.parameter, rule) for member in members])
         self.projection, self.width = projection(members[0].parameter, rule, shards)
@@ -261,7 +266,9 @@ class Batch:
         groups = [self.groups.index(member.group) for member in members]
         ordinals = [member.ordinal for member in members]
         self.table = Table([*lists, numel, rows, groups, ordinals], chunks, self.device)
-        self.scalars = torch.empty(len(members), kernels.SCALARS.value, dtype=torch.float64, device=self.device)
+        self.scalars = torch.empty(
+            len(members), kernels.SCALARS.value, dtype=torch.float64, device=self.device
+        )
         self.partials = torch.empty(self.table.programs, dtype=self.compute, device=self.device)
 
     def move_gradients(self, addresses: Sequence[int]) -> None:
@@ -314,7 +321,7 @@ class Batch:
             "scale_ptr": scale,
             "found_inf_ptr": found_inf,
             "ADAM": self.rule.adam,
-            "COUNTS": self.rule.momentum or self.rule.at_random,
+            "COUNTS": self.counts,
             "BLOCK": 128,
             "num_warps": 4,
         }

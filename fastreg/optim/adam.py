@@ -27,7 +27,9 @@ class _Adam(Regularized):
     def _moments(self, group: dict) -> list[str]:
         return MOMENTS if group["amsgrad"] else MOMENTS[:2]
 
-    def _torch_step(self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor]) -> None:
+    def _torch_step(
+        self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor]
+    ) -> None:
         lists: list[list[Tensor]] = [[], [], [], [], [], []]
         has_complex = self._init_group({**group, "params": params}, *lists)
         moments = [[local(t) for t in found] for found in lists[2:5]]

@@ -136,7 +136,9 @@ def numbers_of(group: dict[str, Any], decoupled: bool, **rest: float) -> Numbers
 def may_fuse(group: dict[str, Any], *lists: list[Tensor]) -> bool:
     """Whether torch's fused step on the CPU, which walks over memory, does what its loop over the parameters does."""
     if group["fused"] is None and group["foreach"] is None:
-        return all(t.is_contiguous() and t.dtype in DTYPES and t.device.type == "cpu" for ts in lists for t in ts)
+        return all(
+            t.is_contiguous() and t.dtype in DTYPES and t.device.type == "cpu" for ts in lists for t in ts
+        )
     return bool(group["fused"]) and all(t.is_contiguous() for ts in lists for t in ts)
 
 
@@ -253,7 +255,9 @@ class Regularized(Optimizer):
         """The keys of the tensors like the parameter in its state; the first comes as ``Member.first``, and so on."""
         raise NotImplementedError
 
-    def _torch_step(self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor]) -> None:
+    def _torch_step(
+        self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor]
+    ) -> None:
         """The step of torch, for parameters whose state has been made (or is torch's to make)."""
         raise NotImplementedError
 
@@ -287,7 +291,7 @@ class Regularized(Optimizer):
             for key, value in OPTIONS.items():
                 group.setdefault(key, value)
             group.setdefault("lr_0", float(group["lr"]))
-        self._plan = None
+        self._plan, self._aside = None, {}
         if self._loading:
             self._restore_dtypes(self._loading[-1])
 
@@ -364,7 +368,8 @@ class Regularized(Optimizer):
         self._run(plan, grads, pieces)
 
     def _structure(self, group: dict) -> tuple:
-        return len(group["params"]), self._rule(group), group["max_grad_norm"] is None, self._decoupled(group)
+        damped = group.get("dampening", 0) != 0
+        return len(group["params"]), self._rule(group), group["max_grad_norm"] is None, damped
 
     def _make(
         self, structure: tuple, params: list[Tensor], grads: list[Tensor | None], pieces: list[Tensor]
@@ -396,11 +401,12 @@ class Regularized(Optimizer):
             key = shards(p) if clips else None
             over = shards(p) if rule.rows is False else None
             dtypes = p.dtype, g.dtype, p.dtype if member.first is None else member.first.dtype
-            kind = rule, piece.device, dtypes, projection(piece, rule, over), over, clips, key
+            counts = member.step is not None
+            kind = rule, piece.device, dtypes, projection(piece, rule, over), counts, over, clips, key
             batches.setdefault(kind, ([], []))
             batches[kind][0].append(member)
             batches[kind][1].append(i)
-        for (rule, _, _, _, over, clips, key), (members, places) in batches.items():
+        for (rule, *_, over, clips, key), (members, places) in batches.items():
             batch = _Placed(rule, members, over)
             batch.places, batch.clips, batch.key = places, clips, key
             batch.kept = [member.gradient for member in members] if plan.copies else []
@@ -408,7 +414,9 @@ class Regularized(Optimizer):
             for member in members:
                 plan.written += [t for t in (member.parameter, member.average) if t is not None]
         plan.written = [t for t in plan.written if not t.is_inference()]
-        clipping = [p for i, p in enumerate(params) if self.param_groups[owners[i]]["max_grad_norm"] is not None]
+        clipping = [
+            p for i, p in enumerate(params) if self.param_groups[owners[i]]["max_grad_norm"] is not None
+        ]
         plan.sums = list(by_shards(clipping))
         plan.remember(grads, pieces)
         return plan
@@ -442,15 +450,19 @@ class Regularized(Optimizer):
             return
         state = self.state[p]
         dtype = compute_dtype(p.dtype) if rule.master else p.dtype
-        fresh = not state or any(state.get(key) is None for key in moments[:1])
-        if moments or rule.at_random:
-            # torch's SGD counts no steps: where it has left a buffer, the first is over
-            begun = 0.0 if fresh or "betas" in self.defaults else 1.0
-            counter = state.get("step")
-            counter = torch.full((), begun) if counter is None or (fresh and moments) else torch.as_tensor(counter)
-            if kernels and (counter.device != piece.device or counter.dtype != torch.float32 or counter.dim()):
+        counters = self._counters(p, group, rule)
+        if counters is not None:
+            fresh = bool(moments) and state.get(moments[0]) is None
+            counter = counters.get("step")
+            if counter is None or (fresh and "betas" not in group):
+                # torch's SGD counts no steps: where it has left a buffer, the first one is over
+                counter = torch.full((), 0.0 if fresh or "betas" in group or not moments else 1.0)
+            counter = torch.as_tensor(counter)
+            if kernels and (
+                counter.device != piece.device or counter.dtype != torch.float32 or counter.dim()
+            ):
                 counter = counter.to(piece.device, torch.float32).reshape(())
-            state["step"] = counter
+            counters["step"] = counter
         for key in moments:
             if state.get(key) is None:
                 state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
@@ -465,6 +477,18 @@ class Regularized(Optimizer):
                 if key in state and not same_layout(state[key], p):
                     state[key] = laid_out(state[key], p)
 
+    def _counters(self, p: Tensor, group: dict, rule: Rule) -> dict | None:
+        """Where the counter of steps of a parameter is kept, as "step", or None where none is needed.
+
+        Adam's and that of random rounding are in the state. SGD has none in torch, and needs one only for a first step
+        that is not dampened: it is kept aside, so that checkpoints have the keys of torch's.
+        """
+        if "betas" in group or rule.at_random:
+            return self.state[p]
+        if rule.momentum and group["dampening"] != 0:
+            return self.__dict__.setdefault("_aside", {}).setdefault(p, {})
+        return None
+
     def _member(self, i: int, p: Tensor, piece: Tensor, g: Tensor, owner: int, rule: Rule) -> Member:
         group = self.param_groups[owner]
         state = self.state.get(p, {})
@@ -476,7 +500,7 @@ class Regularized(Optimizer):
             *(None,) * (3 - len(moments)),
             master=local(state["master"]) if rule.master else None,
             average=local(state["ema"]) if rule.average else None,
-            step=state["step"] if moments or rule.at_random else None,
+            step=(self._counters(p, group, rule) or {}).get("step"),
             group=owner,
             ordinal=i,
         )
@@ -486,7 +510,9 @@ class Regularized(Optimizer):
     def _run(self, plan: Plan, grads: list[Tensor | None], pieces: list[Tensor]) -> None:
         numbers = [self._numbers(group) for group in self.param_groups]
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        found_inf = found_inf if isinstance(found_inf, Tensor) else None  # the number 0 where there are no gradients
+        found_inf = (
+            found_inf if isinstance(found_inf, Tensor) else None
+        )  # the number 0 where there are no gradients
         squared = self._squared(plan, grads, pieces) if plan.sums else None
         norm = None
         for batch in plan.batches:
@@ -553,7 +579,11 @@ class Regularized(Optimizer):
                 continue
             member = self._member(i, p, piece, g, owner, rule)
             state = (member.first, member.second, member.largest)
-            if scale is None and not self._has_options(group) and all(s is None or s.dtype == p.dtype for s in state):
+            if (
+                scale is None
+                and not self._has_options(group)
+                and all(s is None or s.dtype == p.dtype for s in state)
+            ):
                 by_torch.setdefault(owner, []).append(i)
                 continue
             gain = 1.0 if scale is None else 1 / float(scale)

@@ -75,17 +75,22 @@ class SGD(Regularized, torch.optim.SGD):
         return rule_of(group, adam=False, momentum=momentum, nesterov=momentum and bool(group["nesterov"]))
 
     def _numbers(self, group: dict) -> Numbers:
-        return numbers_of(
-            group, self._decoupled(group), beta_1=group["momentum"], beta_2=group["dampening"]
-        )
+        return numbers_of(group, self._decoupled(group), beta_1=group["momentum"], beta_2=group["dampening"])
 
     def _moments(self, group: dict) -> list[str]:
         return ["momentum_buffer"] if group["momentum"] != 0 else []
 
-    def _torch_step(self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor]) -> None:
+    def _torch_step(
+        self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor]
+    ) -> None:
         states = [self.state[p] for p in params] if group["momentum"] != 0 else []
+        rules = [self._rule_of(p, group) for p in params] if states else []
+        counters = [self._counters(p, group, rule) or {} for p, rule in zip(params, rules, strict=False)]
         # To torch a buffer that has seen no gradient is none.
-        seen = [state.get("momentum_buffer") is not None and state.get("step", 1) != 0 for state in states]
+        seen = [
+            state.get("momentum_buffer") is not None and counter.get("step", 1) != 0
+            for state, counter in zip(states, counters, strict=True)
+        ]
         buffers = [local(s["momentum_buffer"]) if old else None for s, old in zip(states, seen, strict=True)]
         buffers = buffers or [None] * len(params)
         decay = group["weight_decay"]
@@ -113,9 +118,9 @@ class SGD(Regularized, torch.optim.SGD):
                 local(state["momentum_buffer"]).copy_(buffer)
             elif not old:
                 state["momentum_buffer"] = buffer
-        counters = [state["step"] for state in states if "step" in state]
-        if counters:
-            torch._foreach_add_(counters, 1)
+        steps = [counter["step"] for counter in counters if "step" in counter]
+        if steps:
+            torch._foreach_add_(steps, 1)
 
 
 class SGDW(SGD):
