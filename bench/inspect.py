@@ -85,7 +85,7 @@ class Report:
     stack_bytes: int
     spill_instructions: int  # LDL and STL
     shared_bytes: int
-    loads: dict[int, int]  # {bytes of one access: load instructions in the code}, global memory
+    loads: dict[int, int]  # {bytes of one access: load instructions in the code that is counted}, global memory
     stores: dict[int, int]
     exchanges: dict[str, float]  # LDS, STS, SHFL: per element
     atomics: int
@@ -121,8 +121,8 @@ def report_on(kernel: Kernel, cc: int) -> Report:
         stack_bytes=compiled.stack_bytes,
         spill_instructions=count_of(program.written, "LDL", "STL"),
         shared_bytes=compiled.shared_bytes,
-        loads=accesses(program.written, "loads"),
-        stores=accesses(program.written, "stores"),
+        loads=accesses(program.counted(for_target(kernel.trips, cc)), "loads"),
+        stores=accesses(program.counted(for_target(kernel.trips, cc)), "stores"),
         exchanges={base: count_of(counts, base) for base in ("LDS", "STS", "SHFL")},
         atomics=count_of(program.written, "ATOM", "ATOMG", "RED", "REDG"),
         loops=[loop.instructions for loop in program.loops],

@@ -381,6 +381,13 @@ class Program:
         """How often each opcode stands in the reachable code."""
         return Counter(instruction.opcode for block in self.successors for instruction in self.blocks[block])
 
+    def counted(self, trips: float | Sequence[float]) -> Counter[str]:
+        """The same without the loops that ``trips`` leaves out of the count."""
+        trips = [trips] if isinstance(trips, int | float) else list(trips)
+        rare = [loop.blocks for count, loop in zip(trips, self.loops, strict=True) if count == 0]
+        blocks = [block for block in self.successors if not any(block in left_out for left_out in rare)]
+        return Counter(instruction.opcode for block in blocks for instruction in self.blocks[block])
+
 
 # -----------------------------------------------------------------------------------------------------------
 # Classifying opcodes

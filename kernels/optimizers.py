@@ -27,6 +27,8 @@ tensor; ``step`` passes over the elements. Clipping has ``squares`` before them,
 over more elements than a tile holds (ROW_MOST) leaves sums of squares of its tiles, ``fold`` adds them up in order,
 and ``project`` touches only the rows that lie outside of the ball (and takes the average on itself).
 
+A tail, or a tile that 16-byte accesses do not reach, is done in a loop over pieces of one element a thread.
+
 Cost, bytes an element of fp32: SGD 12, with momentum 20, Adam and AdamW 28 (read p, g, m, v; write p, m, v), AMSGrad
 36; clipping 4 more, an average 8 more. bf16 throughout: 6, 10, 14. bf16 with masters: p written, g read, master, m
 and v read and written: 28. Those are the floors: every value that must be read, once, and every one that is written,
@@ -186,7 +188,7 @@ def _rounded_at_random(x, index, key, count, LANES: tl.constexpr):
 
 @triton.jit
 def _tile(
-    entries_ptr, row, partial_ptr, tensors, tensor, first, length, limit,
+    entries_ptr, row, tensors, tensor, first, length, limit,
     ADAM: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, AMSGRAD: tl.constexpr,
     CAUTIOUS: tl.constexpr, PULLED: tl.constexpr, SHRUNK: tl.constexpr, PROJECTION: tl.constexpr,
     HAS_MASTER: tl.constexpr, HAS_AVERAGE: tl.constexpr, AT_RANDOM: tl.constexpr,
@@ -196,8 +198,9 @@ def _tile(
     """One tile: BLOCK elements from ``first`` on, below ``limit``; of whole rows, where PROJECTION is "rows"."""
     LANES: tl.constexpr = 8 if ALIGNED else 1
     if ALIGNED:
-        length = tl.multiple_of(length, VECTOR)
-        first = tl.multiple_of(first, VECTOR)
+        # As products, so that the compiler sees that they divide: a hint on an argument would be lost.
+        length = length // VECTOR * VECTOR
+        first = first // VECTOR * VECTOR
     mask = None
     if PROJECTION == "rows":
         start = first + tl.arange(0, BLOCK // WIDTH).to(tl.int64)[:, None] * length
@@ -270,9 +273,6 @@ def _tile(
             radius = _number(row, RADIUS, COMPUTE)
             scale = tl.where(squared > radius * radius, radius / tl.sqrt(squared), 1.0)
             p *= scale[:, None]
-        else:
-            tl.store(partial_ptr, squared)
-
     stored = p
     if AT_RANDOM:
         key = entry(entries_ptr, tensors, tensor, ORDINAL)
@@ -285,6 +285,7 @@ def _tile(
         followed = p if HAS_MASTER else upcast(stored)
         average += _number(row, FOLLOW, COMPUTE) * (followed - average)
         write(average_address, element, average, mask, COMPUTE, ALIGNED)
+    return squared if PROJECTION == "partial" else size
 
 
 @triton.jit(do_not_specialize=["tensors", "programs"])
@@ -334,27 +335,37 @@ def step(
         limit = entry(entries_ptr, tensors, tensor, NUMEL)
         length = first
         wide = aligned(addresses) & (first % VECTOR == 0)
+        end = first + BLOCK
+        PIECE: tl.constexpr = BLOCK if PROJECTION == "rows" else BLOCK // 8
         if PROJECTION != "none":
             length = entry(entries_ptr, tensors, tensor, ROW)
         if PROJECTION == "rows":
             wide &= length % VECTOR == 0
+            end = first + BLOCK // WIDTH * length
         else:
             if PROJECTION == "partial":
                 limit = first - first % length + length  # a chunk is of one row
-            wide &= first + BLOCK <= limit
-        partial_ptr = None if partials_ptr is None else partials_ptr + tl.program_id(0)
+            wide &= end <= limit
         if wide:
-            _tile(
-                entries_ptr, row, partial_ptr, tensors, tensor, first, length, limit,
+            squared = _tile(
+                entries_ptr, row, tensors, tensor, first, length, limit,
                 ADAM, MOMENTUM, NESTEROV, AMSGRAD, CAUTIOUS, PULLED, SHRUNK, PROJECTION,
                 HAS_MASTER, HAS_AVERAGE, AT_RANDOM, P, G, S, COMPUTE, WIDTH, BLOCK, VECTOR, True,
             )  # fmt: skip
+            if PROJECTION == "partial":
+                tl.store(partials_ptr + tl.program_id(0), squared)
         else:
-            _tile(
-                entries_ptr, row, partial_ptr, tensors, tensor, first, length, limit,
-                ADAM, MOMENTUM, NESTEROV, AMSGRAD, CAUTIOUS, PULLED, SHRUNK, PROJECTION,
-                HAS_MASTER, HAS_AVERAGE, AT_RANDOM, P, G, S, COMPUTE, WIDTH, BLOCK, VECTOR, False,
-            )  # fmt: skip
+            count = tl.minimum(end, limit) - first
+            turn = length * (BLOCK // WIDTH) if PROJECTION == "rows" else PIECE
+            squared = tl.zeros([], COMPUTE)
+            for start in range(0, bound(count.to(tl.int32)), bound(turn)):
+                squared += _tile(
+                    entries_ptr, row, tensors, tensor, first + start, length, limit,
+                    ADAM, MOMENTUM, NESTEROV, AMSGRAD, CAUTIOUS, PULLED, SHRUNK, PROJECTION,
+                    HAS_MASTER, HAS_AVERAGE, AT_RANDOM, P, G, S, COMPUTE, WIDTH, PIECE, VECTOR, False,
+                )  # fmt: skip
+            if PROJECTION == "partial":
+                tl.store(partials_ptr + tl.program_id(0), squared)
 
 
 @triton.jit
@@ -364,7 +375,7 @@ def _square_tile(
 ):  # fmt: skip
     mask = None
     if ALIGNED:
-        first = tl.multiple_of(first, VECTOR)
+        first = first // VECTOR * VECTOR  # a product: the compiler sees that it divides
     element = first + tl.arange(0, BLOCK)
     if not ALIGNED:
         mask = element < limit
@@ -393,9 +404,13 @@ def squares(
         total = _square_tile(entries_ptr, tensors, tensor, first, limit, GRADIENT, DTYPE, BLOCK, VECTOR, True)
         tl.store(partials_ptr + tl.program_id(0), total)
     else:
-        total = _square_tile(
-            entries_ptr, tensors, tensor, first, limit, GRADIENT, DTYPE, BLOCK, VECTOR, False
-        )
+        PIECE: tl.constexpr = BLOCK // 8
+        total = tl.zeros([], partials_ptr.dtype.element_ty)
+        count = tl.minimum(first + BLOCK, limit) - first
+        for start in range(0, bound(count.to(tl.int32)), PIECE):
+            total += _square_tile(
+                entries_ptr, tensors, tensor, first + start, limit, GRADIENT, DTYPE, PIECE, VECTOR, False
+            )
         tl.store(partials_ptr + tl.program_id(0), total)
 
 
@@ -426,7 +441,7 @@ def _project_tile(
 ):  # fmt: skip
     mask = None
     if ALIGNED:
-        first = tl.multiple_of(first, VECTOR)
+        first = first // VECTOR * VECTOR  # a product: the compiler sees that it divides
     element = first + tl.arange(0, BLOCK)
     if not ALIGNED:
         mask = element < limit
@@ -488,7 +503,10 @@ def project(
                 HAS_MASTER, HAS_AVERAGE, P, COMPUTE, BLOCK, VECTOR, True,
             )  # fmt: skip
         else:
-            _project_tile(
-                entries_ptr, row, tensors, tensor, first, limit, scale,
-                HAS_MASTER, HAS_AVERAGE, P, COMPUTE, BLOCK, VECTOR, False,
-            )  # fmt: skip
+            PIECE: tl.constexpr = BLOCK // 8
+            count = tl.minimum(first + BLOCK, limit) - first
+            for start in range(0, bound(count.to(tl.int32)), PIECE):
+                _project_tile(
+                    entries_ptr, row, tensors, tensor, first + start, limit, scale,
+                    HAS_MASTER, HAS_AVERAGE, P, COMPUTE, PIECE, VECTOR, False,
+                )  # fmt: skip

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def deal(lengths: np.ndarray, sizes: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
-    """Cuts units of ``lengths`` into chunks of ``sizes`` elements: the unit of each chunk, and where it starts there."""
+    """Cuts units of ``lengths`` into chunks of ``sizes`` elements: the unit of each chunk, and its start there."""
     counts = -(-lengths // sizes)
     unit = np.repeat(np.arange(len(lengths)), counts)
     place = np.arange(len(unit)) - np.repeat(np.cumsum(counts) - counts, counts)

@@ -1,4 +1,4 @@
-"""One step of an optimizer: the definition in ATen, and the launches of ``kernels/optimizers.py``, which say what it is.
+"""One step of an optimizer: the definition in ATen, and the launches of ``kernels/optimizers.py``.
 
 An optimizer (``fastreg/optim``) hands over tensors and the numbers of their groups. Here nothing is remembered between
 two steps but the tables of addresses.

@@ -60,7 +60,7 @@ class Adam(_Adam, torch.optim.Adam):
     __doc__ = f"""Adam with L2 regularization, in one pass over memory.
 
     As :class:`torch.optim.Adam`, whose arguments, groups and state these are. ``weight_decay`` is coupled: the gradient
-    of ``weight_decay / 2 |p|^2``, which the second moment divides again. (No such penalty is a decay of the weights, see
+    of ``weight_decay / 2 |p|^2``, which the second moment divides again. (No such penalty decays the weights, see
     :class:`AdamW`.)
 
     Args:

@@ -18,7 +18,7 @@ class SGD(Regularized, torch.optim.SGD):
 
     Args:
         params, lr, momentum, dampening, weight_decay, nesterov, maximize, foreach, differentiable, fused: as in torch.
-            On the kernels foreach and fused choose nothing. lr may be a tensor, which is read in every step.{OPTIONS_DOC}
+            On the kernels foreach and fused choose nothing. lr may be a tensor, read in every step.{OPTIONS_DOC}
     Raises:
         ValueError: an argument out of range.
         RuntimeError: parameters in pieces whose max-norm needs them whole, sparse or complex ones with our options.
