@@ -85,7 +85,9 @@ class Report:
     stack_bytes: int
     spill_instructions: int  # LDL and STL
     shared_bytes: int
-    loads: dict[int, int]  # {bytes of one access: load instructions in the code that is counted}, global memory
+    loads: dict[
+        int, int
+    ]  # {bytes of one access: load instructions in the code that is counted}, global memory
     stores: dict[int, int]
     exchanges: dict[str, float]  # LDS, STS, SHFL: per element
     atomics: int

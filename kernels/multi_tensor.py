@@ -4,9 +4,9 @@ The tensors lie anywhere. Two tables in the memory of the device say where, writ
 
     entries  int64 [lists + 2, tensors]   a row of addresses for each list of tensors (parameters, gradients, ...),
                                           then the number of elements of each tensor, and the length of its rows
-    chunks   int64 [2, programs]          which tensor a program works on, and the element it starts at
+    chunks   int64 [2 or 3, programs]     which tensor a program works on, the element it starts at, and where it ends
 
-Cost: a program reads 16 bytes of chunks and 8 a list, against BLOCK elements of each list: 0.05 bytes an element, most
+Cost: a program reads 16 or 24 bytes of chunks and 8 a list, against BLOCK elements of each list: 0.05 bytes an element, most
 of them from the L2 cache. What it costs is time: two dependent reads before the first element. Enough programs are
 resident on a multiprocessor to hide them.
 
@@ -27,6 +27,12 @@ def chunk(chunks_ptr, programs):
     """The tensor of this program and its first element there: two int64 scalars."""
     program = tl.program_id(0)
     return tl.load(chunks_ptr + program), tl.load(chunks_ptr + programs + program)
+
+
+@triton.jit
+def chunk_end(chunks_ptr, programs):
+    """The element behind the last of this program, where the chunks have such a row."""
+    return tl.load(chunks_ptr + 2 * programs + tl.program_id(0))
 
 
 @triton.jit

@@ -39,10 +39,10 @@ import triton
 import triton.language as tl
 
 from .fastmath import bound, reciprocal, sqrt, upcast
-from .multi_tensor import aligned, chunk, entry, read, write
+from .multi_tensor import aligned, chunk, chunk_end, entry, read, write
 from .philox import lanes
 
-# The lists of the table of entries, then its two rows of numbers, and the group of each tensor.
+# The lists of the table of entries, then three rows of numbers.
 PARAMETER = tl.constexpr(0)
 GRADIENT = tl.constexpr(1)
 FIRST = tl.constexpr(2)  # momentum_buffer, exp_avg
@@ -51,10 +51,9 @@ LARGEST = tl.constexpr(4)  # max_exp_avg_sq
 MASTER = tl.constexpr(5)
 AVERAGE = tl.constexpr(6)
 STEP = tl.constexpr(7)  # fp32 [1] on the device
-NUMEL = tl.constexpr(8)
-ROW = tl.constexpr(9)  # elements in a row of the max-norm; 0 without one
-GROUP = tl.constexpr(10)
-ORDINAL = tl.constexpr(11)  # the place of the parameter in its optimizer: the key of its random bits
+ROW = tl.constexpr(8)  # elements in a row of the max-norm; 0 without one
+GROUP = tl.constexpr(9)
+ORDINAL = tl.constexpr(10)  # the place of the parameter in its optimizer: the key of its random bits
 
 # The scalars of a tensor: what ``advance`` writes and ``step`` reads.
 SCALARS = tl.constexpr(16)
@@ -94,7 +93,7 @@ EMA = tl.constexpr(12)  # 1 - ema_decay
 
 @triton.jit(do_not_specialize=["tensors"])
 def advance(
-    entries_ptr,  # int64 [12, tensors]
+    entries_ptr,  # int64 [11, tensors]
     groups_ptr,  # fp64 [groups, NUMBERS]
     scalars_ptr,  # fp64 [tensors, SCALARS], written
     squared_ptr,  # fp64 [1]: the sum of squares of all gradients, or None without clipping
@@ -290,8 +289,8 @@ def _tile(
 
 @triton.jit(do_not_specialize=["tensors", "programs"])
 def step(
-    entries_ptr,  # int64 [12, tensors]
-    chunks_ptr,  # int64 [2, programs]
+    entries_ptr,  # int64 [11, tensors]
+    chunks_ptr,  # int64 [3, programs]
     scalars_ptr,  # fp64 [tensors, SCALARS]
     partials_ptr,  # COMPUTE [programs]: sums of squares (PROJECTION "partial"), or None
     tensors,
@@ -332,35 +331,29 @@ def step(
             addresses |= entry(entries_ptr, tensors, tensor, MASTER)
         if HAS_AVERAGE:
             addresses |= entry(entries_ptr, tensors, tensor, AVERAGE)
-        limit = entry(entries_ptr, tensors, tensor, NUMEL)
-        length = first
+        end = chunk_end(chunks_ptr, programs)
         wide = aligned(addresses) & (first % VECTOR == 0)
-        end = first + BLOCK
-        PIECE: tl.constexpr = BLOCK if PROJECTION == "rows" else BLOCK // 8
-        if PROJECTION != "none":
-            length = entry(entries_ptr, tensors, tensor, ROW)
+        PIECE: tl.constexpr = BLOCK if PROJECTION == "rows" else BLOCK // 16
+        length = first
         if PROJECTION == "rows":
+            length = entry(entries_ptr, tensors, tensor, ROW)
             wide &= length % VECTOR == 0
-            end = first + BLOCK // WIDTH * length
         else:
-            if PROJECTION == "partial":
-                limit = first - first % length + length  # a chunk is of one row
-            wide &= end <= limit
+            wide &= first + BLOCK <= end
         if wide:
             squared = _tile(
-                entries_ptr, row, tensors, tensor, first, length, limit,
+                entries_ptr, row, tensors, tensor, first, length, end,
                 ADAM, MOMENTUM, NESTEROV, AMSGRAD, CAUTIOUS, PULLED, SHRUNK, PROJECTION,
                 HAS_MASTER, HAS_AVERAGE, AT_RANDOM, P, G, S, COMPUTE, WIDTH, BLOCK, VECTOR, True,
             )  # fmt: skip
             if PROJECTION == "partial":
                 tl.store(partials_ptr + tl.program_id(0), squared)
         else:
-            count = tl.minimum(end, limit) - first
             turn = length * (BLOCK // WIDTH) if PROJECTION == "rows" else PIECE
             squared = tl.zeros([], COMPUTE)
-            for start in range(0, bound(count.to(tl.int32)), bound(turn)):
+            for start in range(0, bound((end - first).to(tl.int32)), bound(turn)):
                 squared += _tile(
-                    entries_ptr, row, tensors, tensor, first + start, length, limit,
+                    entries_ptr, row, tensors, tensor, first + start, length, end,
                     ADAM, MOMENTUM, NESTEROV, AMSGRAD, CAUTIOUS, PULLED, SHRUNK, PROJECTION,
                     HAS_MASTER, HAS_AVERAGE, AT_RANDOM, P, G, S, COMPUTE, WIDTH, PIECE, VECTOR, False,
                 )  # fmt: skip
@@ -387,8 +380,8 @@ def _square_tile(
 
 @triton.jit(do_not_specialize=["tensors", "programs"])
 def squares(
-    entries_ptr,  # int64 [12, tensors]
-    chunks_ptr,  # int64 [2, programs]
+    entries_ptr,  # int64 [11, tensors]
+    chunks_ptr,  # int64 [3, programs]
     partials_ptr,  # fp32 [programs], or fp64
     tensors,
     programs,
@@ -398,18 +391,21 @@ def squares(
 ):
     """Sums of the squares of each chunk of gradients. Grid: (programs,)."""
     tensor, first = chunk(chunks_ptr, programs)
-    limit = entry(entries_ptr, tensors, tensor, NUMEL)
-    wide = aligned(entry(entries_ptr, tensors, tensor, GRADIENT)) & (first + BLOCK <= limit)
+    end = chunk_end(chunks_ptr, programs)
+    wide = (
+        aligned(entry(entries_ptr, tensors, tensor, GRADIENT))
+        & (first % VECTOR == 0)
+        & (first + BLOCK <= end)
+    )
     if wide:
-        total = _square_tile(entries_ptr, tensors, tensor, first, limit, GRADIENT, DTYPE, BLOCK, VECTOR, True)
+        total = _square_tile(entries_ptr, tensors, tensor, first, end, GRADIENT, DTYPE, BLOCK, VECTOR, True)
         tl.store(partials_ptr + tl.program_id(0), total)
     else:
-        PIECE: tl.constexpr = BLOCK // 8
+        PIECE: tl.constexpr = BLOCK // 16
         total = tl.zeros([], partials_ptr.dtype.element_ty)
-        count = tl.minimum(first + BLOCK, limit) - first
-        for start in range(0, bound(count.to(tl.int32)), PIECE):
+        for start in range(0, bound((end - first).to(tl.int32)), PIECE):
             total += _square_tile(
-                entries_ptr, tensors, tensor, first + start, limit, GRADIENT, DTYPE, PIECE, VECTOR, False
+                entries_ptr, tensors, tensor, first + start, end, GRADIENT, DTYPE, PIECE, VECTOR, False
             )
         tl.store(partials_ptr + tl.program_id(0), total)
 
@@ -467,8 +463,8 @@ def _project_tile(
 
 @triton.jit(do_not_specialize=["tensors", "programs"])
 def project(
-    entries_ptr,  # int64 [12, tensors]
-    chunks_ptr,  # int64 [2, programs]
+    entries_ptr,  # int64 [11, tensors]
+    chunks_ptr,  # int64 [3, programs]
     chunk_units_ptr,  # int64 [programs]: which row a chunk is of
     scalars_ptr,  # fp64 [tensors, SCALARS]
     squared_ptr,  # COMPUTE [units]
@@ -489,24 +485,22 @@ def project(
     outside = squared > radius * radius
     if (tl.load(row + LIVE) != 0.0) & (outside | HAS_AVERAGE):
         scale = tl.where(outside, radius / tl.sqrt(squared), 1.0)
-        length = entry(entries_ptr, tensors, tensor, ROW)
-        limit = first - first % length + length
+        end = chunk_end(chunks_ptr, programs)
         addresses = entry(entries_ptr, tensors, tensor, PARAMETER)
         if HAS_MASTER:
             addresses |= entry(entries_ptr, tensors, tensor, MASTER)
         if HAS_AVERAGE:
             addresses |= entry(entries_ptr, tensors, tensor, AVERAGE)
-        wide = aligned(addresses) & (first % VECTOR == 0) & (first + BLOCK <= limit)
+        wide = aligned(addresses) & (first % VECTOR == 0) & (first + BLOCK <= end)
         if wide:
             _project_tile(
-                entries_ptr, row, tensors, tensor, first, limit, scale,
+                entries_ptr, row, tensors, tensor, first, end, scale,
                 HAS_MASTER, HAS_AVERAGE, P, COMPUTE, BLOCK, VECTOR, True,
             )  # fmt: skip
         else:
-            PIECE: tl.constexpr = BLOCK // 8
-            count = tl.minimum(first + BLOCK, limit) - first
-            for start in range(0, bound(count.to(tl.int32)), PIECE):
+            PIECE: tl.constexpr = BLOCK // 16
+            for start in range(0, bound((end - first).to(tl.int32)), PIECE):
                 _project_tile(
-                    entries_ptr, row, tensors, tensor, first + start, limit, scale,
+                    entries_ptr, row, tensors, tensor, first + start, end, scale,
                     HAS_MASTER, HAS_AVERAGE, P, COMPUTE, PIECE, VECTOR, False,
                 )  # fmt: skip

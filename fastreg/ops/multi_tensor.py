@@ -39,7 +39,8 @@ def upload(numbers: np.ndarray | Sequence, device: torch.device, dtype: torch.dt
 
 
 class Table:
-    """entries: int64 ``[rows, tensors]`` on the device; chunks: int64 ``[2, programs]``: tensor and first element."""
+    """entries: int64 ``[rows, tensors]`` on the device; chunks: int64 ``[2, programs]``: tensor and first element,
+    or with a third row, the end."""
 
     def __init__(self, rows: Sequence[Sequence[int]], chunks: Sequence[np.ndarray], device: torch.device):
         self.device = device

@@ -33,7 +33,7 @@ if backend.HAS_TRITON:
     }
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-TILE = 1024  # elements of a program
+TILE = 2048  # elements of a program
 ROW_MOST = 4096  # elements of a row that is projected in its tile
 
 
@@ -252,20 +252,31 @@ class Batch:
         if self.projection == "partial":
             counts = numel // np.maximum(rows, 1) if rule.rows else np.ones_like(rows)
             tensor = np.repeat(np.arange(len(members)), counts)
-            place = np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)
-            unit, start = deal(rows[tensor], self.block)
-            chunks = tensor[unit], place[unit] * rows[tensor][unit] + start
-            per_unit = -(-rows[tensor] // self.block)
-            self.units = upload(np.stack([np.cumsum(per_unit) - per_unit, per_unit]), self.device)
+            row = np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)
+            lengths = rows[tensor]
+            unit, start = deal(lengths, self.block)
+            first = (row * lengths)[unit]
+            chunks = (
+                tensor[unit],
+                first + start,
+                np.minimum(first + start + self.block, first + lengths[unit]),
+            )
+            pieces = -(-lengths // self.block)
+            self.units = upload(np.stack([np.cumsum(pieces) - pieces, pieces]), self.device)
             self.chunk_units = upload(unit, self.device)
             self.squared = torch.zeros(len(tensor), dtype=self.compute, device=self.device)
         else:
-            sizes = rows * (self.block // self.width) if self.projection == "rows" else self.block
-            chunks = deal(numel, np.maximum(sizes, 1))
+            sizes = (
+                rows * (self.block // self.width)
+                if self.projection == "rows"
+                else np.full_like(numel, self.block)
+            )
+            tensor, start = deal(numel, np.maximum(sizes, 1))
+            chunks = tensor, start, np.minimum(start + sizes[tensor], numel[tensor])
         lists = [addresses([getattr(member, name) for member in members]) for name in self.LISTS]
         groups = [self.groups.index(member.group) for member in members]
         ordinals = [member.ordinal for member in members]
-        self.table = Table([*lists, numel, rows, groups, ordinals], chunks, self.device)
+        self.table = Table([*lists, rows, groups, ordinals], chunks, self.device)
         self.scalars = torch.empty(
             len(members), kernels.SCALARS.value, dtype=torch.float64, device=self.device
         )
@@ -281,6 +292,11 @@ class Batch:
     @property
     def _vector(self) -> int:
         return 16 // min(dtype.itemsize for dtype in (*self.dtypes, self.compute))
+
+    @property
+    def _warps(self) -> int:
+        """Sixteen elements a thread share the reading of its tables; eight, where a sum over rows needs registers."""
+        return self.block // (256 if self.projection == "rows" else 512)
 
     @property
     def _table(self) -> dict[str, Any]:
@@ -299,7 +315,7 @@ class Batch:
             "DTYPE": _TYPES[self.dtypes[1]],
             "BLOCK": self.block,
             "VECTOR": 16 // self.dtypes[1].itemsize,
-            "num_warps": self.block // 256,
+            "num_warps": self._warps,
         }
         return Launch(kernels.squares, (self.table.programs,), arguments)
 
@@ -353,7 +369,7 @@ class Batch:
             "WIDTH": self.width,
             "BLOCK": self.block,
             "VECTOR": self._vector,
-            "num_warps": self.block // 256,
+            "num_warps": self._warps,
         }
         return Launch(kernels.step, (self.table.programs,), arguments)
 
@@ -382,7 +398,7 @@ class Batch:
             "COMPUTE": _TYPES[self.compute],
             "BLOCK": self.block,
             "VECTOR": self._vector,
-            "num_warps": self.block // 256,
+            "num_warps": self._warps,
         }
         return Launch(kernels.project, (self.table.programs,), arguments)
 
