@@ -6,7 +6,7 @@ The tensors lie anywhere. Two tables in the memory of the device say where, writ
                                           then the number of elements of each tensor, and the length of its rows
     chunks   int64 [2 or 3, programs]     which tensor a program works on, the element it starts at, and where it ends
 
-Cost: a program reads 16 or 24 bytes of chunks and 8 a list, against BLOCK elements of each list: 0.05 bytes an element, most
+Cost: a program reads 16 or 24 bytes of chunks and 8 a list, against BLOCK elements of each: 0.05 bytes an element, most
 of them from the L2 cache. What it costs is time: two dependent reads before the first element. Enough programs are
 resident on a multiprocessor to hide them.
 

@@ -42,7 +42,7 @@ def gradient_of(p: Tensor, step: int, place: int) -> Tensor:
 def reference(
     params: list[Tensor], name: str, steps: int, gradients=gradient_of, lrs=None, **group
 ) -> list[dict]:
-    """The equations at the top of ``kernels/optimizers.py`` in fp64, tensor by tensor: parameters, masters, averages."""
+    """The equations at the top of ``kernels/optimizers.py`` in fp64, tensor by tensor."""
     lr, momentum, dampening = group["lr"], group.get("momentum", 0), group.get("dampening", 0)
     beta_1, beta_2 = group.get("betas", (0.9, 0.999))
     eps, decay = group.get("eps", 1e-8), group.get("weight_decay", 1e-2 if name == "AdamW" else 0)

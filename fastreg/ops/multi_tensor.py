@@ -22,8 +22,8 @@ def deal(lengths: np.ndarray, sizes: np.ndarray | int) -> tuple[np.ndarray, np.n
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     """-1 where there is no tensor: empty ones may lie at 0. Sparse ones, which lie nowhere, get 0."""
     try:
-        return [-1 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    except RuntimeError:
+        return list(map(torch._C.TensorBase.data_ptr, tensors))  # the fast way: none is missing
+    except (TypeError, RuntimeError):
         return [
             -1 if tensor is None else 0 if tensor.layout != torch.strided else tensor.data_ptr()
             for tensor in tensors

@@ -157,17 +157,21 @@ class Plan:
     def remember(self, grads: list[Tensor | None], pieces: list[Tensor]) -> None:
         self.gradients = _weakly(grads)
         self.gradient_addresses = addresses(grads)
-        self.addresses = list(map(_address, pieces))
+        self.addresses = addresses(pieces)
         self.dicts = [self.state[p] for p in self.params if p in self.state]
-        self.values = list(chain.from_iterable(map(dict.values, self.dicts)))
+        self.values = list(self._state_tensors())
+
+    def _state_tensors(self):
+        """All values of the state, and None, by which an end that comes early is noticed."""
+        return chain(chain.from_iterable(map(dict.values, self.dicts)), (None,))
 
     def has_all_but_gradients(self, structure: tuple, params: list, pieces: list, state: dict) -> bool:
         return (
             structure == self.structure
             and state is self.state
             and _same(params, self.params)
-            and list(map(_address, pieces)) == self.addresses
-            and _same(list(chain.from_iterable(map(dict.values, self.dicts))), self.values)
+            and addresses(pieces) == self.addresses
+            and all(map(operator.is_, self._state_tensors(), self.values))
         )
 
     def follow(self, grads: list[Tensor | None], pieces: list[Tensor]) -> bool:
@@ -223,9 +227,6 @@ def _fits(g: Tensor, piece: Tensor, dtype: torch.dtype) -> bool:
 
 def _weakly(grads: list[Tensor | None]) -> list:
     return [None if g is None else weakref.ref(g) for g in grads]
-
-
-_address = torch._C.TensorBase.data_ptr
 
 
 def _same(found: list, expected: list) -> bool:
