@@ -29,6 +29,9 @@ class Case:
     written once. ``check(inputs, output, output_grad, input_grads)`` returns what is wrong, or None.
     ``peers`` maps the name of a library to a builder: called once, it imports the library and returns a
     function of the same inputs. ``eager_backend(*inputs)`` names what eager PyTorch runs for them, where it chooses.
+    ``compiled(mode)`` is the function for ``torch.compile``, where that is not ``torch`` compiled as a whole.
+
+    Where no input requires a gradient, only the forward direction is timed: the step of an optimizer.
     """
 
     name: str
@@ -40,6 +43,7 @@ class Case:
     check: Callable[[tuple[Tensor, ...], Tensor, Tensor, tuple[Tensor, ...]], str | None]
     peers: Mapping[str, Callable[[], Callable[..., Tensor]]] = field(default_factory=dict)
     eager_backend: Callable[..., str] | None = None
+    compiled: Callable[[str | None], Callable[..., Tensor]] | None = None
 
     def floor(self, direction: str, x: Tensor) -> int:
         """Bytes that must move between memory and chip for ``direction`` on first input ``x``."""

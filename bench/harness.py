@@ -221,9 +221,9 @@ def prepare(direction: str, function: Callable, inputs: tuple[torch.Tensor, ...]
     made here, outside of the timing."""
     # Leaves of their own: autograd ties a leaf to the stream it is first used on, which may be captured.
     inputs = tuple(t.detach().requires_grad_(t.requires_grad) for t in inputs)
-    if direction == "forward":
-        return lambda: function(*inputs)
     wanted = differentiated(inputs)
+    if direction == "forward" or not wanted:
+        return lambda: function(*inputs)
     y = function(*inputs)
     dy = torch.randn_like(y)
     if direction == "backward":
@@ -303,7 +303,8 @@ def measure(
         else:
             ready.append((peer, function, row))
 
-    directions = [direction for direction in DIRECTIONS if case.floor(direction, x)]  # 0: nothing to do
+    directions = DIRECTIONS if differentiated(inputs) else ("forward",)
+    directions = [direction for direction in directions if case.floor(direction, x)]  # 0: nothing to do
     for direction, (method, timer) in product(directions, clock.methods(nbytes).items()):
         samples = {peer.name: [] for peer, _, _ in ready}
         errors = {}
@@ -330,7 +331,8 @@ def wrong(case: Case, function: Callable, inputs: tuple) -> str | None:
     """What the check of the case says about one forward and backward pass."""
     y = function(*inputs)
     dy = torch.randn_like(y)
-    problem = case.check(inputs, y, dy, torch.autograd.grad(y, differentiated(inputs), dy))
+    wanted = differentiated(inputs)
+    problem = case.check(inputs, y, dy, torch.autograd.grad(y, wanted, dy) if wanted else ())
     return problem and f"wrong: {problem}"
 
 

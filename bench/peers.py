@@ -52,6 +52,8 @@ def compiled(mode: str | None) -> Callable[[Case], Callable]:
     def build(case: Case) -> Callable:
         # Timing backward alone runs it many times on one graph, which donated buffers forbid.
         torch._functorch.config.donated_buffer = False
+        if case.compiled is not None:
+            return case.compiled(mode)
         return torch.compile(case.torch, mode=mode, dynamic=False, fullgraph=True)
 
     return build
@@ -87,6 +89,9 @@ PEERS = (
     library("liger_kernel", "liger-kernel==0.8.5"),
     library("quack", "quack-kernels==0.6.5", "nvidia-cutlass-dsl", "apache-tvm-ffi", "torch-c-dlpack-ext"),
     library("apex"),  # from its repository
+    library("optimi", "torch-optimi==0.3.3"),
+    library("torchao", "torchao==0.18.0"),
+    library("bitsandbytes", "bitsandbytes==0.50.2"),
     library("flash_attn"),  # no wheel: it is built on the machine
 )
 CPU_PEERS = ("fastreg", "torch")  # what a CPU can say something about: the overhead over torch

@@ -5,7 +5,8 @@ Forward, backward and the optimizer's step, in bf16 autocast; images channels_la
     python -m bench steps
 
 The networks are those of ``networks.py``. Every implementation starts from the same weights; its logits in
-evaluation mode have to agree with the others' before it is timed. The optimizer is torch's fused one.
+evaluation mode have to agree with the others' before it is timed. The optimizer is torch's fused one
+beside its layers, and ours beside ours.
 """
 
 import json
@@ -17,6 +18,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fastreg import optim
 
 from .harness import SCHEMA, Cpu, Cuda, explain, summary, time_limit
 from .networks import FUSED, GPT, PLAIN, Layers, ResNet
@@ -95,8 +98,11 @@ class Step:
         self.input, self.target = network.batch(device)
         if self.input.dim() == 4:
             self.model.to(memory_format=torch.channels_last)
-        optimizer, arguments = network.optimizer
-        self.optimizer = optimizer(self.model.parameters(), **arguments, fused=True)
+        theirs, arguments = network.optimizer
+        if implementation.layers is FUSED:
+            self.optimizer = getattr(optim, theirs.__name__)(self.model.parameters(), **arguments)
+        else:
+            self.optimizer = theirs(self.model.parameters(), **arguments, fused=True)
         self.forward = torch.compile(self.model) if implementation.compiled else self.model
 
     def loss(self) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from fastreg.ops.optimizers import Numbers, Rule
-from fastreg.optim.base import OPTIONS_DOC, Regularized, may_fuse, numbers_of, rule_of
+from fastreg.optim.base import OPTIONS_DOC, Regularized, numbers_of, rule_of
 from fastreg.optim.distributed import local
 
 MOMENTS = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
@@ -28,12 +28,12 @@ class _Adam(Regularized):
         return MOMENTS if group["amsgrad"] else MOMENTS[:2]
 
     def _torch_step(
-        self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor]
+        self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor], walks: bool
     ) -> None:
         lists: list[list[Tensor]] = [[], [], [], [], [], []]
         has_complex = self._init_group({**group, "params": params}, *lists)
         moments = [[local(t) for t in found] for found in lists[2:5]]
-        fused = not has_complex and may_fuse(group, pieces, grads, *moments)
+        fused = walks and not has_complex
         steps = lists[5]
         adam(
             pieces,

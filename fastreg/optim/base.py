@@ -133,13 +133,17 @@ def numbers_of(group: dict[str, Any], decoupled: bool, **rest: float) -> Numbers
     )
 
 
-def may_fuse(group: dict[str, Any], *lists: list[Tensor]) -> bool:
-    """Whether torch's fused step on the CPU, which walks over memory, does what its loop over the parameters does."""
-    if group["fused"] is None and group["foreach"] is None:
-        return all(
-            t.is_contiguous() and t.dtype in DTYPES and t.device.type == "cpu" for ts in lists for t in ts
-        )
-    return bool(group["fused"]) and all(t.is_contiguous() for ts in lists for t in ts)
+def may_walk(group: dict[str, Any], grads: list[Tensor]) -> bool:
+    """Whether torch's fused step on the CPU, which walks over memory, does what its loop over the parameters does.
+
+    Of parameters and state the plan knows it. Where the user has chosen another of torch's ways, it is taken.
+    """
+    chosen = group["fused"] if group["foreach"] is None else False
+    return chosen is not False and all(map(torch.Tensor.is_contiguous, grads))
+
+
+def _is_ordinary(p: Tensor, g: Tensor) -> bool:
+    return p.is_floating_point() and not p.is_meta and g.layout == torch.strided
 
 
 class Plan:
@@ -150,6 +154,8 @@ class Plan:
         self.distributed = any(is_distributed(p) for p in params)
         self.batches: list[_Placed] = []
         self.rest: list[int] = []  # places of parameters that no kernel takes
+        self.torch: dict[int, list[int]] = {}  # and of those that torch's own step can take, by group
+        self.walks: dict[int, bool] = {}  # whose memory may be walked over, but for the gradients
         self.sums: list = []  # by what shards the norm of the gradients is summed, in an order all processes share
         self.copies = False  # some gradient has another layout than its parameter
         self.written: list[Tensor] = []  # by kernels, behind the back of autograd
@@ -257,9 +263,12 @@ class Regularized(Optimizer):
         raise NotImplementedError
 
     def _torch_step(
-        self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor]
+        self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor], walks: bool
     ) -> None:
-        """The step of torch, for parameters whose state has been made (or is torch's to make)."""
+        """The step of torch, for parameters whose state has been made (or is torch's to make).
+
+        walks: by its fused one, which walks over memory.
+        """
         raise NotImplementedError
 
     # --- options
@@ -392,7 +401,7 @@ class Regularized(Optimizer):
             group = self.param_groups[owners[i]]
             rule = self._rule_of(p, group)
             if not takes(piece, g, rule):
-                plan.rest.append(i)
+                self._place(plan, i, piece, g, owners[i], rule)
                 continue
             self._prepare(p, piece, group, rule, kernels=True)
             if not same_layout(g, piece):
@@ -421,6 +430,24 @@ class Regularized(Optimizer):
         plan.sums = list(by_shards(clipping))
         plan.remember(grads, pieces)
         return plan
+
+    def _place(self, plan: Plan, i: int, piece: Tensor, g: Tensor, owner: int, rule: Rule) -> None:
+        """Finds the place of a parameter that no kernel takes."""
+        p, group = plan.params[i], self.param_groups[owner]
+        if _is_ordinary(p, g):
+            self._prepare(p, piece, group, rule, kernels=False)
+            member = self._member(i, p, piece, g, owner, rule)
+            state = [t for t in (member.first, member.second, member.largest) if t is not None]
+            if self._has_options(group) or any(t.dtype != p.dtype for t in state):
+                plan.rest.append(i)
+                return
+            walks = all(
+                t.is_contiguous() and t.dtype in DTYPES and t.device.type == "cpu" for t in (piece, *state)
+            )
+            plan.walks[owner] = plan.walks.get(owner, True) and walks
+        else:
+            plan.walks[owner] = False
+        plan.torch.setdefault(owner, []).append(i)
 
     def _refuse(self, p: Tensor, g: Tensor, group: dict) -> None:
         """Raises for what no step can take, before anything has changed."""
@@ -541,7 +568,7 @@ class Regularized(Optimizer):
             batch.kept = []
         if plan.written:
             torch.autograd.graph.increment_version(plan.written)
-        if plan.rest:
+        if plan.rest or plan.torch:
             self._step_the_rest(plan, grads, pieces, numbers, scale, found_inf, squared)
         if squared is not None:
             if norm is None:
@@ -562,38 +589,30 @@ class Regularized(Optimizer):
         return total(sums)
 
     def _step_the_rest(self, plan, grads, pieces, numbers, scale, found_inf, squared) -> None:
+        """Those that no kernel takes, tensor by tensor, or by torch, whose step knows neither scale nor infinities."""
         if found_inf is not None and float(found_inf):
-            found_inf = True
+            return
         norm = None
         if squared is not None:
             norm = float(squared.sqrt()) / (1 if scale is None else abs(float(scale)))
-        by_torch: dict[int, list[int]] = {}
-        for i in plan.rest:
-            p, piece, g, owner = plan.params[i], pieces[i], grads[i], plan.owners[i]
+        gain = 1.0 if scale is None else 1 / float(scale)
+        by_torch = plan.torch
+        ours = plan.rest
+        if scale is not None:
+            by_torch = {}
+            ours = plan.rest + [i for places in plan.torch.values() for i in places]
+        for i in ours:
+            p, owner = plan.params[i], plan.owners[i]
             group = self.param_groups[owner]
-            if not p.is_floating_point() or p.is_meta or g.is_sparse:
-                by_torch.setdefault(owner, []).append(i)
-                continue
             rule = self._rule_of(p, group)
-            self._prepare(p, piece, group, rule, kernels=False)
-            if found_inf is True:
-                continue
-            member = self._member(i, p, piece, g, owner, rule)
-            state = (member.first, member.second, member.largest)
-            if (
-                scale is None
-                and not self._has_options(group)
-                and all(s is None or s.dtype == p.dtype for s in state)
-            ):
-                by_torch.setdefault(owner, []).append(i)
-                continue
-            gain = 1.0 if scale is None else 1 / float(scale)
-            if group["max_grad_norm"] is not None:
-                gain *= clipped(norm, group["max_grad_norm"])
-            define(member, rule, numbers[owner], gain, shards(p) if rule.rows is False else None)
+            member = self._member(i, p, pieces[i], grads[i], owner, rule)
+            most = group["max_grad_norm"]
+            own = gain if most is None else gain * clipped(norm, most)
+            define(member, rule, numbers[owner], own, shards(p) if rule.rows is False else None)
         for owner, places in by_torch.items():
-            if found_inf is not True:
-                chosen = ([x[i] for i in places] for x in (plan.params, pieces, grads))
-                self._torch_step(self.param_groups[owner], *chosen)
-                written = [plan.params[i] for i in places]  # torch's fused step does not say so
-                torch.autograd.graph.increment_version([p for p in written if not p.is_inference()])
+            group = self.param_groups[owner]
+            params, parts, own = ([x[i] for i in places] for x in (plan.params, pieces, grads))
+            walks = plan.walks[owner] and may_walk(group, own)
+            self._torch_step(group, params, parts, own, walks)
+            # torch's fused step does not say what it writes
+            torch.autograd.graph.increment_version([p for p in params if not p.is_inference()])

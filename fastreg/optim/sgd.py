@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from fastreg.ops.optimizers import Numbers, Rule
-from fastreg.optim.base import OPTIONS_DOC, Regularized, may_fuse, numbers_of, rule_of
+from fastreg.optim.base import OPTIONS_DOC, Regularized, numbers_of, rule_of
 from fastreg.optim.distributed import local
 
 
@@ -81,11 +81,11 @@ class SGD(Regularized, torch.optim.SGD):
         return ["momentum_buffer"] if group["momentum"] != 0 else []
 
     def _torch_step(
-        self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor]
+        self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor], walks: bool
     ) -> None:
         states = [self.state[p] for p in params] if group["momentum"] != 0 else []
-        rules = [self._rule_of(p, group) for p in params] if states else []
-        counters = [self._counters(p, group, rule) or {} for p, rule in zip(params, rules, strict=False)]
+        aside = self.__dict__.get("_aside", {}) if group["dampening"] != 0 else {}
+        counters = [aside.get(p, {}) for p in params[: len(states)]]
         # To torch a buffer that has seen no gradient is none.
         seen = [
             state.get("momentum_buffer") is not None and counter.get("step", 1) != 0
@@ -98,7 +98,7 @@ class SGD(Regularized, torch.optim.SGD):
             torch._foreach_mul_(pieces, 1 - float(group["lr"]) * float(decay))
             decay = 0
         one_first_step = all(seen) or not any(seen)  # torch's fused step knows no other
-        fused = one_first_step and may_fuse(group, pieces, grads)
+        fused = walks and one_first_step
         sgd(
             pieces,
             grads,
