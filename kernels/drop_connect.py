@@ -28,6 +28,13 @@ with one operand masked in registers, from where the tensor cores take it (W on 
 (sm_90, p = 1/2), where reading W in 16 bits once leaves time for 19. Beyond a few hundred examples to a group it is
 cheaper to draw once: ``mask_weights`` is one pass over W, 2 accesses an element and 13 instructions, and a dense
 product follows.
+
+Cost of an activation: forward none but its instructions, once an output, where the sum is stored (``_finish``); gelu
+and others whose derivative does not follow from their result have the sum stored beside it, e bytes an output more.
+Backward dz = dy f'(z) is one pass over [examples, outputs], which makes the bias gradient too: 3 e bytes an output,
+where the gradient of a bias alone would read e. 6 bytes take an H100 2 ps, the gradients of a connection 0.25 ps (both
+predicted), so that with 4,096 inputs it is 1/500 of the backward pass. In the loads of its two products f' would be
+computed anew for every 64 and every 32 inputs, and another tensor read with dy each time.
 """
 
 import triton

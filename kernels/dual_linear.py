@@ -21,6 +21,11 @@ left, examples are the columns. v' is made once by ``second_input`` (one pass ov
 examples / outputs), for every block of rows would make it again. The noise of an output is drawn where the output is
 stored. Nothing random is kept: the backward pass draws it again. Saved beside v and W is sqrt(b) (GAUSSIAN), in fp32.
 
+An activation f stands in the same place, and its derivative in ``second_input``, which reads dy in any case: it then
+writes dz = dy f'(z) beside r ∘ dz and its like. That moves 2 e bytes an output more (f' reads what was kept, dz is
+written), where a pass of its own would move 3 e. What is kept is f(z), of which the next layer has need too, or, where
+f' does not follow from that (gelu and others), z, e bytes more forward.
+
 The squares of fp16 numbers are bf16: that of 1e-4 is no fp16 number. A variance then has 8 bits, the noise is off by
 2^-9 of itself.
 """

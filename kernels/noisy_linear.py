@@ -4,13 +4,17 @@
 
 is exact in distribution (Kingma et al. 2015), so that no noisy W is made:
 
-    y[b, n]  = x[b, n] + deviation[b] eps[b, n]                  ``row_noise``
-    dd[b]    = sum_n dy[b, n] eps[b, n]                          ``row_noise_backward``; dx is dy itself
+    z[b, n]  = x[b, n] + deviation[b] eps[b, n]       y = f(z)       ``row_noise``
+    dd[b]    = sum_n dz[b, n] eps[b, n]               dz = dy f'(z)  ``row_noise_backward``; dx is dz
 
-Cost: forward x read and y written, 2 accesses; backward dy read once. At 4 normals a call of Philox an element takes 28
-instructions (fp32) to 31 (16 bits, whose normals change threads on the way to 16-byte accesses) forward, and 23 to 25
-backward. On an H100 that is predicted to stay below the time of the bytes, but for the backward pass in 16 bits. One
-program has 1,024 columns of a row forward, and a whole row backward: its sum is of fixed order.
+with an activation f, or none: then dx is dy itself, and the backward pass writes no more than dd.
+
+Cost: forward x read and y written, 2 accesses; backward dy read once. With an activation 3 backward, for f' reads y,
+and dx is written; gelu and others whose derivative does not follow from y have z written forward, 3, and read
+backward. At 4 normals a call of Philox an element takes 28 instructions (fp32) to 31 (16 bits, whose normals change
+threads on the way to 16-byte accesses) forward, and 23 to 25 backward. On an H100 that is predicted to stay below the
+time of the bytes, but for the backward pass in 16 bits. One program has 1,024 columns of a row forward, and a whole
+row backward: its sum is of fixed order.
 """
 
 import triton

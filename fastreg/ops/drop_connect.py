@@ -3,7 +3,8 @@
 A mask for every example, for a group of examples, or for the batch (a group as large) is one function,
 ``_DropConnect``, on two backends: the Triton kernels of ``kernels/drop_connect.py`` (CUDA) and loops over the groups in
 ATen (CPU, fp64). Neither stores a mask, and neither needs more memory than its results and a mask or two, or one masked
-copy of the weights where large groups share a mask.
+copy of the weights where large groups share a mask. An activation is part of the kernels; it is ATen's, a pass of its
+own, in ATen and behind the dense product with such a copy.
 """
 
 import math
