@@ -7,6 +7,7 @@ import fastreg.functional as fast
 from fastreg import random as streams
 from fastreg.ops import drop_connect as ops
 from fastreg.ops import expectation
+from fastreg.ops.fused import needs_argument
 from fastreg.random import Stream
 
 from .cases import TOLERANCE, Case, rows
@@ -140,6 +141,11 @@ def kernels() -> list[Kernel]:
     found += variants(torch.bfloat16, (256, 4096, 4096), 0.25)
     found += variants(torch.bfloat16, (256, 4096, 4096), 0.3)
     found += variants(torch.bfloat16, (128, 1024, 1024), 0.5, activation="relu", note=" split")
+    for activation in (
+        "relu",
+        "gelu",
+    ):  # in training; the pass of their derivatives is dropout's, without a mask
+        found.append(next(variants(torch.bfloat16, (256, 4096, 4096), 0.5, activation, f" {activation}")))
     for dtype in (torch.bfloat16, torch.float32):
         found += shared_variants(dtype, 128, 128)
     found += shared_variants(torch.bfloat16, 512, 512)
@@ -197,8 +203,9 @@ def variants(dtype, size, p, activation=None, note="", headline=False):
         waits = 12 if launch.arguments["THREE"] else 4
         return {80: loops, 90: loops, 100: (1, *loops, *[1] * waits)}
 
-    forward = ops.product_launches(v, weight, bias, z, activation, stream, form, transposed=False)[0]
-    backward = ops.product_launches(z, weight, None, v, None, stream, form, transposed=True)[0]
+    before = z if needs_argument(activation) else None
+    forward = ops.product_launches(v, weight, bias, z, before, activation, stream, form, transposed=False)[0]
+    backward = ops.product_launches(z, weight, None, v, None, None, stream, form, transposed=True)[0]
     yield kernel("forward", forward, trips(forward), product, 24576)
     yield kernel("input gradient", backward, trips(backward), product, 24576)
     gradient_launch = ops.weight_gradient_launch(z, v, weight, stream, form)
@@ -231,8 +238,8 @@ def shared_variants(dtype, examples, group_size):
         loops = {80: loops, 90: loops, 100: (1, *loops, *[1] * waits)}
         return Kernel.of(label, launch, connections, moved, trips=loops, budget=budget)
 
-    forward = ops.product_launches(v, weight, None, z, None, stream, form, transposed=False)[0]
-    backward = ops.product_launches(z, weight, None, v, None, stream, form, transposed=True)[0]
+    forward = ops.product_launches(v, weight, None, z, None, None, stream, form, transposed=False)[0]
+    backward = ops.product_launches(z, weight, None, v, None, None, stream, form, transposed=True)[0]
     for name, launch in (("forward", forward), ("input gradient", backward)):
         yield kernel(name, launch, (launch.arguments["trips"],), 6 if wide else 2, limits[0])
     if not wide:  # ATen's product and a pass of masking, for one group

@@ -4,6 +4,7 @@ factorised noise. What is timed stands with the functions that use them, in drop
 import torch
 
 from fastreg.ops import dual_linear as ops
+from fastreg.ops.fused import needs_argument
 from fastreg.random import Stream
 
 from .sass import Budget, Kernel, short_name
@@ -19,6 +20,8 @@ def kernels() -> list[Kernel]:
         found += variants(torch.float32, (256, 4096, 4096), name)
     found += variants(torch.float16, (256, 4096, 4096), "gaussian")
     found += variants(torch.bfloat16, (128, 1024, 1024), "gaussian", activation="relu", note=" 1024")
+    for name in ("gaussian", "flipout"):
+        found += variants(torch.bfloat16, (256, 4096, 4096), name, activation="gelu", note=" gelu")
     return found
 
 
@@ -35,6 +38,7 @@ def variants(dtype, size, name, activation=None, note="", headline=False):
     v, z, weight = empty(examples, inputs), empty(examples, outputs), empty(outputs, inputs)
     v2, z2 = empty(examples, inputs, dtype=second), empty(examples, outputs, dtype=second)
     bias = empty(outputs)
+    kept = empty(examples, outputs) if needs_argument(activation) else None
     root = empty(examples, outputs, dtype=torch.float32) if kind == ops.GAUSSIAN else None
     weight_sigma = weight if kind == ops.FACTORISED else None
     bias_sigma = bias if kind == ops.FACTORISED else None
@@ -59,14 +63,15 @@ def variants(dtype, size, name, activation=None, note="", headline=False):
             headline=headline,
         )
 
-    forward = ops.product_launch(
-        v, v2, weight, weight_sigma, None, bias, bias_sigma, z, root, stream, form, None, activation, False
+    rest = stream, form, None, activation, False
+    forward = ops.product_launch(v, v2, weight, weight_sigma, None, bias, bias_sigma, z, kept, root, *rest)
+    moved = e * (weights + 2 * v.numel() + z.numel() * (1 if kept is None else 2)) + (
+        0 if root is None else 4 * z.numel()
     )
-    moved = e * (weights + 2 * v.numel() + z.numel()) + (0 if root is None else 4 * z.numel())
     yield of_a_product("forward", forward, inputs // forward.arguments["BLOCK_COLUMNS"], moved)
     own = v if kind == ops.GAUSSIAN else None
     backward = ops.product_launch(
-        z, z2, weight, weight_sigma, own, None, None, v, None, stream, form, None, None, True
+        z, z2, weight, weight_sigma, own, None, None, v, None, None, stream, form, None, None, True
     )
     moved = e * (weights + 2 * z.numel() + v.numel() * (1 + (own is not None)))
     yield of_a_product("input gradient", backward, outputs // backward.arguments["BLOCK_COLUMNS"], moved)
@@ -87,7 +92,8 @@ def variants(dtype, size, name, activation=None, note="", headline=False):
         budget=elementwise,
         headline=headline,
     )
-    if kind == ops.GAUSSIAN:
-        launch = ops.second_launch(z, z2, stream, form, ops.OUT, None, root)
-        moved = e + 4 + z2.element_size()
+    if kind == ops.GAUSSIAN or kept is not None:
+        dz = None if kept is None else z
+        launch = ops.second_launch(z, z2, stream, form, ops.OUT, None, root, None, kept, dz, activation)
+        moved = e + (0 if root is None else 4) + z2.element_size() + (0 if kept is None else 2 * e)
         yield Kernel.of(f"slope {label}", launch, z.numel(), moved, budget=elementwise, headline=headline)

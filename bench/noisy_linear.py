@@ -93,10 +93,11 @@ def kernels() -> list[Kernel]:
     found = []
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         found += variants(dtype, (8192, 4096), headline=dtype != torch.float16)
+        found += variants(dtype, (8192, 4096), "gelu")
     return found
 
 
-def variants(dtype, size, headline=False):
+def variants(dtype, size, activation=None, headline=False):
     x = torch.empty(size, dtype=dtype, device="meta")
     deviation = torch.empty(size[0], dtype=torch.float32, device="meta")
     stream, e = Stream(1), dtype.itemsize
@@ -106,17 +107,20 @@ def variants(dtype, size, headline=False):
     backward = Budget(
         narrow_loads=1, narrow_stores=1, shared_bytes=4096, min_headroom={80: 0.6, 90: 0.6, 100: 0.3}
     )
-    launch = ops.forward_launch(x, deviation, x, stream)
-    yield Kernel.of(
-        f"forward {short_name(dtype)}", launch, x.numel(), 2 * e, budget=forward, headline=headline
-    )
-    launch = ops.backward_launch(x, deviation, stream)
+    label = short_name(dtype) if activation is None else f"{short_name(dtype)} {activation}"
+    kept = (
+        None if activation is None else x
+    )  # of gelu its argument, which is written and read, and dx is written
+    launch = ops.forward_launch(x, deviation, x, kept, stream, activation)
+    moved = e * (2 if kept is None else 3)
+    yield Kernel.of(f"forward {label}", launch, x.numel(), moved, budget=forward, headline=headline)
+    launch = ops.backward_launch(x, kept, kept, deviation, stream, activation)
     trips = size[1] // launch.arguments["BLOCK"]
     yield Kernel.of(
-        f"backward {short_name(dtype)}",
+        f"backward {label}",
         launch,
         x.numel(),
-        e,
+        e * (1 if kept is None else 3),
         trips=trips,
         budget=backward,
         headline=headline,

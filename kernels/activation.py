@@ -1,8 +1,9 @@
 """Activations and their derivatives, for fusion into any kernel that already holds the value in a register.
 
-``forward(v, NAME, STORED)`` is f(v); ``backward(g, v, NAME, STORED)`` is g f'(v). ``v`` is fp32 (fp64 for fp64
-tensors); parameters are torch's defaults (leaky_relu 0.01, elu 1). STORED is the dtype v was loaded from: terms far
-below its rounding are left out.
+``forward(v, NAME, STORED)`` is f(v); ``backward(g, v, NAME, STORED)`` is g f'(v), and under the name
+"tanh_of_output" and its like g f'(v) from f(v) in the place of v. ``v`` is fp32 (fp64 for fp64 tensors); parameters
+are torch's defaults (leaky_relu 0.01, elu 1). STORED is the dtype v was loaded from: terms far below its rounding are
+left out.
 
 Cost: a bf16 forward that reads and writes one tensor has about 38 issue slots an element before arithmetic,
 not memory, sets its time, and dropout takes 13 of them; so each function is written for the fewest
@@ -159,10 +160,16 @@ def forward(v, NAME: tl.constexpr, STORED: tl.constexpr):
 
 @triton.jit
 def backward(g, v, NAME: tl.constexpr, STORED: tl.constexpr):
-    if NAME == "relu":
+    if NAME == "relu" or NAME == "relu_of_output":
         return tl.where(v <= 0, 0.0, g)
-    elif NAME == "leaky_relu":
+    elif NAME == "leaky_relu" or NAME == "leaky_relu_of_output":
         return tl.where(v > 0, g, 0.01 * g)
+    elif NAME == "sigmoid_of_output":
+        return g * v * (1.0 - v)
+    elif NAME == "tanh_of_output":
+        return g * (1.0 - v * v)
+    elif NAME == "elu_of_output":
+        return tl.where(v > 0, g, g * (v + 1.0))
     elif NAME == "gelu":
         return _gelu_backward(g, v, STORED)
     elif NAME == "gelu_tanh":

@@ -21,6 +21,11 @@ left, examples are the columns. v' is made once by ``second_input`` (one pass ov
 examples / outputs), for every block of rows would make it again. The noise of an output is drawn where the output is
 stored. Nothing random is kept: the backward pass draws it again. Saved beside v and W is sqrt(b) (GAUSSIAN), in fp32.
 
+An activation f stands in the same place, and its derivative in ``second_input``, which reads dy in any case: it then
+writes dz = dy f'(z) beside r ∘ dz and its like. That moves 2 e bytes an output more (f' reads what was kept, dz is
+written), where a pass of its own would move 3 e. What is kept is f(z), of which the next layer has need too, or, where
+f' does not follow from that (gelu and others), z, e bytes more forward.
+
 The squares of fp16 numbers are bf16: that of 1e-4 is no fp16 number. A variance then has 8 bits, the noise is off by
 2^-9 of itself.
 """
@@ -77,7 +82,9 @@ def _noisy(x, row, first, seed, offset, use, KIND: tl.constexpr, ROWS: tl.conste
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def second_input(
-    x_ptr,  # [examples, columns]: v, or dz
+    x_ptr,  # [examples, columns]: v, or dz; dy with an activation
+    kept_ptr,  # [examples, columns]: what the derivative of the activation needs; or None
+    dz_ptr,  # [examples, columns], is given dz = dy f'(z); or None
     root_ptr,  # SLOPE: fp32 sqrt(b) [examples, columns]
     y_ptr,  # [examples, columns]
     slope_ptr,  # SLOPE: fp32 [examples, blocks], sums of dz eps sqrt(b), the gradient of sigma; or None
@@ -90,6 +97,7 @@ def second_input(
     blocks,  # of columns
     KIND: tl.constexpr,
     USE: tl.constexpr,  # IN or OUT: whose noise
+    DERIVATIVE: tl.constexpr,  # of the activation, from what is kept
     BLOCK: tl.constexpr,
 ):
     """v' = v ∘ v, s ∘ v or e_in ∘ v; of dz (OUT) r ∘ dz or e_out ∘ dz; SLOPE: q. Grid: blocks of rows' columns."""
@@ -101,6 +109,10 @@ def second_input(
     place = row.to(tl.int64)[:, None] * columns + column
     inside = column < columns
     x = upcast(tl.load(x_ptr + place, mask=inside, other=0.0))
+    if DERIVATIVE is not None:
+        kept = upcast(tl.load(kept_ptr + place, mask=inside, other=0.0))
+        x = activation.backward(x, kept, DERIVATIVE, kept_ptr.dtype.element_ty)
+        tl.store(dz_ptr + place, x.to(dz_ptr.dtype.element_ty), mask=inside)
     if KIND == GAUSSIAN:
         y = x * x
     elif KIND == SLOPE:
@@ -148,6 +160,7 @@ def product(
     bias_ptr,  # [rows] or None
     bias_sigma_ptr,  # [rows] of FACTORISED, or None
     z_ptr,  # [examples, rows]
+    before_ptr,  # [examples, rows], is given what stands before the activation; or None
     root_ptr,  # GAUSSIAN: fp32 [examples, rows], is given sqrt(b); or None
     seed_ptr,  # int64 [1], or None: then ``seed``
     seed: tl.int64,
@@ -223,6 +236,8 @@ def product(
         z = scale * (a + _noisy(b, example, first_row, seed, offset, USE, KIND, BLOCK_EXAMPLES, BLOCK_ROWS))
     if bias_ptr is not None:
         z += upcast(tl.load(bias_ptr + row, mask=row < rows, other=0.0))[None, :]
+    if before_ptr is not None:
+        tl.store(before_ptr + place, z.to(before_ptr.dtype.element_ty), mask=inside)
     if ACTIVATION is not None:
         z = activation.forward(z, ACTIVATION, z_ptr.dtype.element_ty)
     tl.store(z_ptr + place, z.to(z_ptr.dtype.element_ty), mask=inside)

@@ -4,18 +4,23 @@
 
 is exact in distribution (Kingma et al. 2015), so that no noisy W is made:
 
-    y[b, n]  = x[b, n] + deviation[b] eps[b, n]                  ``row_noise``
-    dd[b]    = sum_n dy[b, n] eps[b, n]                          ``row_noise_backward``; dx is dy itself
+    z[b, n]  = x[b, n] + deviation[b] eps[b, n]       y = f(z)       ``row_noise``
+    dd[b]    = sum_n dz[b, n] eps[b, n]               dz = dy f'(z)  ``row_noise_backward``; dx is dz
 
-Cost: forward x read and y written, 2 accesses; backward dy read once. At 4 normals a call of Philox an element takes 28
-instructions (fp32) to 31 (16 bits, whose normals change threads on the way to 16-byte accesses) forward, and 23 to 25
-backward. On an H100 that is predicted to stay below the time of the bytes, but for the backward pass in 16 bits. One
-program has 1,024 columns of a row forward, and a whole row backward: its sum is of fixed order.
+with an activation f, or none: then dx is dy itself, and the backward pass writes no more than dd.
+
+Cost: forward x read and y written, 2 accesses; backward dy read once. With an activation 3 backward, for f' reads y,
+and dx is written; gelu and others whose derivative does not follow from y have z written forward, 3, and read
+backward. At 4 normals a call of Philox an element takes 28 instructions (fp32) to 31 (16 bits, whose normals change
+threads on the way to 16-byte accesses) forward, and 23 to 25 backward. On an H100 that is predicted to stay below the
+time of the bytes, but for the backward pass in 16 bits. One program has 1,024 columns of a row forward, and a whole
+row backward: its sum is of fixed order.
 """
 
 import triton
 import triton.language as tl
 
+from . import activation
 from .fastmath import bound, upcast
 from .philox import row_normals
 
@@ -26,12 +31,14 @@ NOT_SPECIALIZED = ("seed", "offset")
 def row_noise(
     x_ptr,  # [rows, columns]
     deviation_ptr,  # fp32 [rows]
-    y_ptr,  # [rows, columns]; may be x_ptr
+    y_ptr,  # [rows, columns]
+    before_ptr,  # [rows, columns], is given what stands before the activation; or None
     seed_ptr,  # int64 [1], or None: then ``seed``
     seed: tl.int64,
     offset: tl.int64,
     columns,
     blocks,  # of columns
+    ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     if seed_ptr is not None:
@@ -40,20 +47,27 @@ def row_noise(
     first = (tl.program_id(0) % blocks) * BLOCK
     column = first + tl.arange(0, BLOCK)[None, :]
     place = row.to(tl.int64)[:, None] * columns + column
-    x = upcast(tl.load(x_ptr + place, mask=column < columns, other=0.0))
+    inside = column < columns
+    x = upcast(tl.load(x_ptr + place, mask=inside, other=0.0))
     deviation = tl.load(deviation_ptr + row)[:, None]
     y = tl.fma(deviation + tl.zeros_like(x), row_normals(row, first, seed, offset, 0, 1, BLOCK), x)
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=column < columns)
+    if before_ptr is not None:
+        tl.store(before_ptr + place, y.to(before_ptr.dtype.element_ty), mask=inside)
+    y = activation.forward(y, ACTIVATION, y_ptr.dtype.element_ty)
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def row_noise_backward(
     dy_ptr,  # [rows, columns]
-    ddeviation_ptr,  # fp32 [rows]
+    kept_ptr,  # [rows, columns]: what the derivative of the activation needs; or None
+    dx_ptr,  # [rows, columns], is given dy f'; or None, where it would be dy
+    ddeviation_ptr,  # fp32 [rows], or None
     seed_ptr,
     seed: tl.int64,
     offset: tl.int64,
     columns,
+    DERIVATIVE: tl.constexpr,  # of the activation, from what is kept
     BLOCK: tl.constexpr,
 ):
     """One program a row."""
@@ -64,6 +78,13 @@ def row_noise_backward(
     for first in range(0, bound(columns), BLOCK):
         column = first + tl.arange(0, BLOCK)[None, :]
         place = row.to(tl.int64)[:, None] * columns + column
-        dy = upcast(tl.load(dy_ptr + place, mask=column < columns, other=0.0))
-        total += dy * row_normals(row, first, seed, offset, 0, 1, BLOCK)
-    tl.store(ddeviation_ptr + row, tl.sum(total, 1))
+        inside = column < columns
+        dx = upcast(tl.load(dy_ptr + place, mask=inside, other=0.0))
+        if DERIVATIVE is not None:
+            kept = upcast(tl.load(kept_ptr + place, mask=inside, other=0.0))
+            dx = activation.backward(dx, kept, DERIVATIVE, kept_ptr.dtype.element_ty)
+            tl.store(dx_ptr + place, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        if ddeviation_ptr is not None:
+            total += dx * row_normals(row, first, seed, offset, 0, 1, BLOCK)
+    if ddeviation_ptr is not None:
+        tl.store(ddeviation_ptr + row, tl.sum(total, 1))

@@ -4,11 +4,13 @@ import os
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported: before fastreg is
 
 from fastreg.ops import backend as _backend
+from fastreg.ops.fused import ACTIVATIONS
 
 
 @pytest.fixture
@@ -56,6 +58,25 @@ def processes(_started, request):
     yield _started
     if request.session.testsfailed > failed:
         _started.stop()
+
+
+class _ActivationPasses(TorchDispatchMode):
+    """Collects the names of ATen's activations and their derivatives that run: each is a pass of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        if name.removesuffix("_backward") in (*ACTIVATIONS, "threshold"):
+            self.names.add(name)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def activation_passes() -> type[TorchDispatchMode]:
+    return _ActivationPasses
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,7 @@ import triton.language as tl
 from fastreg import functional
 from fastreg.kernels import activation
 from fastreg.kernels.fastmath import upcast
-from fastreg.ops.dropout import ACTIVATIONS
+from fastreg.ops.fused import ACTIVATIONS, OF_OUTPUT
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -352,6 +352,24 @@ def test_nan(name, dtype):
         assert gradient.isnan().all()
 
 
+@pytest.mark.parametrize("name", OF_OUTPUT)
+@dtypes
+def test_derivatives_of_the_output(name, dtype):
+    """From y = f(x): that of x, in fp64; and the kernel's that of ATen, with a rounding of each of its two operations
+    and one of a constant (leaky_relu)."""
+    x = grid(torch.float64)
+    x = x[x.abs() <= 20]
+    y = FORWARD[name].exact(x)
+    expected = OF_OUTPUT[name](torch.ones_like(y), y)
+    # What y has lost to rounding at 1, 2^-53, its derivative has lost too: tanh twice.
+    torch.testing.assert_close(expected, BACKWARD[name].exact(x), rtol=0, atol=2e-15)
+    y = y.to(dtype)
+    expected = OF_OUTPUT[name](torch.ones(len(y), dtype=torch.float64), y.double())
+    unit = UNIT[torch.float64 if dtype == torch.float64 else torch.float32]
+    found = run(run_backward, f"{name}_of_output", y)
+    torch.testing.assert_close(found, expected, rtol=0, atol=3 * unit)
+
+
 KINKS = {"relu": [0.0, -0.0], "leaky_relu": [0.0, -0.0], "elu": [0.0, -0.0], "hardswish": [-3.0, 0.0, 3.0]}
 
 
@@ -401,7 +419,10 @@ def test_upstream_gradient_is_a_factor(name, device):
 @pytest.mark.parametrize("function", ["forward", "backward"])
 def test_kernels_know_the_names(function):
     source = inspect.getsource(getattr(activation, function).fn)
-    assert re.findall(r'NAME == "(\w+)"', source) == list(ACTIVATIONS)
+    known = re.findall(r'NAME == "(\w+)"', source)
+    of_output = [f"{name}_of_output" for name in OF_OUTPUT if function == "backward"]
+    assert [name for name in known if name in of_output] == of_output
+    assert [name for name in known if name not in of_output] == list(ACTIVATIONS)
     assert list(ACTIVATIONS) == list(FORWARD) == list(BACKWARD)
 
 

@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 from fastreg import random
 from fastreg.ops import dual_linear as ops
+from fastreg.ops.fused import ACTIVATIONS
 from fastreg.random import Stream
 
 SEED = 0x123456789ABCDEF
@@ -53,11 +54,11 @@ def near(actual, expected, dtype, kind=None):
     )
 
 
-def agree(device, kind, dtype=torch.float32, **sizes):
+def agree(device, kind, dtype=torch.float32, activation=None, **sizes):
     given = inputs(device, kind, dtype=dtype, **sizes)
     exact = [t.detach().cpu().double().requires_grad_() for t in given]
     leaves = [t.requires_grad_() for t in given]
-    z, expected = call(kind, *leaves), call(kind, *exact)
+    z, expected = (call(kind, *t, activation=activation) for t in (leaves, exact))
     assert z.dtype == dtype
     dz = torch.randn(z.shape).to(dtype)
     found = torch.autograd.grad(z, leaves, dz.to(device))
@@ -71,6 +72,39 @@ def agree(device, kind, dtype=torch.float32, **sizes):
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(path, device, kind, dtype):
     agree(device, kind, dtype)
+
+
+@pytest.mark.parametrize(
+    ("kind", "activation"),
+    [*(("gaussian", name) for name in ACTIVATIONS), *((k, n) for k in KINDS[1:] for n in ("relu", "gelu"))],
+)
+def test_activations(path, device, kind, activation, activation_passes):
+    """It and its derivative run in passes that are there without it: on the kernels, ATen's is called nowhere."""
+    leaves = [t.requires_grad_() for t in inputs(device, kind)]
+    with activation_passes() as passes:
+        call(kind, *leaves, activation=activation).sum().backward()
+    assert bool(passes.names) == (path == "aten")
+    agree(device, kind, activation=activation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["elu", "gelu"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_activations_of_16_bits(device, kind, activation, dtype):
+    """As ATen's behind the same sums. Not against fp64: the sums are off by what TOLERANCE says, and f' with them."""
+    given = inputs(device, kind, dtype=dtype)
+    dy = torch.randn(5, 19, device=device).to(dtype)
+
+    def results(function, leaves):
+        y = function(leaves)
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    fused, behind = ([t.clone().requires_grad_() for t in given] for _ in range(2))
+    fused = results(lambda leaves: call(kind, *leaves, activation=activation), fused)
+    behind = results(lambda leaves: ACTIVATIONS[activation](call(kind, *leaves)), behind)
+    for actual, target in zip(fused, behind, strict=True):
+        assert actual.dtype == dtype
+        near(actual, target.cpu().double(), dtype)
 
 
 @pytest.mark.parametrize(("examples", "outputs", "inputs"), [(70, 66, 130), (1, 1, 1), (17, 64, 64)])
@@ -153,15 +187,18 @@ def test_a_nan_spoils_its_example_alone(path, device, kind):
     assert_close(z[others], clean[others], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_any_one_gradient(path, device, kind):
+@pytest.mark.parametrize(
+    ("kind", "activation"), [*((k, None) for k in KINDS), ("learned", "tanh"), ("factorised", "silu")]
+)
+def test_any_one_gradient(path, device, kind, activation):
     given = inputs(device, kind)
     exact = [t.cpu().double().requires_grad_() for t in given]
     dz = torch.randn(5, 19)
-    wanted = torch.autograd.grad(call(kind, *exact), exact, dz.double())
+    wanted = torch.autograd.grad(call(kind, *exact, activation=activation), exact, dz.double())
     for index, target in enumerate(wanted):
         leaves = [t.clone().requires_grad_(i == index) for i, t in enumerate(given)]
-        (gradient,) = torch.autograd.grad(call(kind, *leaves), leaves[index], dz.to(device))
+        z = call(kind, *leaves, activation=activation)
+        (gradient,) = torch.autograd.grad(z, leaves[index], dz.to(device))
         near(gradient, target, torch.float32, kind)
 
 
@@ -182,15 +219,18 @@ def test_derivatives(path, device, kind):
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_second_derivatives_of_the_kernels(device, kind):
+@pytest.mark.parametrize(
+    ("kind", "activation"), [*((k, None) for k in KINDS), ("learned", "tanh"), ("factorised", "gelu")]
+)
+def test_second_derivatives_of_the_kernels(device, kind, activation):
     """By way of the definition, with the same noise."""
     given = inputs(device, kind, 3, 2, 4)
     exact = [t.cpu().double().requires_grad_() for t in given]
     leaves = [t.requires_grad_() for t in given]
 
     def second(inputs):
-        first = torch.autograd.grad(call(kind, *inputs).square().sum(), inputs, create_graph=True)
+        z = call(kind, *inputs, activation=activation)
+        first = torch.autograd.grad(z.square().sum(), inputs, create_graph=True)
         return torch.autograd.grad(sum(t.sum() for t in first), inputs)
 
     for actual, target in zip(second(leaves), second(exact), strict=True):
@@ -198,36 +238,49 @@ def test_second_derivatives_of_the_kernels(device, kind):
         near(actual / 20, target / 20, torch.float32, kind)
 
 
-@pytest.mark.parametrize("kind", ["learned", "factorised"])
-def test_opcheck(device, kind):
+@pytest.mark.parametrize(
+    ("kind", "activation"), [("learned", None), ("learned", "gelu"), ("factorised", "relu")]
+)
+def test_opcheck(device, kind, activation):
     v, weight, bias, *more = inputs(device, kind)
     sigma, weight_sigma, bias_sigma = (*more, None, None) if kind == "learned" else (None, *more)
     number = ops.GAUSSIAN if kind == "learned" else ops.FACTORISED
     tensors = [v, weight, bias, sigma, weight_sigma, bias_sigma]
     leaves = [t if t is None else t.requires_grad_() for t in tensors]
-    rest = (torch.tensor([SEED], device=device), 0, number, 1.0, 1.0)
-    torch.library.opcheck(torch.ops.fastreg.dual_linear.default, (*leaves, *rest))
-    dz, root = (torch.rand(5, 19, device=device) for _ in range(2))
+    rest = (torch.tensor([SEED], device=device), 0, number, 1.0, 1.0, activation)
+    keep = activation == "gelu", number == ops.GAUSSIAN
+    torch.library.opcheck(torch.ops.fastreg.dual_linear.default, (*leaves, *rest, *keep))
+    dz, root, kept = (torch.rand(5, 19, device=device) for _ in range(3))
     v, weight, _, sigma, weight_sigma, _ = (t if t is None else t.detach() for t in tensors)
-    needs = [True, True, sigma is not None, sigma is None, False]
+    needs = [True, True, True, sigma is not None, sigma is None, False]
     torch.library.opcheck(
         torch.ops.fastreg.dual_linear_backward.default,
-        (dz, v, weight, sigma, weight_sigma, root, *rest, needs),
+        (dz, v, weight, sigma, weight_sigma, root, None if activation is None else kept, *rest, needs),
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_graph_for_every_batch_size(path, device, kind):
+def one_graph(device, kind, activation=None):
     torch._dynamo.reset()  # the code below is that of the other kinds too
-    compiled = torch.compile(lambda *a: call(kind, *a), backend="aot_eager", fullgraph=True, dynamic=True)
+    function = lambda *a: call(kind, *a, activation=activation)  # noqa: E731
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True, dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for examples in (5, 9):
             given = inputs(device, kind, examples)
             leaves, twins = ([t.clone().requires_grad_() for t in given] for _ in range(2))
             found = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
-            wanted = torch.autograd.grad(call(kind, *twins).square().sum(), twins)
+            wanted = torch.autograd.grad(function(*twins).square().sum(), twins)
             for actual, target in zip(found, wanted, strict=True):
                 assert_close(actual, target, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_graph_for_every_batch_size(path, device, kind):
+    one_graph(device, kind)
+
+
+@pytest.mark.parametrize(("kind", "activation"), [("learned", "silu"), ("flipout", "relu")])
+def test_one_graph_with_an_activation(device, kind, activation):
+    one_graph(device, kind, activation)
 
 
 @pytest.mark.skipif(not ops.backend.HAS_TRITON, reason="needs Triton")
@@ -239,7 +292,7 @@ def test_tiles_are_large_where_there_are_enough_of_them():
         )
         form = ops._Form(ops.FLIPOUT)
         return ops.product_launch(
-            v, v, weight, None, None, None, None, z, None, Stream(1), form, None, None, False
+            v, v, weight, None, None, None, None, z, None, None, Stream(1), form, None, None, False
         )
 
     assert launch(256, 4096).arguments["BLOCK_ROWS"] == 128

@@ -12,6 +12,7 @@ import fastreg.functional as F
 import fastreg.nn as fnn
 from fastreg import random
 from fastreg.ops import noisy_linear as ops
+from fastreg.ops.fused import ACTIVATIONS
 from fastreg.random import Stream
 
 SEED = 0x123456789ABCDEF
@@ -56,6 +57,43 @@ def test_additive_is_the_formula(path, device, dtype, noisy_bias):
     for actual, target in zip((z, *found), (expected, *wanted), strict=True):
         assert actual.dtype == dtype
         near(actual, target, dtype)
+
+
+def check_activation(device, activation, dtype, sigma_is_learned):
+    """The additive kind behind an activation: where sigma is a number, and v has no gradient, x alone has one."""
+    given = [*tensors(device, dtype=dtype), torch.tensor(0.3, device=device).to(dtype)]
+    exact = [t.cpu().double().requires_grad_() for t in given]
+    leaves = [t.requires_grad_() for t in given]
+    leaves, twins = (leaves, exact) if sigma_is_learned else (leaves[1:3], exact[1:3])
+    sigma = given[3] if sigma_is_learned else given[3].item()
+    y = F.noisy_linear(
+        given[0] if sigma_is_learned else given[0].detach(),
+        given[1], given[2], sigma, activation=activation, seed=SEED,
+    )  # fmt: skip
+    expected = ACTIVATIONS[activation](additive(*exact))
+    dy = torch.randn(y.shape).to(dtype)
+    found = torch.autograd.grad(y, leaves, dy.to(device))
+    for actual, target in zip(
+        (y, *found), (expected, *torch.autograd.grad(expected, twins, dy.double())), strict=True
+    ):
+        assert actual.dtype == dtype
+        near(actual, target, dtype)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(path, device, activation, activation_passes):
+    """It and its derivative run in the passes of the noise: on the kernels, ATen's is called nowhere."""
+    leaves = [t.requires_grad_() for t in tensors(device)]
+    with activation_passes() as passes:
+        F.noisy_linear(*leaves, 0.3, activation=activation, seed=SEED).sum().backward()
+    assert bool(passes.names) == (path == "aten")
+    check_activation(device, activation, torch.float32, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("activation", ["sigmoid", "gelu"])
+def test_activations_of_the_first_layer(device, activation, dtype):
+    check_activation(device, activation, dtype, False)
 
 
 @pytest.mark.parametrize(("examples", "outputs"), [(1, 1), (3, 1030), (17, 64)])
@@ -159,11 +197,11 @@ def test_derivatives(path, device, kind):
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
-def test_second_derivatives_of_the_kernel(device):
+@pytest.mark.parametrize("activation", [None, "tanh", "silu"])
+def test_second_derivatives_of_the_kernel(device, activation):
     def second(leaves):
-        first = torch.autograd.grad(
-            F.noisy_linear(*leaves, 0.3, seed=SEED).square().sum(), leaves, create_graph=True
-        )
+        y = F.noisy_linear(*leaves, 0.3, activation=activation, seed=SEED)
+        first = torch.autograd.grad(y.square().sum(), leaves, create_graph=True)
         return torch.autograd.grad(sum(t.sum() for t in first), leaves)
 
     given = tensors(device, 3, 2, 4)
@@ -172,21 +210,29 @@ def test_second_derivatives_of_the_kernel(device):
         near(actual, target, torch.float32)
 
 
-def test_opcheck(device):
+@pytest.mark.parametrize(("activation", "keep"), [(None, False), ("relu", False), ("gelu", True)])
+def test_opcheck(device, activation, keep):
     x, deviation = torch.randn(3, 70, device=device), torch.rand(3, device=device)
     seed = torch.tensor([SEED], device=device)
     operators = torch.ops.fastreg
     torch.library.opcheck(
-        operators.row_noise.default, (x.requires_grad_(), deviation.requires_grad_(), seed, 0)
+        operators.row_noise.default,
+        (x.requires_grad_(), deviation.requires_grad_(), seed, 0, activation, keep),
     )
-    torch.library.opcheck(operators.row_noise_backward.default, (x.detach(), seed, 0))
+    kept = None if activation is None else x.detach().abs()
+    for needs in ((True, True), (True, False)):
+        torch.library.opcheck(
+            operators.row_noise_backward.default, (x.detach(), kept, seed, 0, activation, *needs)
+        )
 
 
-@pytest.mark.parametrize("kind", ops.KINDS)
-def test_one_graph_for_every_batch_size(path, device, kind):
+@pytest.mark.parametrize(
+    ("kind", "activation"), [*((kind, None) for kind in ops.KINDS), ("additive", "silu")]
+)
+def test_one_graph_for_every_batch_size(path, device, kind, activation):
     torch._dynamo.reset()
     compiled = torch.compile(
-        lambda *a: F.noisy_linear(*a, 0.3, kind=kind, seed=SEED),
+        lambda *a: F.noisy_linear(*a, 0.3, kind=kind, activation=activation, seed=SEED),
         backend="aot_eager",
         fullgraph=True,
         dynamic=True,
@@ -196,7 +242,7 @@ def test_one_graph_for_every_batch_size(path, device, kind):
             given = tensors(device, examples)
             leaves, twins = ([t.clone().requires_grad_() for t in given] for _ in range(2))
             found = torch.autograd.grad(compiled(*leaves).square().sum(), leaves)
-            eager = F.noisy_linear(*twins, 0.3, kind=kind, seed=SEED)
+            eager = F.noisy_linear(*twins, 0.3, kind=kind, activation=activation, seed=SEED)
             for actual, target in zip(found, torch.autograd.grad(eager.square().sum(), twins), strict=True):
                 assert_close(actual, target, rtol=1e-4, atol=1e-4)
 

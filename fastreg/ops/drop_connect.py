@@ -3,7 +3,8 @@
 A mask for every example, for a group of examples, or for the batch (a group as large) is one function,
 ``_DropConnect``, on two backends: the Triton kernels of ``kernels/drop_connect.py`` (CUDA) and loops over the groups in
 ATen (CPU, fp64). Neither stores a mask, and neither needs more memory than its results and a mask or two, or one masked
-copy of the weights where large groups share a mask.
+copy of the weights where large groups share a mask. An activation is part of the kernels; it is ATen's, a pass of its
+own, in ATen and behind the dense product with such a copy.
 """
 
 import math
@@ -17,7 +18,15 @@ from torch.autograd import forward_ad
 from fastreg import random
 from fastreg.ops import backend, dual_linear, expectation
 from fastreg.ops.backend import Launch, number
-from fastreg.ops.fused import activated, check_activation
+from fastreg.ops.dropout import activation_backward
+from fastreg.ops.fused import (
+    activated,
+    check_activation,
+    differentiated,
+    gradient_for_kernels,
+    kept_of,
+    needs_argument,
+)
 from fastreg.ops.layout import ceil_div
 from fastreg.random import EXAMPLES_PER_LANE, Chance, Stream
 
@@ -132,7 +141,9 @@ def _definition(v: Tensor, weight: Tensor, stream: Stream, form: _Form) -> Tenso
     )
 
 
-def _differentiable_backward(dz, v, weight, stream, form, needs_v: bool, needs_weight: bool):
+def _differentiable_backward(
+    dz, v, weight, stream, form, needs_v: bool, needs_weight: bool, needs_bias: bool
+):
     """The derivative of ``_definition``, as differentiable. For second derivatives and batched gradients."""
     masks = [(examples, mask != 0) for examples, mask in _masks(v, weight, stream, form)]
     dv = dweight = None
@@ -141,7 +152,7 @@ def _differentiable_backward(dz, v, weight, stream, form, needs_v: bool, needs_w
     if needs_weight:
         terms = [torch.where(mask, dz[examples].t() @ v[examples], 0) for examples, mask in masks]
         dweight = torch.stack(terms).sum(0) * form.scale
-    return dv, dweight
+    return dv, dweight, dz.sum(0) if needs_bias else None
 
 
 # --- launches ---------------------------------------------------------------------------------------------
@@ -173,6 +184,7 @@ def product_launches(
     weight: Tensor,
     bias: Tensor | None,
     z: Tensor,
+    before: Tensor | None,
     activation,
     stream,
     form: _Form,
@@ -180,7 +192,8 @@ def product_launches(
 ) -> list[Launch]:
     """z[b, r] = activation(scale sum_c m W u[b, c] + bias): one launch, or two where the columns are split.
 
-    u: [examples, columns], weight: [rows, columns] (transposed: [columns, rows]), z: [examples, rows]; contiguous.
+    u: [examples, columns], weight: [rows, columns] (transposed: [columns, rows]), z, and before, which is given what
+    stands before the activation, if wanted: [examples, rows]; contiguous.
     """
     (examples, columns), rows = u.shape, z.shape[1]
     form = form.for_batch(examples)
@@ -202,7 +215,7 @@ def product_launches(
     trips = ceil_div(tiles, splits)
     splits = ceil_div(tiles, trips)
     partial = z if splits == 1 else torch.empty(splits, examples, rows, dtype=torch.float32, device=u.device)
-    epilogue = {"bias_ptr": bias, "scale": form.scale, "ACTIVATION": activation}
+    epilogue = {"bias_ptr": bias, "before_ptr": before, "scale": form.scale, "ACTIVATION": activation}
     main = Launch(
         kernels.product,
         (parts * chunks, row_blocks, splits),
@@ -307,15 +320,17 @@ def _masked_products(u, weight, bias, z, stream: Stream, form: _Form, transposed
         torch.addmm(start, u[examples], matrix, beta=beta, alpha=form.scale, out=z[examples])
 
 
-def _run_product(u, weight, bias, activation, stream: Stream, form: _Form, transposed: bool) -> Tensor:
+def _run_product(u, weight, bias, activation, stream: Stream, form: _Form, transposed: bool, keep=False):
+    """The activation of the product, and with ``keep`` the product, else None."""
     form = form.for_batch(len(u))
     z = u.new_empty(len(u), weight.shape[1 if transposed else 0])
     if form.masks_in_registers(len(u)):
-        for launch in product_launches(u, weight, bias, z, activation, stream, form, transposed):
+        before = torch.empty_like(z) if keep else None
+        for launch in product_launches(u, weight, bias, z, before, activation, stream, form, transposed):
             launch.run(u.device)
-        return z
+        return z, before
     _masked_products(u, weight, bias, z, stream, form, transposed)
-    return activated(z, activation)
+    return activated(z, activation), z if keep else None
 
 
 def _run_weight_gradient(dz: Tensor, v: Tensor, weight: Tensor, stream: Stream, form: _Form) -> Tensor:
@@ -330,13 +345,14 @@ def _run_weight_gradient(dz: Tensor, v: Tensor, weight: Tensor, stream: Stream, 
     return dweight
 
 
-def _run_forward(v, weight, bias, activation, stream, form) -> Tensor:
-    return _run_product(v.contiguous(), weight.contiguous(), bias, activation, stream, form, transposed=False)
+def _run_forward(v, weight, bias, activation, stream, form, keep=False):
+    v, weight = v.contiguous(), weight.contiguous()
+    return _run_product(v, weight, bias, activation, stream, form, transposed=False, keep=keep)
 
 
 def _run_backward(dz, v, weight, stream, form, needs_v: bool, needs_weight: bool):
     dz, v, weight = dz.contiguous(), v.contiguous(), weight.contiguous()
-    dv = _run_product(dz, weight, None, None, stream, form, transposed=True) if needs_v else None
+    dv = _run_product(dz, weight, None, None, stream, form, transposed=True)[0] if needs_v else None
     return dv, _run_weight_gradient(dz, v, weight, stream, form) if needs_weight else None
 
 
@@ -344,43 +360,62 @@ def _on_kernels(*tensors: Tensor | None) -> bool:
     return all(t is None or (backend.runs_kernels(t) and t.dtype != torch.float64) for t in tensors)
 
 
-def _forward(v: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream, form: _Form) -> Tensor:
+def _forward(v, weight, bias, activation, stream: Stream, form: _Form, keep: bool):
+    """The result, and with ``keep`` what stands before the activation, else None. In ATen there is no activation."""
     if _on_kernels(v, weight, bias):
-        return _run_forward(v, weight, bias, None, stream, form)
+        return _run_forward(v, weight, bias, activation, stream, form, keep)
     z = _aten_forward(v, weight, stream, form)
-    return z if bias is None else z + bias
+    return z if bias is None else z + bias, None
 
 
-def _backward(dz, v, weight, stream, form, needs_v: bool, needs_weight: bool):
-    run = _run_backward if _on_kernels(dz, v, weight) else _aten_backward
-    return run(dz, v, weight, stream, form, needs_v, needs_weight)
+def _backward(dy, v, weight, kept, activation, stream, form, needs_v, needs_weight, needs_bias):
+    """The wanted of the gradients of v, weight and bias; None for the others."""
+    dz, dbias = dy, None
+    if activation is not None:
+        dz, dbias = activation_backward(dy, kept, activation, needs_bias)
+    if needs_bias:
+        dbias = (dz.sum(0) if dbias is None else dbias).to(v.dtype)
+    dv = dweight = None
+    if needs_v or needs_weight:
+        run = _run_backward if _on_kernels(dz, v, weight) else _aten_backward
+        dv, dweight = run(dz, v, weight, stream, form, needs_v, needs_weight)
+    return dv, dweight, dbias
 
 
 # --- autograd ---------------------------------------------------------------------------------------------
 
 
 class _DropConnect(torch.autograd.Function):
-    """scale (M ∘ W) v + bias. Saves what torch's linear saves, and the stream."""
+    """activation(scale (M ∘ W) v + bias), and what stands before the activation, if its derivative needs that.
+
+    Saves what torch's linear saves, the stream, and for the activation one of its two results, by which second
+    derivatives come back to this function.
+    """
 
     @staticmethod
-    def forward(ctx, v, weight, bias, seed, offset, form):
+    def forward(ctx, v, weight, bias, seed, offset, form, activation):
+        ctx.set_materialize_grads(False)
         seed_tensor = seed if isinstance(seed, Tensor) else None
         ctx.seed = seed if seed_tensor is None else None
-        ctx.offset, ctx.form = offset, form
-        ctx.save_for_backward(v, weight, seed_tensor)
-        return _forward(v, weight, bias, Stream(seed, offset), form)
+        ctx.offset, ctx.form, ctx.activation = offset, form, activation
+        stream, keep = Stream(seed, offset), needs_argument(activation)
+        z, before = _forward(v, weight, bias, activation, stream, form, keep)
+        ctx.save_for_backward(v, weight, kept_of(z, before, activation), seed_tensor)
+        return z, before
 
     @staticmethod
-    def backward(ctx, dz):
-        v, weight, seed = ctx.saved_tensors
+    def backward(ctx, dy, dbefore):
+        if dy is None and dbefore is None:
+            return (None,) * 7
+        v, weight, kept, seed = ctx.saved_tensors
         stream = Stream(ctx.seed if seed is None else seed, ctx.offset)
-        needs_v, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        dv = dweight = None
-        if needs_v or needs_weight:
-            batched = torch._C._functorch.is_legacy_batchedtensor(dz)
-            run = _differentiable_backward if torch.is_grad_enabled() or batched else _backward
-            dv, dweight = run(dz, v, weight, stream, ctx.form, needs_v, needs_weight)
-        return dv, dweight, dz.sum(0) if needs_bias else None, None, None, None
+        needs = ctx.needs_input_grad[:3]
+        dy, activation = gradient_for_kernels(dy, dbefore, kept, ctx.activation)
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
+            found = _differentiable_backward(dy, v, weight, stream, ctx.form, *needs)
+        else:
+            found = _backward(dy, v, weight, kept, activation, stream, ctx.form, *needs)
+        return *found, None, None, None, None
 
 
 # --- registered operators, for torch.compile --------------------------------------------------------------
@@ -397,61 +432,63 @@ def _drop_connect_op(
     digits: int,
     group_size: int,
     scale: float,
-) -> Tensor:
-    return _forward(v, weight, bias, Stream(seed, offset), _Form(keep, digits, group_size, scale))
+    activation: str | None,
+    keep_before: bool,
+) -> tuple[Tensor, Tensor]:
+    """The result, and what stands before the activation if it is to be kept, else nothing."""
+    form = _Form(keep, digits, group_size, scale)
+    z, before = _forward(v, weight, bias, activation, Stream(seed, offset), form, keep_before)
+    return z, z.new_empty(0) if before is None else before
 
 
 @_drop_connect_op.register_fake
-def _(v, weight, bias, seed, offset, *form):
-    return v.new_empty(v.shape[0], weight.shape[0])
+def _(v, weight, bias, seed, offset, keep, digits, group_size, scale, activation, keep_before):
+    z = v.new_empty(v.shape[0], weight.shape[0])
+    return z, z.new_empty(z.shape if keep_before else (0,))
 
 
 @torch.library.custom_op("fastreg::drop_connect_backward", mutates_args=())
 def _drop_connect_backward_op(
-    dz: Tensor,
+    dy: Tensor,
     v: Tensor,
     weight: Tensor,
+    kept: Tensor | None,
     seed: Tensor,
     offset: int,
     keep: int,
     digits: int,
     group_size: int,
     scale: float,
+    activation: str | None,
     needs_v: bool,
     needs_weight: bool,
-) -> tuple[Tensor, Tensor]:
-    """The wanted gradients; the other is empty."""
-    form = _Form(keep, digits, group_size, scale)
-    found = _backward(dz, v, weight, Stream(seed, offset), form, needs_v, needs_weight)
-    return tuple(dz.new_empty(0) if gradient is None else gradient for gradient in found)
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The wanted gradients; the others are empty."""
+    form, stream = _Form(keep, digits, group_size, scale), Stream(seed, offset)
+    found = _backward(dy, v, weight, kept, activation, stream, form, needs_v, needs_weight, needs_bias)
+    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
 @_drop_connect_backward_op.register_fake
-def _(dz, v, weight, seed, offset, keep, digits, group_size, scale, needs_v, needs_weight):
+def _(dy, v, weight, kept, seed, offset, keep, digits, group_size, scale, activation, *needs):
     return tuple(
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else dz.new_empty(0)
-        for t, needed in ((v, needs_v), (weight, needs_weight))
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else dy.new_empty(0)
+        for t, needed in zip((v, weight, dy[0]), needs, strict=True)
     )
 
 
 def _save_for_compiled_backward(ctx, inputs, output):
-    v, weight, _, seed, ctx.offset, *ctx.form = inputs
-    ctx.save_for_backward(v, weight, seed)
+    v, weight, _, seed, *ctx.rest, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(v, weight, kept_of(*output, ctx.rest[-1]), seed)
 
 
-def _compiled_backward(ctx, dz):
-    needs_v, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-    dv = dweight = None
-    if needs_v or needs_weight:
-        dv, dweight = _drop_connect_backward_op(
-            dz, *ctx.saved_tensors, ctx.offset, *ctx.form, needs_v, needs_weight
-        )
-    return (
-        dv if needs_v else None,
-        dweight if needs_weight else None,
-        dz.sum(0) if needs_bias else None,
-        *[None] * (2 + len(ctx.form)),
-    )
+def _compiled_backward(ctx, dy, _):
+    needs = ctx.needs_input_grad[:3]
+    found = _drop_connect_backward_op(dy, *ctx.saved_tensors, *ctx.rest, *needs)
+    found = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
+    return *found, None, *[None] * len(ctx.rest), None
 
 
 _drop_connect_op.register_autograd(_compiled_backward, setup_context=_save_for_compiled_backward)
@@ -459,18 +496,18 @@ _drop_connect_op.register_autograd(_compiled_backward, setup_context=_save_for_c
 
 def _masked_linear(v, weight, bias, activation: str | None, stream: Stream, form: _Form) -> Tensor:
     """activation(scale (M ∘ W) v + bias) for examples v [B, inputs]."""
+    tensors = v, weight, bias
+    if activation is not None and not _on_kernels(*tensors):
+        return activated(_masked_linear(*tensors, None, stream, form), activation)
     if torch.compiler.is_compiling():
-        seed = stream.seed_on(v.device)
-        return activated(_drop_connect_op(v, weight, bias, seed, stream.offset, *form), activation)
+        seed, keep = stream.seed_on(v.device), needs_argument(activation) and differentiated(*tensors)
+        return _drop_connect_op(*tensors, seed, stream.offset, *form, activation, keep)[0]
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         z = _definition(v, weight, stream, form)
-        return activated(z if bias is None else z + bias, activation)
-    differentiated = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (v, weight, bias)
-    )
-    if _on_kernels(v, weight, bias) and not differentiated:
-        return _run_forward(v, weight, bias, activation, stream, form)
-    return activated(_DropConnect.apply(v, weight, bias, *stream, form), activation)
+        return z if bias is None else z + bias
+    if _on_kernels(*tensors) and not differentiated(*tensors):
+        return _run_forward(*tensors, activation, stream, form)[0]
+    return _DropConnect.apply(*tensors, *stream, form, activation)[0]
 
 
 # --- the public function ----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from fastreg.ops.fused import (
     check_activation,
     check_residual,
     check_same_device,
+    derivative,
     result_dtype,
     sum_dtype,
 )
@@ -263,6 +264,17 @@ def _run_backward(
         else:
             partial = partial.view(-1, tiles.bias_size, tiles.bias_repeat * partial.shape[1]).sum((0, 2))
     return (result if dx is result else result.copy_(dx)), partial
+
+
+def activation_backward(
+    dy: Tensor, kept: Tensor, activation: str, needs_bias: bool
+) -> tuple[Tensor, Tensor | None]:
+    """dz = dy f'(z) for y = f(z) ``[rows, columns]``, and if needed its sum over the rows (fp32): one pass.
+
+    It is the backward pass of dropout that drops nothing. kept: z, or y where that is enough for f'.
+    """
+    form = _Form(0, 1.0, bias_dim=1 if needs_bias else None, activation=derivative(activation))
+    return _run_backward(dy, kept, None, Stream(0), form, dense_strides(kept), kept.dtype, needs_bias)
 
 
 # --- autograd, eager --------------------------------------------------------------------------------------

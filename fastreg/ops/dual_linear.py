@@ -19,7 +19,14 @@ from torch import Tensor
 from fastreg import random
 from fastreg.ops import backend
 from fastreg.ops.backend import Launch, number
-from fastreg.ops.fused import activated
+from fastreg.ops.fused import (
+    activated,
+    derivative,
+    differentiated,
+    gradient_for_kernels,
+    kept_of,
+    needs_argument,
+)
 from fastreg.ops.layout import ceil_div
 from fastreg.random import Stream
 
@@ -118,8 +125,14 @@ def _precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
-def second_launch(x, y, stream, form: _Form, use: int, sigma=None, square_root=None, slope=None) -> Launch:
-    """y = x ∘ x, the noise of ``use`` times x, or with ``square_root`` the q of dz."""
+def second_launch(
+    x, y, stream, form: _Form, use: int, sigma=None, square_root=None, slope=None,
+    kept=None, dz=None, activation=None,
+) -> Launch:  # fmt: skip
+    """y = x ∘ x, the noise of ``use`` times x, or with ``square_root`` the q of dz.
+
+    With an activation x is dy, what is kept of the forward pass makes dz of it, and y is made of that.
+    """
     rows, columns = x.shape
     kind = form.kind if square_root is None else SLOPE
     block, blocks = row_blocks(columns)
@@ -128,6 +141,8 @@ def second_launch(x, y, stream, form: _Form, use: int, sigma=None, square_root=N
         (rows * blocks,),
         {
             "x_ptr": x,
+            "kept_ptr": kept,
+            "dz_ptr": dz,
             "root_ptr": square_root,
             "y_ptr": y,
             "slope_ptr": slope,
@@ -137,6 +152,7 @@ def second_launch(x, y, stream, form: _Form, use: int, sigma=None, square_root=N
             "blocks": blocks,
             "KIND": kind,
             "USE": use,
+            "DERIVATIVE": derivative(activation),
             "BLOCK": block,
             "num_warps": max(1, block // 256),
         },
@@ -152,6 +168,7 @@ def product_launch(
     bias,
     bias_sigma,
     z,
+    before,
     square_root,
     stream,
     form,
@@ -180,6 +197,7 @@ def product_launch(
             "bias_ptr": bias,
             "bias_sigma_ptr": bias_sigma,
             "z_ptr": z,
+            "before_ptr": before,
             "root_ptr": square_root,
             **_draw(stream),
             **number("sigma", form.sigma if sigma is None else sigma, 0.0),
@@ -232,13 +250,13 @@ def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
     return [None if t is None else t.contiguous() for t in tensors]
 
 
-def _forward(v, weight, bias, sigma, weight_sigma, bias_sigma, stream, form, activation=None, keep_root=True):
-    """z, and for the gradients of the Gaussian the fp32 square root of (W ∘ W)(v ∘ v)."""
+def _forward(v, weight, bias, sigma, weight_sigma, bias_sigma, stream, form, activation, keep, keep_root):
+    """The result; with ``keep`` what stands before the activation; with ``keep_root`` the fp32 square root of
+    (W ∘ W)(v ∘ v), for the gradients of the Gaussian. None where they are not wanted."""
     v, weight, bias, weight_sigma, bias_sigma = _contiguous(v, weight, bias, weight_sigma, bias_sigma)
     z = v.new_empty(len(v), len(weight))
-    square_root = None
-    if form.kind == GAUSSIAN and keep_root:
-        square_root = torch.empty_like(z, dtype=torch.float32)
+    before = torch.empty_like(z) if keep else None
+    square_root = torch.empty_like(z, dtype=torch.float32) if keep_root else None
     v2 = torch.empty_like(v, dtype=_second_dtype(v.dtype, form.kind))
     second_launch(v, v2, stream, form, IN).run(v.device)
     product_launch(
@@ -250,6 +268,7 @@ def _forward(v, weight, bias, sigma, weight_sigma, bias_sigma, stream, form, act
         bias,
         bias_sigma,
         z,
+        before,
         square_root,
         stream,
         form,
@@ -257,27 +276,33 @@ def _forward(v, weight, bias, sigma, weight_sigma, bias_sigma, stream, form, act
         activation,
         False,
     ).run(v.device)
-    return z, square_root
+    return z, before, square_root
 
 
-def _backward(dz, v, weight, sigma, weight_sigma, square_root, stream, form, needs):
-    """The wanted of the gradients of v, weight, sigma, weight_sigma and bias_sigma; None for the others."""
-    needs_v, needs_weight, needs_sigma, needs_weight_sigma, needs_bias_sigma = needs
-    dz, v, weight, weight_sigma = _contiguous(dz, v, weight, weight_sigma)
+def _backward(dy, v, weight, sigma, weight_sigma, square_root, kept, activation, stream, form, needs):
+    """The wanted of the gradients of v, weight, bias, sigma, weight_sigma and bias_sigma; None for the others."""
+    needs_v, needs_weight, needs_bias, needs_sigma, needs_weight_sigma, needs_bias_sigma = needs
+    dy, v, weight, weight_sigma = _contiguous(dy, v, weight, weight_sigma)
     second = _second_dtype(v.dtype, form.kind)
-    dv = dweight = dsigma = dweight_sigma = dbias_sigma = None
-    dz2 = torch.empty_like(dz, dtype=second)
-    slope = None
-    if form.kind == GAUSSIAN and needs_sigma:
-        slope = dz.new_empty(len(dz) * row_blocks(dz.shape[1])[1], dtype=torch.float32)
-    second_launch(dz, dz2, stream, form, OUT, sigma, square_root, slope).run(dz.device)
+    dv = dweight = dbias = dsigma = dweight_sigma = dbias_sigma = None
+    dz = dy if activation is None else torch.empty_like(dy)
+    if dz is not dy or any((needs_v, needs_weight, needs_sigma, needs_weight_sigma, needs_bias_sigma)):
+        dz2 = torch.empty_like(dz, dtype=second)
+        slope = None
+        if form.kind == GAUSSIAN and needs_sigma:
+            slope = dz.new_empty(len(dz) * row_blocks(dz.shape[1])[1], dtype=torch.float32)
+        second_launch(dy, dz2, stream, form, OUT, sigma, square_root, slope, kept, dz, activation).run(
+            dz.device
+        )
+    if needs_bias:
+        dbias = dz.sum(0)
     if needs_sigma:
         dsigma = slope.sum().view(sigma.shape).to(sigma.dtype)
     if needs_v:
         dv = torch.empty_like(v)
         own = v if form.kind == GAUSSIAN else None
         product_launch(
-            dz, dz2, weight, weight_sigma, own, None, None, dv, None, stream, form, None, None, True
+            dz, dz2, weight, weight_sigma, own, None, None, dv, None, None, stream, form, None, None, True
         ).run(dz.device)
     if needs_bias_sigma:
         dbias_sigma = dz2.sum(0)
@@ -291,55 +316,75 @@ def _backward(dz, v, weight, sigma, weight_sigma, square_root, stream, form, nee
         else:
             dweight = torch.empty_like(weight)
             weight_gradient_launch(dz, dz2, v, v2, weight, dweight, stream, form).run(dz.device)
-    return dv, dweight, dsigma, dweight_sigma, dbias_sigma
+    return dv, dweight, dbias, dsigma, dweight_sigma, dbias_sigma
 
 
 # --- autograd ---------------------------------------------------------------------------------------------
 
 
 class _Dual(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, v, weight, bias, sigma, weight_sigma, bias_sigma, seed, offset, form):
-        in_memory = isinstance(seed, Tensor)
-        z, square_root = _forward(
-            v, weight, bias, sigma, weight_sigma, bias_sigma, Stream(seed, offset), form
-        )
-        ctx.seed, ctx.offset, ctx.form = None if in_memory else seed, offset, form
-        ctx.save_for_backward(
-            v, weight, sigma, weight_sigma, bias_sigma, square_root, seed if in_memory else None
-        )
-        return z
+    """The result, and what stands before its activation, if the derivative of that needs it: one of the two is saved,
+    by which second derivatives come back to this function."""
 
     @staticmethod
-    def backward(ctx, dz):
-        v, weight, sigma, weight_sigma, bias_sigma, square_root, seed = ctx.saved_tensors
-        stream = Stream(ctx.seed if seed is None else seed, ctx.offset)
-        needs_v, needs_weight, needs_bias, *others = ctx.needs_input_grad[:6]
-        needs = (needs_v, needs_weight, *others)
-        found = (None,) * 5
-        if any(needs):
-            if torch.is_grad_enabled() or not on_kernels(dz, v, weight):
-                inputs = (v, weight, sigma, weight_sigma, bias_sigma)
-                found = _differentiable_backward(dz, inputs, stream, ctx.form, needs)
-            else:
-                found = _backward(dz, v, weight, sigma, weight_sigma, square_root, stream, ctx.form, needs)
-        dv, dweight, *rest = found
-        return dv, dweight, dz.sum(0) if needs_bias else None, *rest, None, None, None
+    def forward(ctx, v, weight, bias, sigma, weight_sigma, bias_sigma, seed, offset, form, activation):
+        ctx.set_materialize_grads(False)
+        in_memory = isinstance(seed, Tensor)
+        z, before, square_root = _forward(
+            v,
+            weight,
+            bias,
+            sigma,
+            weight_sigma,
+            bias_sigma,
+            Stream(seed, offset),
+            form,
+            activation,
+            keep=needs_argument(activation),
+            keep_root=form.kind == GAUSSIAN,
+        )
+        ctx.seed, ctx.offset, ctx.form = None if in_memory else seed, offset, form
+        ctx.activation = activation
+        kept = kept_of(z, before, activation)
+        ctx.save_for_backward(
+            v, weight, sigma, weight_sigma, bias_sigma, square_root, kept, seed if in_memory else None
+        )
+        return z, before
+
+    @staticmethod
+    def backward(ctx, dy, dbefore):
+        if dy is None and dbefore is None:
+            return (None,) * 10
+        v, weight, sigma, weight_sigma, bias_sigma, square_root, kept, seed = ctx.saved_tensors
+        stream, form = Stream(ctx.seed if seed is None else seed, ctx.offset), ctx.form
+        needs = ctx.needs_input_grad[:6]
+        dy, activation = gradient_for_kernels(dy, dbefore, kept, ctx.activation)
+        if torch.is_grad_enabled() or not on_kernels(dy, v, weight):
+            inputs = (v, weight, sigma, weight_sigma, bias_sigma)
+            found = _differentiable_backward(dy, inputs, stream, form, needs)
+        else:
+            rest = (square_root, kept, activation, stream, form, needs)
+            found = _backward(dy, v, weight, sigma, weight_sigma, *rest)
+        return *found, None, None, None, None
 
 
 def _differentiable_backward(dz, inputs, stream, form, needs):
     """For second derivatives and batched gradients: those of the definition."""
     create = torch.is_grad_enabled()
+    needs_v, needs_weight, needs_bias, *others = needs
+    needs = (needs_v, needs_weight, *others)
     with torch.enable_grad():
-        v, weight, sigma, weight_sigma, bias_sigma = (
+        v, weight, sigma, weight_sigma, bias_sigma = all_ = [
             t.detach().requires_grad_() if needed and not t.requires_grad else t
             for t, needed in zip(inputs, needs, strict=True)
-        )
+        ]
         z = _definition(v, weight, None, sigma, weight_sigma, bias_sigma, stream, form)
-        all_ = (v, weight, sigma, weight_sigma, bias_sigma)
-        wanted = [t for t, needed in zip(all_, needs, strict=True) if needed]
+    wanted = [t for t, needed in zip(all_, needs, strict=True) if needed]
+    found = iter(())
+    if wanted:
         found = iter(torch.autograd.grad(z, wanted, dz, create_graph=create, allow_unused=True))
-    return tuple(next(found) if needed else None for needed in needs)
+    dv, dweight, *rest = (next(found) if needed else None for needed in needs)
+    return dv, dweight, dz.sum(0) if needs_bias else None, *rest
 
 
 # --- registered operators, for torch.compile --------------------------------------------------------------
@@ -358,63 +403,78 @@ def _dual_op(
     kind: int,
     scale: float,
     sigma_number: float,
-) -> tuple[Tensor, Tensor]:
-    form = _Form(kind, scale, sigma_number)
-    z, square_root = _forward(v, weight, bias, sigma, weight_sigma, bias_sigma, Stream(seed, offset), form)
-    return z, v.new_empty(0, dtype=torch.float32) if square_root is None else square_root
+    activation: str | None,
+    keep: bool,
+    keep_root: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As ``_forward``, with empty tensors for None."""
+    form, stream = _Form(kind, scale, sigma_number), Stream(seed, offset)
+    z, before, square_root = _forward(
+        v, weight, bias, sigma, weight_sigma, bias_sigma, stream, form, activation, keep, keep_root
+    )
+    if before is None:
+        before = z.new_empty(0)
+    if square_root is None:
+        square_root = z.new_empty(0, dtype=torch.float32)
+    return z, before, square_root
 
 
 @_dual_op.register_fake
-def _(v, weight, bias, sigma, weight_sigma, bias_sigma, seed, offset, kind, scale, sigma_number):
+def _(
+    v, weight, bias, sigma, weight_sigma, bias_sigma, seed, offset, kind, scale, sigma_number,
+    activation, keep, keep_root,
+):  # fmt: skip
     z = v.new_empty(v.shape[0], weight.shape[0])
-    return z, z.new_empty(z.shape if kind == GAUSSIAN else (0,), dtype=torch.float32)
+    root = z.new_empty(z.shape if keep_root else (0,), dtype=torch.float32)
+    return z, z.new_empty(z.shape if keep else (0,)), root
 
 
 @torch.library.custom_op("fastreg::dual_linear_backward", mutates_args=())
 def _dual_backward_op(
-    dz: Tensor,
+    dy: Tensor,
     v: Tensor,
     weight: Tensor,
     sigma: Tensor | None,
     weight_sigma: Tensor | None,
     square_root: Tensor,
+    kept: Tensor | None,
     seed: Tensor,
     offset: int,
     kind: int,
     scale: float,
     sigma_number: float,
+    activation: str | None,
     needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The wanted gradients; the others are empty."""
-    form = _Form(kind, scale, sigma_number)
+    form, stream = _Form(kind, scale, sigma_number), Stream(seed, offset)
     square_root = square_root if kind == GAUSSIAN else None
-    found = _backward(dz, v, weight, sigma, weight_sigma, square_root, Stream(seed, offset), form, needs)
-    return tuple(dz.new_empty(0) if gradient is None else gradient for gradient in found)
+    found = _backward(dy, v, weight, sigma, weight_sigma, square_root, kept, activation, stream, form, needs)
+    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in found)
 
 
 @_dual_backward_op.register_fake
-def _(dz, v, weight, sigma, weight_sigma, square_root, seed, offset, kind, scale, sigma_number, needs):
-    like = (v, weight, sigma, weight_sigma, dz[0])
+def _(dy, v, weight, sigma, weight_sigma, square_root, kept, seed, offset, kind, scale, number, name, needs):
+    like = (v, weight, dy[0], sigma, weight_sigma, dy[0])
     return tuple(
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else dz.new_empty(0)
+        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else dy.new_empty(0)
         for t, needed in zip(like, needs, strict=True)
     )
 
 
 def _save_for_compiled_backward(ctx, inputs, output):
-    v, weight, _, sigma, weight_sigma, _, seed, *ctx.rest = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(v, weight, sigma, weight_sigma, output[1], seed)
+    v, weight, _, sigma, weight_sigma, _, seed, *ctx.rest, _, _ = inputs
+    z, before, square_root = output
+    ctx.mark_non_differentiable(before, square_root)
+    kept = kept_of(z, before, ctx.rest[-1])
+    ctx.save_for_backward(v, weight, sigma, weight_sigma, square_root, kept, seed)
 
 
-def _compiled_backward(ctx, dz, _):
-    needs_v, needs_weight, needs_bias, *others = ctx.needs_input_grad[:6]
-    needs = [needs_v, needs_weight, *others]
-    found = [None] * 5
-    if any(needs):
-        found = _dual_backward_op(dz, *ctx.saved_tensors, *ctx.rest, needs)
-    dv, dweight, *rest = (t if needed else None for t, needed in zip(found, needs, strict=True))
-    return dv, dweight, dz.sum(0) if needs_bias else None, *rest, None, *[None] * len(ctx.rest)
+def _compiled_backward(ctx, dy, *_):
+    needs = ctx.needs_input_grad[:6]
+    found = _dual_backward_op(dy, *ctx.saved_tensors, *ctx.rest, list(needs))
+    found = (t if needed else None for t, needed in zip(found, needs, strict=True))
+    return *found, None, *[None] * len(ctx.rest), None, None
 
 
 _dual_op.register_autograd(_compiled_backward, setup_context=_save_for_compiled_backward)
@@ -435,12 +495,14 @@ def _dual(v, weight, bias, sigma, weight_sigma, bias_sigma, form, activation, se
         stream = random.stream(v.device, seed, generator) if drawn else None
         return activated(_definition(*tensors, stream, form), activation)
     stream = random.stream(v.device, seed, generator)
+    recorded = differentiated(*tensors)
     if torch.compiler.is_compiling():
-        z, _ = _dual_op(*tensors, stream.seed_on(v.device), stream.offset, *form)
-        return activated(z, activation)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return activated(_Dual.apply(*tensors, *stream, form), activation)
-    return _forward(*tensors, stream, form, activation, keep_root=False)[0]
+        seed, keep = stream.seed_on(v.device), recorded and needs_argument(activation)
+        root = recorded and form.kind == GAUSSIAN
+        return _dual_op(*tensors, seed, stream.offset, *form, activation, keep, root)[0]
+    if recorded:
+        return _Dual.apply(*tensors, *stream, form, activation)[0]
+    return _forward(*tensors, stream, form, activation, keep=False, keep_root=False)[0]
 
 
 def gaussian_linear(

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastreg.ops import backend
+
 ACTIVATIONS = {
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,
@@ -19,6 +21,66 @@ ACTIVATIONS = {
     "hardswish": F.hardswish,
 }
 """What ``activation=`` may name, and its definition: torch's function with torch's default parameters."""
+
+
+OF_OUTPUT = {
+    "relu": lambda dy, y: torch.ops.aten.threshold_backward(dy, y, 0),
+    "leaky_relu": lambda dy, y: torch.ops.aten.leaky_relu_backward(dy, y, 0.01, True),
+    "sigmoid": torch.ops.aten.sigmoid_backward,
+    "tanh": torch.ops.aten.tanh_backward,
+    "elu": lambda dy, y: torch.ops.aten.elu_backward(dy, 1, 1, 1, True, y),
+}
+"""dy f'(v) where it follows from y = f(v): then nothing is kept for it but y, which the next layer keeps too."""
+
+
+def needs_argument(activation: str | None) -> bool:
+    """Whether the derivative of y = f(v) needs v, rather than y."""
+    return activation is not None and activation not in OF_OUTPUT
+
+
+def derivative(activation: str | None) -> str | None:
+    """The name by which the kernels know f' as a function of what is kept for it."""
+    return f"{activation}_of_output" if activation in OF_OUTPUT else activation
+
+
+def kept_of(y: Tensor, v: Tensor | None, activation: str | None) -> Tensor | None:
+    """What the derivative of y = f(v) needs."""
+    if activation is None:
+        return None
+    return v if needs_argument(activation) else y
+
+
+def differentiated(*tensors: Tensor | None) -> bool:
+    """Whether autograd records what is done with any of them."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def activation_gradient(dy: Tensor | None, kept: Tensor, activation: str, dv: Tensor | None = None) -> Tensor:
+    """dy f'(v) + dv, in ATen, differentiable. kept: v, or y = f(v) where that is enough; None is no gradient."""
+    if dy is None:
+        return dv
+    if activation in OF_OUTPUT:
+        found = OF_OUTPUT[activation](dy, kept)
+    else:
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            v = kept if kept.requires_grad else kept.detach().requires_grad_()
+            y = ACTIVATIONS[activation](v)
+        (found,) = torch.autograd.grad(y, v, dy, create_graph=create_graph)
+    return found if dv is None else found + dv
+
+
+def gradient_for_kernels(dy: Tensor | None, dv: Tensor | None, kept: Tensor | None, activation: str | None):
+    """What a backward pass hands to kernels that multiply by f': dy, and the activation.
+
+    Or dy f'(v) + dv and no activation, where there is more to it than the kernels do: second derivatives, which alone
+    have a dv, and batched gradients.
+    """
+    if activation is None:
+        return dy, None
+    if torch.is_grad_enabled() or dv is not None or not backend.runs_kernels(dy):
+        return activation_gradient(dy, kept, activation, dv), None
+    return dy, activation
 
 
 def check_activation(activation: str | None) -> None:

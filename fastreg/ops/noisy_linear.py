@@ -15,7 +15,15 @@ from fastreg.ops import backend, dual_linear
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.drop_connect import cast_by_autocast, torch_refuses
 from fastreg.ops.dual_linear import on_kernels, row_blocks
-from fastreg.ops.fused import activated, check_activation
+from fastreg.ops.fused import (
+    activated,
+    check_activation,
+    derivative,
+    differentiated,
+    gradient_for_kernels,
+    kept_of,
+    needs_argument,
+)
 from fastreg.random import Stream
 
 if backend.HAS_TRITON:
@@ -41,97 +49,138 @@ def _arguments(columns: int, stream: Stream) -> dict:
     return draw | {"columns": columns, "BLOCK": block, "num_warps": max(1, block // 256)}
 
 
-def forward_launch(x: Tensor, deviation: Tensor, y: Tensor, stream: Stream) -> Launch:
+def forward_launch(x, deviation, y, before, stream: Stream, activation) -> Launch:
     blocks = row_blocks(x.shape[1])[1]
-    tensors = {"x_ptr": x, "deviation_ptr": deviation, "y_ptr": y, "blocks": blocks}
-    return Launch(kernels.row_noise, (len(x) * blocks,), tensors | _arguments(x.shape[1], stream))
+    tensors = {"x_ptr": x, "deviation_ptr": deviation, "y_ptr": y, "before_ptr": before}
+    arguments = tensors | {"blocks": blocks, "ACTIVATION": activation} | _arguments(x.shape[1], stream)
+    return Launch(kernels.row_noise, (len(x) * blocks,), arguments)
 
 
-def backward_launch(dy: Tensor, ddeviation: Tensor, stream: Stream) -> Launch:
-    tensors = {"dy_ptr": dy, "ddeviation_ptr": ddeviation}
-    return Launch(kernels.row_noise_backward, (len(dy),), tensors | _arguments(dy.shape[1], stream))
+def backward_launch(dy, kept, dx, ddeviation, stream: Stream, activation) -> Launch:
+    tensors = {"dy_ptr": dy, "kept_ptr": kept, "dx_ptr": dx, "ddeviation_ptr": ddeviation}
+    arguments = tensors | {"DERIVATIVE": derivative(activation)} | _arguments(dy.shape[1], stream)
+    return Launch(kernels.row_noise_backward, (len(dy),), arguments)
 
 
-def _forward(x: Tensor, deviation: Tensor, stream: Stream) -> Tensor:
+def _forward(x, deviation, stream: Stream, activation, keep: bool) -> tuple[Tensor, Tensor | None]:
+    """The result, and with ``keep`` what stands before the activation, else None."""
     x, deviation = x.contiguous(), deviation.contiguous()
     y = torch.empty_like(x)
-    forward_launch(x, deviation, y, stream).run(x.device)
-    return y
+    before = torch.empty_like(x) if keep else None
+    forward_launch(x, deviation, y, before, stream, activation).run(x.device)
+    return y, before
 
 
-def _backward(dy: Tensor, stream: Stream) -> Tensor:
-    ddeviation = torch.empty(len(dy), dtype=torch.float32, device=dy.device)
-    backward_launch(dy.contiguous(), ddeviation, stream).run(dy.device)
-    return ddeviation
+def _backward(dy, kept, activation, stream: Stream, needs_x: bool, needs_deviation: bool):
+    """The wanted of the gradients of x and of the deviation; None for the others."""
+    dy = dy.contiguous()
+    dx = dy if activation is None else torch.empty_like(dy)
+    ddeviation = torch.empty(len(dy), dtype=torch.float32, device=dy.device) if needs_deviation else None
+    if needs_deviation or activation is not None:
+        backward_launch(dy, kept, dx, ddeviation, stream, activation).run(dy.device)
+    return dx if needs_x else None, ddeviation
 
 
 class _RowNoise(torch.autograd.Function):
-    """Saves nothing but the stream."""
+    """The result, and what stands before its activation, if the derivative of that needs it. Saves the stream, and for
+    the activation one of the two, by which second derivatives come back to this function."""
 
     @staticmethod
-    def forward(ctx, x, deviation, seed, offset):
+    def forward(ctx, x, deviation, seed, offset, activation):
+        ctx.set_materialize_grads(False)
         in_memory = isinstance(seed, Tensor)
-        ctx.seed, ctx.offset = None if in_memory else seed, offset
-        ctx.save_for_backward(*([seed] if in_memory else []))
-        return _forward(x, deviation, Stream(seed, offset))
+        ctx.seed, ctx.offset, ctx.activation = None if in_memory else seed, offset, activation
+        y, before = _forward(x, deviation, Stream(seed, offset), activation, needs_argument(activation))
+        ctx.save_for_backward(kept_of(y, before, activation), seed if in_memory else None)
+        return y, before
 
     @staticmethod
-    def backward(ctx, dy):
-        stream = Stream(*ctx.saved_tensors or (ctx.seed,), ctx.offset)
+    def backward(ctx, dy, dbefore):
+        if dy is None and dbefore is None:
+            return (None,) * 5
+        kept, seed = ctx.saved_tensors
+        stream = Stream(ctx.seed if seed is None else seed, ctx.offset)
         needs_x, needs_deviation = ctx.needs_input_grad[:2]
+        dy, activation = gradient_for_kernels(dy, dbefore, kept, ctx.activation)
+        if not torch.is_grad_enabled() and on_kernels(dy):
+            found = _backward(dy, kept, activation, stream, needs_x, needs_deviation)
+            return *found, None, None, None
         ddeviation = None
         if needs_deviation:
-            if torch.is_grad_enabled() or not on_kernels(dy):
-                eps = random.row_normals(*dy.shape, stream, device=dy.device)
-                ddeviation = (dy * eps).sum(1).to(torch.float32)
-            else:
-                ddeviation = _backward(dy, stream)
-        return dy if needs_x else None, ddeviation, None, None
+            eps = random.row_normals(*dy.shape, stream, device=dy.device)
+            ddeviation = (dy * eps).sum(1).to(torch.float32)
+        return dy if needs_x else None, ddeviation, None, None, None
 
 
 @torch.library.custom_op("fastreg::row_noise", mutates_args=())
-def _row_noise_op(x: Tensor, deviation: Tensor, seed: Tensor, offset: int) -> Tensor:
-    return _forward(x, deviation, Stream(seed, offset))
+def _row_noise_op(
+    x: Tensor, deviation: Tensor, seed: Tensor, offset: int, activation: str | None, keep: bool
+) -> tuple[Tensor, Tensor]:
+    y, before = _forward(x, deviation, Stream(seed, offset), activation, keep)
+    return y, y.new_empty(0) if before is None else before
 
 
 @_row_noise_op.register_fake
-def _(x, deviation, seed, offset):
-    return x.new_empty(x.shape)
+def _(x, deviation, seed, offset, activation, keep):
+    return x.new_empty(x.shape), x.new_empty(x.shape if keep else (0,))
 
 
 @torch.library.custom_op("fastreg::row_noise_backward", mutates_args=())
-def _row_noise_backward_op(dy: Tensor, seed: Tensor, offset: int) -> Tensor:
-    return _backward(dy, Stream(seed, offset))
+def _row_noise_backward_op(
+    dy: Tensor,
+    kept: Tensor | None,
+    seed: Tensor,
+    offset: int,
+    activation: str | None,
+    needs_x: bool,
+    needs_deviation: bool,
+) -> tuple[Tensor, Tensor]:
+    """The wanted gradients of the kernel; the others are empty. Without an activation that of x is dy."""
+    dx, ddeviation = _backward(dy, kept, activation, Stream(seed, offset), needs_x, needs_deviation)
+    if dx is None or activation is None:
+        dx = dy.new_empty(0)
+    return dx, dy.new_empty(0, dtype=torch.float32) if ddeviation is None else ddeviation
 
 
 @_row_noise_backward_op.register_fake
-def _(dy, seed, offset):
-    return dy.new_empty(dy.shape[0], dtype=torch.float32)
+def _(dy, kept, seed, offset, activation, needs_x, needs_deviation):
+    dx = dy.new_empty(dy.shape if needs_x and activation is not None else (0,))
+    return dx, dy.new_empty(dy.shape[0] if needs_deviation else 0, dtype=torch.float32)
 
 
 def _save(ctx, inputs, output):
-    _, _, seed, ctx.offset = inputs
-    ctx.save_for_backward(seed)
+    _, _, seed, ctx.offset, ctx.activation, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(kept_of(*output, ctx.activation), seed)
 
 
-def _compiled_backward(ctx, dy):
+def _compiled_backward(ctx, dy, _):
     needs_x, needs_deviation = ctx.needs_input_grad[:2]
-    ddeviation = _row_noise_backward_op(dy, *ctx.saved_tensors, ctx.offset) if needs_deviation else None
-    return dy if needs_x else None, ddeviation, None, None
+    dx, ddeviation = dy, None
+    if needs_deviation or ctx.activation is not None:
+        rest = ctx.offset, ctx.activation, needs_x, needs_deviation
+        found, ddeviation = _row_noise_backward_op(dy, *ctx.saved_tensors, *rest)
+        dx = dy if ctx.activation is None else found
+    return dx if needs_x else None, ddeviation if needs_deviation else None, None, None, None, None
 
 
 _row_noise_op.register_autograd(_compiled_backward, setup_context=_save)
 
 
-def row_noise(x: Tensor, deviation: Tensor, seed=None, generator=None) -> Tensor:
-    """x + deviation eps for x ``[rows, columns]`` and a deviation ``[rows]`` (fp32; fp64 for fp64)."""
+def row_noise(x: Tensor, deviation: Tensor, activation=None, seed=None, generator=None) -> Tensor:
+    """activation(x + deviation eps) for x ``[rows, columns]`` and a deviation ``[rows]`` (fp32; fp64 for fp64)."""
     if not on_kernels(x, deviation) or x.numel() == 0:
         drawn = seed is not None or generator is not None
-        return _definition(x, deviation, random.stream(x.device, seed, generator) if drawn else None)
+        stream = random.stream(x.device, seed, generator) if drawn else None
+        return activated(_definition(x, deviation, stream), activation)
     stream = random.stream(x.device, seed, generator)
+    recorded = differentiated(x, deviation)
     if torch.compiler.is_compiling():
-        return _row_noise_op(x, deviation, stream.seed_on(x.device), stream.offset)
-    return _RowNoise.apply(x, deviation, *stream)
+        keep = recorded and needs_argument(activation)
+        return _row_noise_op(x, deviation, stream.seed_on(x.device), stream.offset, activation, keep)[0]
+    if recorded:
+        return _RowNoise.apply(x, deviation, *stream, activation)[0]
+    return _forward(x, deviation, stream, activation, keep=False)[0]
 
 
 # --- the public function ----------------------------------------------------------------------------------
@@ -199,8 +248,8 @@ def noisy_linear(
         sigma = sigma.reshape(()) if isinstance(sigma, Tensor) else sigma
         z = dual_linear.gaussian_linear(v, weight, bias, 1.0, sigma, activation, seed, generator)
     else:
-        z = row_noise(F.linear(v, weight, bias), _deviation(v, sigma, bias_sigma), seed, generator)
-        z = activated(z, activation)
+        deviation = _deviation(v, sigma, bias_sigma)
+        z = row_noise(F.linear(v, weight, bias), deviation, activation, seed, generator)
     return z.view(*input.shape[:-1], weight.shape[0])
 
 
