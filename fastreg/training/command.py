@@ -42,7 +42,8 @@ def train(
         str,
         typer.Option(
             help=f"Settings to train, separated by commas: {', '.join(REGULARIZERS)}, or some joined by +. "
-            "At most one of them normalizes; instancenorm needs the cnn, and normalizes its convolutions alone."
+            "At most one of them normalizes; l2 and weight-decay exclude each other; "
+            "instancenorm needs the cnn, and normalizes its convolutions alone."
         ),
     ] = ",".join(DEFAULTS.compare),
     study: Annotated[
