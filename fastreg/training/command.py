@@ -42,7 +42,8 @@ def train(
         str,
         typer.Option(
             help=f"Settings to train, separated by commas: {', '.join(REGULARIZERS)}, or some joined by +. "
-            "At most one of them normalizes; instancenorm needs the cnn, and normalizes its convolutions alone."
+            "At most one of them normalizes; l2 and weight-decay exclude each other; "
+            "instancenorm needs the cnn, and normalizes its convolutions alone."
         ),
     ] = ",".join(DEFAULTS.compare),
     study: Annotated[
@@ -78,6 +79,24 @@ def train(
             metavar="STD", help="Deviation of the noise on a hidden layer's weight, where weight-noise is on."
         ),
     ] = DEFAULTS.weight_noise,
+    l2: Annotated[
+        float, typer.Option(metavar="STRENGTH", help="L2 penalty of the weights, where l2 is on.")
+    ] = DEFAULTS.l2,
+    weight_decay: Annotated[
+        float,
+        typer.Option(
+            metavar="STRENGTH", help="Decay of the weights in a step, over lr, where weight-decay is on."
+        ),
+    ] = DEFAULTS.weight_decay,
+    l1: Annotated[
+        float, typer.Option(metavar="STRENGTH", help="L1 penalty of the weights, where l1 is on.")
+    ] = DEFAULTS.l1,
+    max_norm: Annotated[
+        float,
+        typer.Option(
+            metavar="NORM", help="Most that a hidden unit's incoming weights may have, where max-norm is on."
+        ),
+    ] = DEFAULTS.max_norm,
     epochs: Annotated[int, typer.Option(help="Passes over the training set.")] = DEFAULTS.epochs,
     batch_size: Annotated[
         int, typer.Option(help="Examples of a step, over all processes together.")
@@ -132,6 +151,10 @@ def train(
             dropout=dropout,
             input_noise=input_noise,
             weight_noise=weight_noise,
+            l2=l2,
+            weight_decay=weight_decay,
+            l1=l1,
+            max_norm=max_norm,
             input_dropout=INPUT_DROPOUT.get(model, 0.0) if input_dropout is None else input_dropout,
             epochs=epochs,
             batch_size=batch_size,

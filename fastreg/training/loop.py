@@ -43,7 +43,7 @@ class Trial:
         self.model = MODELS[settings.model](dataset.image_shape, dataset.classes, self.recipe)
         self.model.to(workers.device)
         self.network = workers.wrap(self.model)
-        self.optimizer = torch.optim.SGD(self.model.parameters(), **self.recipe.optimizer)
+        self.optimizer = self.recipe.make_optimizer(self.model)
         self.history: list[dict] = []
         self.best = {"validation_error": math.inf, "epoch": 0, "weights": {}}
 
@@ -64,7 +64,8 @@ class Trial:
         """Train for one epoch and evaluate.
 
         Returns:
-            ``epoch``, from 1; ``step_loss``, the mean over the steps as they were taken, regularized;
+            ``epoch``, from 1; ``step_loss``, the mean over the steps as they were taken, with the layers and the images
+            of training, without penalties of the weights;
             ``train_loss``, ``train_error``, ``validation_loss``, ``validation_error`` of the weights after
             the epoch, in evaluation mode; ``seconds`` of training, without the evaluation. Losses are mean
             cross-entropies in nats, errors are in percent.

@@ -2,12 +2,12 @@
 
 A new family is a function here. It can change the layers, the optimizer or the training images:
 
-    @regularizer("weight-decay")
-    def weight_decay(recipe, options):
-        "Decoupled weight decay (--weight-decay)."
-        recipe.optimizer["weight_decay"] = options.weight_decay
+    @regularizer("clipping")
+    def clipping(recipe, options):
+        "Gradients of at most --clipping together (Pascanu et al., 2013)."
+        recipe.optimizer["max_grad_norm"] = options.clipping
 
-and ``--compare none,weight-decay,dropout+weight-decay`` works. An option of its own is one more field of
+and ``--compare none,clipping,dropout+clipping`` works. An option of its own is one more field of
 ``settings.Settings`` and one more parameter of ``command.train``.
 """
 
@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import fastreg.nn as fnn
+from fastreg import optim
 from fastreg.training.errors import InputError
 
 
@@ -36,7 +37,10 @@ class Recipe:
             inputs, outputs, and the name of the activation, or None where a normalization does it.
         last_hidden: the same of the last dense layer before the output, in place of ``dense``.
         smallest_share: the fewest examples of a batch that the layers can train on, in every process.
-        optimizer: keyword arguments of ``torch.optim.SGD``.
+        optimizer_class: of ``fastreg.optim``, with momentum.
+        optimizer: its keyword arguments.
+        weights: options of its group of weights: matrices and filters, without biases, scales and shifts.
+        hidden_weights: the same of all weights but those of the output layer.
         transforms: functions of the training images of a batch, ``(B, 1, H, W)``, applied in order.
     """
 
@@ -46,8 +50,22 @@ class Recipe:
     dense: Callable[[int, int, str | None], nn.Module] | None = None
     last_hidden: Callable[[int, int, str | None], nn.Module] | None = None
     smallest_share: int = 0
+    optimizer_class: type[optim.SGD] = optim.SGD
     optimizer: dict = field(default_factory=dict)
+    weights: dict = field(default_factory=dict)
+    hidden_weights: dict = field(default_factory=dict)
     transforms: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
+
+    def make_optimizer(self, model: nn.Module) -> optim.SGD:
+        """The optimizer of ``model``, whose last layer is its output."""
+        *hidden, output = [p for p in model.parameters() if p.dim() > 1]
+        others = [p for p in model.parameters() if p.dim() < 2]
+        groups = [
+            {"params": hidden, **self.weights, **self.hidden_weights},
+            {"params": [output], **self.weights},
+            {"params": others},
+        ]
+        return self.optimizer_class(groups, **self.optimizer)
 
 
 Regularizer = Callable[[Recipe, Any], None]  # the recipe to change, and the Settings of the run
@@ -116,6 +134,35 @@ def weight_noise(recipe: Recipe, options: Any) -> None:
     )
 
 
+@regularizer("l2")
+def l2(recipe: Recipe, options: Any) -> None:
+    """L2 penalty of the weights, ``--l2 / 2 |w|^2``, whose gradient goes through the momentum."""
+    _decay(recipe, options.l2)
+
+
+@regularizer("weight-decay")
+def weight_decay(recipe: Recipe, options: Any) -> None:
+    """Decoupled weight decay (Loshchilov and Hutter, 2019): weights lose ``lr --weight-decay`` of themselves a step.
+
+    Momentum sums the gradient of an L2 penalty up to ``1 / (1 - momentum)`` of it, ten times at 0.9: a tenth of
+    ``--weight-decay`` as ``--l2`` pulls as much, only later. With ``--momentum 0`` equal strengths give equal numbers.
+    """
+    recipe.optimizer_class = optim.SGDW
+    _decay(recipe, options.weight_decay)
+
+
+@regularizer("l1")
+def l1(recipe: Recipe, options: Any) -> None:
+    """L1 penalty of the weights: they shrink by ``lr --l1`` a step, past the momentum, to exact zeros."""
+    recipe.weights["l1"] = options.l1
+
+
+@regularizer("max-norm")
+def max_norm(recipe: Recipe, options: Any) -> None:
+    """Incoming weights of every hidden unit of at most --max-norm together (Srivastava et al., 2014)."""
+    recipe.hidden_weights |= {"max_norm": options.max_norm, "max_norm_dim": 0}
+
+
 @regularizer("batchnorm")
 def batchnorm(recipe: Recipe, options: Any) -> None:
     """Batch normalization (Ioffe and Szegedy, 2015), in each process over its own share of the batch."""
@@ -170,3 +217,9 @@ def _normalize(recipe: Recipe, layer: Callable[[int, int], nn.Module]) -> None:
     if recipe.normalization is not None:
         raise InputError("a network has one normalization, and --compare cannot join two with +")
     recipe.normalization = layer
+
+
+def _decay(recipe: Recipe, strength: float) -> None:
+    if "weight_decay" in recipe.weights:
+        raise InputError("the weights have one decay, and --compare cannot join l2 and weight-decay with +")
+    recipe.weights["weight_decay"] = strength
