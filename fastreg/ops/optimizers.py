@@ -176,15 +176,7 @@ def define(member: Member, rule: Rule, numbers: Numbers, gain: float = 1.0, shar
     if rule.cautious:
         keep = torch.where(update * value >= 0, keep, 1.0)
     value = value * keep - update
-    if s["threshold"]:
-        value = torch.where(value.abs() < s["threshold"], 0.0, value - s["threshold"] * value.sign())
-    if row_of(p, rule) or shards is not None:
-        dims = tuple(range(1, p.dim())) if rule.rows else tuple(range(p.dim()))
-        squared = value.square().sum(dims, keepdim=True) if dims else value.square()
-        if shards is not None:
-            squared = shards.sum_(squared)
-        norm = squared.sqrt()
-        value = torch.where(norm > s["radius"], value * (s["radius"] / norm), value)
+    value = _constrained(value, rule, s, shards)
     stored = value
     if rule.at_random:
         stored = _rounded_at_random(value, member.ordinal, int(t))
@@ -192,8 +184,33 @@ def define(member: Member, rule: Rule, numbers: Numbers, gain: float = 1.0, shar
     if member.master is not None:
         member.master.copy_(value)
     if member.average is not None:
-        followed = value if member.master is not None else p.to(compute)
-        member.average += s["follow"] * (followed - member.average)
+        member.average.lerp_(value if member.master is not None else p.to(compute), s["follow"])
+
+
+def finish(member: Member, rule: Rule, numbers: Numbers, shards: Any = None) -> None:
+    """What a step does after the update, for a parameter that torch's own step has moved: L1, max-norm, average."""
+    s = resolve(numbers, False, math.inf)
+    p = member.parameter
+    if s["threshold"] or rule.rows is not None:
+        p.copy_(_constrained(p, rule, s, shards))
+    if member.average is not None:
+        member.average.lerp_(p, s["follow"])
+
+
+def _constrained(value: Tensor, rule: Rule, s: dict[str, float], shards: Any) -> Tensor:
+    """Shrunk by the proximal L1, then projected into the ball of the max-norm."""
+    if s["threshold"]:
+        value = value - value.clamp(-s["threshold"], s["threshold"])  # exact zeros; a NaN stays
+    if row_of(value, rule) or shards is not None:
+        dims = tuple(range(1, value.dim())) if rule.rows else tuple(range(value.dim()))
+        squared = value.square().sum(dims, keepdim=True) if dims else value.square()
+        if shards is not None:
+            squared = shards.sum_(squared)
+        norm = squared.sqrt()
+        if (norm > s["radius"]).any():
+            # Times 1 is the same to the bit.
+            value = value * torch.where(norm > s["radius"], s["radius"] / norm, 1.0)
+    return value
 
 
 def _rounded_at_random(x: Tensor, key: int, count: int) -> Tensor:

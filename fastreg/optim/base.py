@@ -34,6 +34,7 @@ from fastreg.ops.optimizers import (
     clipped,
     compute_dtype,
     define,
+    finish,
     laid_out,
     projection,
     same_layout,
@@ -379,7 +380,8 @@ class Regularized(Optimizer):
 
     def _structure(self, group: dict) -> tuple:
         damped = group.get("dampening", 0) != 0
-        return len(group["params"]), self._rule(group), group["max_grad_norm"] is None, damped
+        update = self._needs_our_update(group)
+        return len(group["params"]), self._rule(group), group["max_grad_norm"] is None, damped, update
 
     def _make(
         self, structure: tuple, params: list[Tensor], grads: list[Tensor | None], pieces: list[Tensor]
@@ -438,7 +440,12 @@ class Regularized(Optimizer):
             self._prepare(p, piece, group, rule, kernels=False)
             member = self._member(i, p, piece, g, owner, rule)
             state = [t for t in (member.first, member.second, member.largest) if t is not None]
-            if self._has_options(group) or any(t.dtype != p.dtype for t in state):
+            alike = all(t.dtype == p.dtype for t in state)
+            if (
+                self._needs_our_update(group)
+                or not alike
+                or (rule.average and compute_dtype(p.dtype) != p.dtype)
+            ):
                 plan.rest.append(i)
                 return
             walks = all(
@@ -458,6 +465,14 @@ class Regularized(Optimizer):
                 "l1, max_norm, max_grad_norm and the other options beside those of torch need parameters of floating "
                 f"point and dense gradients, but got {p.dtype} on {p.device}, and a gradient of {g.layout}"
             )
+
+    @staticmethod
+    def _needs_our_update(group: dict) -> bool:
+        """Whether options change more than what may follow torch's step: a shrinkage, a projection, an average."""
+        after = ("l1_mode", "max_norm", "max_norm_dim", "ema_decay")
+        if group["l1_mode"] == "proximal":
+            after += ("l1",)
+        return any(group[key] != OPTIONS[key] for key in OPTIONS if key not in after)
 
     @staticmethod
     def _has_options(group: dict) -> bool:
@@ -616,3 +631,10 @@ class Regularized(Optimizer):
             self._torch_step(group, params, parts, own, walks)
             # torch's fused step does not say what it writes
             torch.autograd.graph.increment_version([p for p in params if not p.is_inference()])
+            if self._has_options(group):
+                for i in places:
+                    rule = self._rule_of(plan.params[i], group)
+                    member = self._member(i, plan.params[i], pieces[i], grads[i], owner, rule)
+                    finish(
+                        member, rule, numbers[owner], shards(plan.params[i]) if rule.rows is False else None
+                    )
