@@ -19,6 +19,10 @@ Two plans, with accesses of an activation-sized tensor in device memory (forward
     split   every line is spread over ``splits`` programs, so that 3 channels fill
             a GPU as well as 3,000; sums, a small merge, and a second pass           3 / 5
 
+Instructions: ``whole`` does twice the arithmetic on the bytes of one reading, and is predicted to be bound by memory
+all the same, but for bf16 in three cases: silu on a B200, which reads an element in the time of 20 instructions;
+groups that fill no power of 2; and planes that no vector divides (bench/group_norm.py and batch_norm.py have figures).
+
 A residual is one more read forward and one more write backward (its gradient). Its activation needs the sign or the
 value of what it was applied to: relu and leaky_relu keep ONE BIT an element (``signs``), others read the residual
 again. Without a residual the backward pass computes that value from x. Nothing else is saved but a mean and a
