@@ -137,10 +137,12 @@ def kernels() -> list[Kernel]:
                 found += variants(dtype, LARGE, layout, activation="silu")
     for dtype in (torch.bfloat16, torch.float32):
         found += variants(
-            dtype, (256, 3, 112, 112), "NCHW", note="C=3", budget=Budget(min_headroom=0.8, **FEW_NARROW)
+            dtype, (256, 3, 112, 112), "NCHW", note="C=3", budget=Budget(min_headroom=0.85, **FEW_NARROW)
         )
-        # 7 x 7: nothing that divides a plane. Both passes run from the caches, at the price of instructions.
-        odd = Budget(min_headroom=0.3, **FEW_NARROW)
+        # 7 x 7: nothing that divides a plane. Both passes run from the caches, at the price of instructions: what a
+        # program does once, for 392 lines and sums over 8 channels of them, takes more than its loops do.
+        least = {80: 0.9, 90: 0.8, 100: 0.4} if dtype == torch.bfloat16 else {80: 1, 90: 1, 100: 0.9}
+        odd = Budget(min_headroom=least, **FEW_NARROW)
         found += variants(dtype, SMALL, "NCHW", activation="relu", note="7x7", budget=odd)
     return found
 

@@ -85,6 +85,7 @@ def _same_start() -> None:
 
 
 # Thousands of cases, minutes on the interpreter: by default these run on ATen, and with ``-m slow`` on the kernels.
+# Tests marked ``sampled`` choose themselves which of their cases run on the kernels in every run.
 _SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py")
 
 
@@ -92,5 +93,6 @@ _SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py")
 def pytest_collection_modifyitems(items) -> None:
     for item in items:
         interpreted = getattr(item, "callspec", None) and item.callspec.params.get("path") == "kernels"
-        if item.path.name in _SWEEPS and interpreted and not torch.cuda.is_available():
+        swept = item.path.name in _SWEEPS and not item.get_closest_marker("sampled")
+        if swept and interpreted and not torch.cuda.is_available():
             item.add_marker(pytest.mark.slow)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -360,32 +361,56 @@ def test_opcheck(device, name):
 (MODULE_INFO,) = [info for info in module_db if info.module_cls is torch.nn.LocalResponseNorm]
 
 
-def small(tensor):
-    return tensor.numel() <= 100
+def assert_as_in_torch(path, ours, theirs, x):
+    """Result and gradient: torch's bits on ATen (and of integers), torch's in fp64 on the kernels."""
+    exact = path == "aten" or not x.is_floating_point()
+    leaf, expected_leaf = x.detach().clone(), (x if exact else x.double()).detach().clone()
+    results, expected_results = [], []
+    if x.is_floating_point():
+        y, expected = ours(leaf.requires_grad_()), theirs(expected_leaf.requires_grad_())
+        assert not x.numel() or on_kernels(y) == (path == "kernels")
+        dy = torch.randn_like(y)
+        results += torch.autograd.grad(y, leaf, dy)
+        expected_results += torch.autograd.grad(expected, expected_leaf, dy.to(expected.dtype))
+    else:
+        y, expected = ours(leaf), theirs(expected_leaf)
+    assert (y.dtype, y.stride()) == (expected.dtype if exact else x.dtype, expected.stride())
+    tolerance = 0 if exact else TOLERANCE[x.dtype]
+    for result, expected_result in zip([y, *results], [expected, *expected_results], strict=True):
+        # A gradient is a difference of terms of the size of dy.
+        assert_close(result.to(expected_result.dtype), expected_result, rtol=tolerance, atol=2 * tolerance)
 
 
 @pytest.mark.parametrize("dtype", sorted(OP_INFO.dtypes, key=str), ids=str)
 def test_op_info_samples_act_as_in_torch(path, device, dtype):
-    for sample in OP_INFO.sample_inputs(device, dtype, requires_grad=dtype.is_floating_point):
-        x, arguments = sample.input.detach(), (*sample.args, *sample.kwargs.values())
-        if path == "kernels" and not (small(x) and dtype == torch.float32):
-            continue  # the interpreter is slow; its dtypes are tested above
-        y = F.local_response_norm(x, *sample.args, **sample.kwargs)
-        expected = torch.nn.functional.local_response_norm(x, *sample.args, **sample.kwargs)
-        assert (y.dtype, y.stride()) == (expected.dtype, expected.stride()), arguments
-        if path == "aten":
-            assert_close(y, expected, rtol=0, atol=0)
-        else:
-            assert_close(y, expected)
+    samples = list(OP_INFO.sample_inputs(device, dtype))
+    assert len(samples) >= 11
+    for sample in samples:
+        (size,), constants = sample.args, sample.kwargs
+        ours, theirs = (
+            partial(f.local_response_norm, size=size, **constants) for f in (F, torch.nn.functional)
+        )
+        assert_as_in_torch(path, ours, theirs, sample.input)
 
 
-def test_module_info_inputs_act_as_in_torch(path, device):
-    inputs = MODULE_INFO.module_inputs_func(MODULE_INFO, device, torch.float32, False, training=True)
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last])
+@pytest.mark.parametrize(
+    ("dtype", "training"),
+    [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)],
+    ids=["fp32-training", "fp32-evaluation", "bf16-training"],
+)
+def test_module_info_inputs_act_as_in_torch(path, device, dtype, layout, training):
+    if path == "aten" and dtype.itemsize == 2 and device.type == "cpu":
+        pytest.skip("torch has no 16-bit average over volumes on the CPU")
+    inputs = list(MODULE_INFO.module_inputs_func(MODULE_INFO, device, dtype, False, training=training))
+    assert len(inputs) >= 3
     for each in inputs:
-        constructor, call = each.constructor_input, each.forward_input
-        ours = fnn.LocalResponseNorm(*constructor.args, **constructor.kwargs)
-        theirs = torch.nn.LocalResponseNorm(*constructor.args, **constructor.kwargs)
-        assert_close(ours(*call.args, **call.kwargs), theirs(*call.args, **call.kwargs))
+        constructor, (x,) = each.constructor_input, each.forward_input.args
+        layers = [
+            of.LocalResponseNorm(*constructor.args, **constructor.kwargs).train(training)
+            for of in (fnn, torch.nn)
+        ]
+        assert_as_in_torch(path, *layers, layout(x))
 
 
 # --- the module, and errors -------------------------------------------------------------------------------

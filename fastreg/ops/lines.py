@@ -158,7 +158,9 @@ def whole_plan(seen: View, itemsize: int, tensors: int, device: torch.device) ->
     if block > room:
         return None
     # A multiprocessor runs 16 warps of these kernels at a time, which together read so many bytes twice.
-    warps = next(warps for warps in (4, 8, 16) if block * line_bytes * 16 <= WHOLE_BYTES * warps)
+    # Forward, blocks of whole planes have hundreds of lines, whose sums over units need the registers of 8 warps.
+    least = 8 if seen.repeat > 1 and tensors == 1 else 4
+    warps = next(w for w in (4, 8, 16) if w >= least and block * line_bytes * 16 <= WHOLE_BYTES * w)
     size = ELEMENTS_PER_WARP * warps
     if seen.last:
         along = size // _power_of_2(block)

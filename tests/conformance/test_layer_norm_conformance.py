@@ -125,7 +125,7 @@ def test_errors_are_those_of_torch(case, device, path):
 
 
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_module_info_inputs(dtype, training, device, path):
     (info,) = (info for info in module_db if info.module_cls is torch.nn.LayerNorm)
     inputs = [
@@ -144,14 +144,16 @@ def test_module_info_inputs(dtype, training, device, path):
             torch.nn.init.normal_(parameter)
         layer.load_state_dict(stock.state_dict())
         assert (layer.extra_repr(), repr(layer)) == (stock.extra_repr(), repr(stock))
-        xs = [entry.forward_input.args[0].detach().clone().requires_grad_() for _ in range(2)]
-        y, expected = layer(xs[0]), stock(xs[1])
+        xs = [entry.forward_input.args[0].detach().clone() for _ in range(2)]
+        if dtype == torch.bfloat16:
+            stock, xs[1] = stock.double(), xs[1].double()  # without torch's roundings on the way
+        y, expected = layer(xs[0].requires_grad_()), stock(xs[1].requires_grad_())
         dy = torch.randn_like(y)
         y.backward(dy)
-        expected.backward(dy)
-        assert_close(y, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        expected.backward(dy.to(expected.dtype))
+        assert_close(y, expected.to(dtype), rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
         found, wanted = (
-            [x.grad, *(p.grad for p in m.parameters())] for x, m in zip(xs, (layer, stock), strict=True)
+            [t.grad.to(dtype) for t in (x, *m.parameters())] for x, m in zip(xs, (layer, stock), strict=True)
         )
         # 1e-4: the samples of ModuleInfo have rows of very different size, and gradients that sum over all of them
         assert_close(found, wanted, rtol=10 * TOLERANCE[dtype], atol=10 * TOLERANCE[dtype])

@@ -40,6 +40,7 @@ CHANNELS = 6
 SHAPES = {3: (4, CHANNELS, 5), 4: (3, CHANNELS, 5, 3), 5: (2, CHANNELS, 3, 2, 3)}
 
 slow = pytest.mark.slow
+sampled = pytest.mark.sampled
 
 
 def on_both(names, *values, only=lambda *case: True, fast=lambda *case: True):
@@ -182,16 +183,14 @@ MODULE_INFOS = [
 
 
 def on_both_in(things, dtypes, fast):
-    """As ``on_both``, with 16 bits for ``-m slow`` on the kernels: they have tests of their own below."""
+    """As ``on_both``. fast: {dtype: the labels that the default run takes on the kernels}."""
     return [
         pytest.param(
             thing,
             dtype,
             backend_name,
             id=f"{label}-{str(dtype)[6:]}-{backend_name}",
-            marks=[slow]
-            if backend_name == "kernels" and not (dtype == torch.float32 and label in fast)
-            else [],
+            marks=[slow] if backend_name == "kernels" and label not in fast.get(dtype, ()) else [],
         )
         for label, thing in things.items()
         for dtype in dtypes
@@ -202,7 +201,7 @@ def on_both_in(things, dtypes, fast):
 MODULE_CASES = on_both_in(
     {info.module_cls.__name__: info for info in MODULE_INFOS},
     DTYPES,
-    ("BatchNorm1d", "BatchNorm2d", "GroupNorm", "InstanceNorm2d"),
+    {torch.float32: MODULES, torch.bfloat16: ("BatchNorm2d", "GroupNorm", "InstanceNorm2d")},
 )
 
 
@@ -258,6 +257,7 @@ def assert_layers_agree(layer, expected_layer, x, exact, steps=2):
             assert_same(y, expected)
             assert_same(gradients, expected_gradients)
         else:
+            assert y.stride() == leaf.stride()
             assert_near(y, expected)
             batched = x if x.dim() == RANK.get(type(layer).__name__, x.dim()) else x.unsqueeze(0)
             tracked = getattr(before, "running_var", None)
@@ -293,13 +293,13 @@ def dtype_of(layer, x):
     return state[0] if state else x.dtype
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
-@pytest.mark.parametrize(("info", "dtype", "path"), MODULE_CASES, indirect=["path"])
-def test_module_info_inputs_act_as_in_torch(info, dtype, path, training, device):
-    if path == "kernels" and not training and info.module_cls in (torch.nn.GroupNorm, torch.nn.BatchNorm1d):
-        pytest.skip("as in training, or as BatchNorm2d")
+def check_module_inputs(info, dtype, path, training, device, memory_format=None):
+    """Our layer beside torch's on the inputs that PyTorch lists: all of them, or those of the format's rank in it."""
     inputs = list(module_inputs(info, device, dtype, training))
-    assert len(inputs) >= 6
+    if memory_format is not None:
+        rank = 5 if memory_format is torch.channels_last_3d else 4
+        inputs = [each for each in inputs if each[1].args[0].dim() == rank]
+    assert len(inputs) >= (4 if memory_format is None else 2)
     for constructor, forward in inputs:
         stock = info.module_cls(*constructor.args, **constructor.kwargs).to(device, dtype).train(training)
         layer = ours_of(info.module_cls)(*constructor.args, **constructor.kwargs).to(device, dtype)
@@ -308,6 +308,8 @@ def test_module_info_inputs_act_as_in_torch(info, dtype, path, training, device)
         assert str(layer.load_state_dict(stock.state_dict())) == "<All keys matched successfully>"
         exact = path == "aten"
         (x,) = forward.args
+        if memory_format is not None:
+            x = x.detach().contiguous(memory_format=memory_format)
         if not exact:
             stock, x64 = stock.double(), x.double()
             if not list(stock.parameters()) and not list(stock.buffers()):
@@ -316,6 +318,34 @@ def test_module_info_inputs_act_as_in_torch(info, dtype, path, training, device)
                 stock.forward = lambda x, forward=stock_forward: forward(x.double())
             assert x64.dtype == torch.float64
         assert_layers_agree(layer, stock, x, exact, steps=2 if exact else 1)
+
+
+@sampled
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(("info", "dtype", "path"), MODULE_CASES, indirect=["path"])
+def test_module_info_inputs_act_as_in_torch(info, dtype, path, training, device):
+    check_module_inputs(info, dtype, path, training, device)
+
+
+CHANNELS_LAST = {
+    "BatchNorm2d": torch.channels_last,
+    "BatchNorm3d": torch.channels_last_3d,
+    "GroupNorm": torch.channels_last,
+    "InstanceNorm2d": torch.channels_last,
+    "InstanceNorm3d": torch.channels_last_3d,
+}
+
+
+@sampled
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize(
+    "info",
+    [info for info in MODULE_INFOS if info.module_cls.__name__ in CHANNELS_LAST],
+    ids=lambda info: info.module_cls.__name__,
+)
+def test_module_info_inputs_in_channels_last_act_as_in_torch(info, training, path, device):
+    memory_format = CHANNELS_LAST[info.module_cls.__name__]
+    check_module_inputs(info, torch.float32, path, training, device, memory_format)
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -349,7 +379,11 @@ def test_module_info_error_inputs_raise_as_in_torch(info, training, device, path
 OP_INFOS = [
     op for op in op_db if op.name.removeprefix("nn.functional.") in FUNCTIONS and not op.variant_test_name
 ]
-OP_CASES = on_both_in({op.name.removeprefix("nn.functional."): op for op in OP_INFOS}, DTYPES, FUNCTIONS)
+OP_CASES = on_both_in(
+    {op.name.removeprefix("nn.functional."): op for op in OP_INFOS},
+    DTYPES,
+    {torch.float32: FUNCTIONS, torch.bfloat16: ("batch_norm", "group_norm")},
+)
 
 
 def bound(name, sample):
@@ -412,6 +446,7 @@ def check_sample(name, sample, exact):
         assert_near(ours[key], theirs[key])
 
 
+@sampled
 @pytest.mark.parametrize(("op", "dtype", "path"), OP_CASES, indirect=["path"])
 def test_op_info_samples_act_as_in_torch(op, dtype, path, device):
     samples = list(op.sample_inputs(device, dtype))
