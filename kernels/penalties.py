@@ -137,14 +137,16 @@ def _rows_tile(
     P: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Rows of ``length`` elements, from ``first`` on and below ``limit``."""
-    if ALIGNED:  # as products, see above
-        length = length // VECTOR * VECTOR
-        first = first // VECTOR * VECTOR
+    # As products, see above. (A row ends with a vector, so the last one does.)
+    STEP: tl.constexpr = VECTOR if ALIGNED else 1
+    length = length // STEP * STEP
+    first = first // STEP * STEP
     start = first + tl.arange(0, BLOCK // WIDTH).to(tl.int64)[:, None] * length
     column = tl.arange(0, WIDTH)[None, :]
-    mask = (start < limit) & (column < length)
-    x = read(address, start + column, mask, P, ALIGNED)
-    x = tl.where(mask, x, 0.0)
+    # One comparison an element: nothing is left behind the last row.
+    left = (tl.minimum(length, limit - start) // STEP).to(tl.int32) * STEP
+    mask = column < left
+    x = read(address, start + column, mask, P, ALIGNED, 0.0)
     norm = tl.sqrt(tl.sum(x * x, 1))
     outside = norm > radius  # a NaN is not
     x *= (radius / tl.where(outside, norm, 1.0))[:, None]
