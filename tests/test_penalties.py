@@ -407,7 +407,7 @@ def job_pieces(rank: int, world: int):
     shapes = [(5, 3), (4, 6), (1, 7), (6,), (3,)]
     wholes = [torch.randn(s, requires_grad=True) for s in shapes]
     pieces = [
-        distribute_tensor(w.detach(), mesh, [placement]).requires_grad_()
+        distribute_tensor(w.detach().clone(), mesh, [placement]).requires_grad_()
         for w, placement in zip(wholes, [Shard(0), Shard(1), Shard(0), Replicate()], strict=False)
     ]
     pieces.append(wholes[-1].detach().clone().requires_grad_())  # among them one that is no DTensor
