@@ -76,9 +76,8 @@ def kernels() -> list[Kernel]:
         table = table_of(META, ((0,), (SIZE,), (width,)), (width * (ops.TILE // width),))
         name = f"max-norm of rows of {width}"
         launch = ops._project_rows(table, 1.0, dtype, width)
-        found += [
-            kernel(name, launch, dtype, 2, shared_bytes=EXCHANGED, headline=(dtype, width) == (fp32, 512))
-        ]
+        headline = (dtype, width) == (fp32, 512)
+        found += [kernel(name, launch, dtype, 2, shared_bytes=EXCHANGED, headline=headline)]
     long = ops._long_rows(META, ((0,), (SIZE,), (SIZE,)))
     squared = torch.empty(1, dtype=fp64, device=META)
     found += [kernel("max-norm of the tensor, second half", ops._shorten(long, squared, 1.0, fp32), fp32, 2)]
@@ -101,9 +100,9 @@ EXCHANGED = 16384  # sums of rows
 SCALARS = {"narrow_loads": 18, "narrow_stores": 4}
 
 
-def kernel(name, launch, dtype, accesses, *, shared_bytes=0, min_headroom=1, **show) -> Kernel:
+def kernel(name, launch, dtype, accesses, *, shared_bytes=0, **show) -> Kernel:
     """accesses: how many times a weight or its gradient is read or written."""
-    budget = Budget(**SCALARS, shared_bytes=shared_bytes, min_headroom=min_headroom)
+    budget = Budget(**SCALARS, shared_bytes=shared_bytes)
     return Kernel.of(
         f"{short_name(dtype)} {name}", launch, SIZE, accesses * dtype.itemsize, trips=0, budget=budget, **show
     )

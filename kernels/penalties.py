@@ -177,8 +177,9 @@ def project_rows(
     else:
         # As many rows in a turn as have one element a thread, if there are rows so short.
         PIECE: tl.constexpr = WIDTH if BLOCK // 16 < WIDTH else BLOCK // 16
-        rows = tl.minimum(BLOCK // WIDTH * length, limit - first) // length
-        for start in range(0, bound(rows.to(tl.int32)), PIECE // WIDTH):
+        elements = tl.minimum(BLOCK // WIDTH * length, limit - first).to(tl.int32)
+        rows = elements // length.to(tl.int32)
+        for start in range(0, bound(rows), PIECE // WIDTH):
             _rows_tile(address, first + start * length, length, limit, radius, P, WIDTH, PIECE, VECTOR, False)
 
 

@@ -194,7 +194,7 @@ def test_only_what_is_wanted(path, device):
 
 def test_changed_weights_are_noticed(path, device):
     p = torch.randn(5, device=device, requires_grad=True)
-    value = l1(p, 1.0) if path == "kernels" else l2(p, 1.0)
+    value = l2(p, 1.0)
     with torch.no_grad():
         p.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -323,9 +323,9 @@ def test_rows(path, device, shape, dtype):
     memory = torch.full((math.prod(shape) + 16,), 99.0, dtype=dtype, device=device)
     p = memory[: math.prod(shape)].view(shape).copy_(outside_and_inside(shape, dtype, device))
     before = p.clone()
-    expected = torch.renorm(before.double(), 2, 0, 1.0)
+    expected = torch.renorm(before.double(), 2, 0, 0.7)
     version = p._version
-    max_norm_(p, 1.0, dim=0)
+    max_norm_(p, 0.7, dim=0)
     assert torch.equal(p[::2], before[::2])  # to the bit
     # torch divides by norm + 1e-7.
     assert_close(p.double(), expected, rtol=ROUNDING[dtype] + 1e-7, atol=ROUNDING[dtype])
