@@ -52,7 +52,7 @@ class _Tensors:
 
 
 def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [local(x.detach()) for x in tensors]
+    return [local(x).detach() for x in tensors]
 
 
 class _Kept:

@@ -7,7 +7,8 @@
 infinities included (masks among the buffers). ``copy_if`` reads and writes: 8 bytes a weight; where the flag is down,
 a program reads that and ends. It copies bytes, so that tensors of every dtype go in one launch.
 
-A program takes one tile of one tensor; a tail, or a tile that 16-byte accesses do not reach, is done in a loop over
+Arithmetic (sm_90) is 12 instructions a weight, where the memory of an H100 (3 TB/s) leaves time for 108 at 12 bytes. A
+program takes one tile of one tensor; a tail, or a tile that 16-byte accesses do not reach, is done in a loop over
 pieces of one element a thread.
 """
 

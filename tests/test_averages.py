@@ -15,7 +15,7 @@ from torch.testing import assert_close
 import fastreg
 from fastreg import BestWeights, ExponentialMovingAverage
 from fastreg.averages import get_ema_multi_avg_fn
-from fastreg.ops.averages import copy_if_, follow_
+from fastreg.ops.averages import copy_if_, copy_where_, follow_
 
 # One rounding of each update; the interpreter truncates to bf16, which is one unit in the last place more.
 ROUNDING = {torch.float64: 1e-15, torch.float32: 3e-7, torch.float16: 1e-3, torch.bfloat16: 1e-2}
@@ -254,12 +254,13 @@ def test_state_does_not_follow_the_model(path, device):
     assert_same(values(model), first)
 
 
-def test_flags_elsewhere_and_other_layouts(path, device):
+@pytest.mark.parametrize("copy", [copy_if_, lambda *args: list(map(copy_where_, *args[:2], 3 * [args[2]]))])
+def test_flags_elsewhere_and_other_layouts(path, device, copy):
     target = [torch.zeros(3, 4, device=device), torch.zeros(5, dtype=torch.complex64), torch.zeros(0)]
     source = [torch.randn(4, 3, device=device).t(), torch.randn(5, dtype=torch.complex64), torch.zeros(0)]
-    copy_if_(target, source, torch.tensor(False))
+    copy(target, source, torch.tensor(False))
     assert not any(x.any() for x in target)
-    copy_if_(target, source, torch.tensor(True))
+    copy(target, source, torch.tensor([True]))
     for x, y in zip(target, source, strict=True):
         assert torch.equal(x, y)
 

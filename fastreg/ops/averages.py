@@ -78,7 +78,7 @@ def follow_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float)
         else:
             compute = a.dtype if a.is_complex() else _compute_dtype(a.dtype, p.dtype)
             wide, p = a.to(compute), p.to(a.device, compute)
-            a.copy_(torch.where(wide == p, wide, wide + (1 - decay) * (p - wide)))
+            a.copy_(torch.where(wide == p, wide, torch.lerp(wide, p, 1 - decay)))
     for (device, *dtypes), pairs in kinds.items():
         pairs = [pair for pair in pairs if pair[0].numel()]
         if pairs:
@@ -97,8 +97,8 @@ def copy_if_(targets: Sequence[Tensor], sources: Sequence[Tensor], flag: Tensor)
         same = target.dtype == source.dtype and target.device == source.device and same_layout(target, source)
         if same and takes(target) and takes(source) and flag.device == target.device:
             kinds.setdefault(target.device, []).append((target, source))
-        elif flag.device == target.device:
-            target.copy_(torch.where(flag.reshape(()), source.to(target.device), target))
+        elif target.is_cuda and flag.device == target.device:
+            copy_where_(target, source, flag)
         elif flag:
             target.copy_(source)
     for device, pairs in kinds.items():
@@ -107,6 +107,11 @@ def copy_if_(targets: Sequence[Tensor], sources: Sequence[Tensor], flag: Tensor)
             table = _table(pairs, tuple(t.numel() * t.element_size() for t, _ in pairs), BYTES)
             _copy_if(table, flag).run(device)
             _written([target for target, _ in pairs])
+
+
+def copy_where_(target: Tensor, source: Tensor, flag: Tensor) -> None:
+    """The definition, where nobody is to wait for the flag."""
+    target.copy_(torch.where(flag.reshape(()), source.to(target.device, target.dtype), target))
 
 
 _FLOATS = {torch.int64: torch.float64, torch.int32: torch.float32, torch.int16: torch.float16}
