@@ -16,9 +16,9 @@ Projection: a row that fits a tile is read once, 4, and written where it lies ou
 tile by tile (4), and what lies outside is read and written in a second launch (8); what lies inside is not touched.
 
 A program takes one tile of one tensor. Its sum is one fp64 number in memory, which ATen's sum (of a fixed order) or
-``optimizers.fold`` adds up: no atomics. Arithmetic (sm_90) is 9 to 21 instructions a weight, where the memory of an H100
-(3 TB/s) leaves time for 36 at 4 bytes and for 108 at 12. A tail, or a tile that 16-byte accesses do not reach, is done
-in a loop over pieces of one element a thread.
+``optimizers.fold`` adds up: no atomics. Arithmetic (sm_90) is 9 to 21 instructions a weight, where the memory of an
+H100 (3 TB/s) leaves time for 36 at 4 bytes and for 108 at 12. A tail, or a tile that 16-byte accesses do not reach, is
+done in a loop over pieces of one element a thread.
 """
 
 import triton
