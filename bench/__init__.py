@@ -5,4 +5,6 @@ FAMILIES = (
     *("dropout", "drop_connect", "dual_linear", "noise", "noisy_linear"),
     *("batch_norm", "group_norm", "layer_norm", "local_response_norm"),
     "optimizers",
+    "penalties",
+    "averages",
 )

