@@ -4,7 +4,5 @@
 FAMILIES = (
     *("dropout", "drop_connect", "dual_linear", "noise", "noisy_linear"),
     *("batch_norm", "group_norm", "layer_norm", "local_response_norm"),
-    "optimizers",
-    "penalties",
-    "averages",
+    *("optimizers", "penalties", "averages"),
 )
