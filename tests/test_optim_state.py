@@ -271,7 +271,9 @@ def test_torch_loads_our_state_and_we_load_its(extra, path, device):
     back = cls(copies_of(flat(theirs)), **arguments)
     state = base(copies_of(flat(theirs)))
     step(state, 1)
+    kept = {key: back.param_groups[0][key] for key in arguments if key not in state.param_groups[0]}
     back.load_state_dict(copy.deepcopy(state.state_dict()))
+    assert kept.items() <= back.param_groups[0].items()  # options that torch has no word for
     step(back, 2)
     assert all(torch.isfinite(p).all() for p in flat(back))
 

@@ -4,16 +4,18 @@ What torch's classes do is tested against torch in ``conformance/``; what is rem
 steps in ``test_optim_state.py``; processes in ``test_optim_distributed.py``.
 """
 
+import importlib
 import math
 import time
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
 from fastreg import optim, random
-from fastreg.ops import backend
+from fastreg.ops import backend, multi_tensor
 from fastreg.ops import optimizers as ops
 from fastreg.ops.backend import Launch
 from fastreg.random import Stream
@@ -255,6 +257,18 @@ def test_the_norm_of_all_gradients(path, device):
     assert torch.isfinite(c).all()
 
 
+@pytest.mark.parametrize("name", ["SGDW", "AdamW"])
+def test_a_step_with_lr_0_leaves_averages_as_they_are(name, path, device):
+    params = parameters_of(device, shapes=((5, 3), (2, 4200)))
+    optimizer = run(params, name, 2, lr=0.1, ema_decay=0.5)
+    kept = [optimizer.state[p]["ema"].clone() for p in params]
+    optimizer.param_groups[0]["lr"] = 0.0
+    optimizer.step()
+    for p, average in zip(params, kept, strict=True):
+        assert not torch.equal(p, average)
+        assert torch.equal(optimizer.state[p]["ema"], average)
+
+
 # --- low precision ----------------------------------------------------------------------------------------
 
 
@@ -412,6 +426,26 @@ def test_a_differentiable_step_has_no_options():
     optimizer = optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1, differentiable=True, l1=0.1)
     with pytest.raises(RuntimeError, match="differentiable"):
         optimizer.step()
+
+
+# --- tables -----------------------------------------------------------------------------------------------
+
+
+def test_chunks_cover_units_once():
+    lengths = np.array([5, 0, 4096, 1, 4097])
+    unit, start = multi_tensor.deal(lengths, 2048)
+    assert unit.tolist() == [0, 2, 2, 3, 4, 4, 4]
+    assert start.tolist() == [0, 0, 2048, 0, 0, 2048, 4096]
+    unit, start = multi_tensor.deal(np.array([6, 9]), np.array([4, 3]))
+    assert list(zip(unit.tolist(), start.tolist(), strict=True)) == [(0, 0), (0, 4), (1, 0), (1, 3), (1, 6)]
+
+
+def test_addresses_are_judged_together(interpreted):
+    """Where one of them is off, no access of 16 bytes is made: an interpreter would not mind, a GPU faults."""
+    aligned = importlib.import_module("fastreg.kernels.multi_tensor").aligned
+    for addresses, fits in (((16, 48), True), ((16, 40), False), ((0, 512), True), ((17, 16), False)):
+        joined = addresses[0] | addresses[1]
+        assert bool(aligned.fn(joined)) == fits
 
 
 # --- one launch -------------------------------------------------------------------------------------------

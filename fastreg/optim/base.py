@@ -246,7 +246,7 @@ class Regularized(Optimizer):
     _step_supports_amp_scaling = True  # of the class: what __init__ sets is lost in copies
     _theirs: type[Optimizer]  # the class of torch
     _plan: Plan | None = None
-    _loading: list | None = None
+    _loading: dict[str, Any] | None = None
 
     # --- what a class of its own says
 
@@ -298,28 +298,30 @@ class Regularized(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        for group in self.param_groups:
+        loading = self._loading or {"options": [{}] * len(self.param_groups)}
+        for group, own in zip(self.param_groups, loading["options"], strict=True):
+            # What a checkpoint of torch has no word for stays as it is.
             for key, value in OPTIONS.items():
-                group.setdefault(key, value)
-            group.setdefault("lr_0", float(group["lr"]))
+                group.setdefault(key, own.get(key, self.defaults.get(key, value)))
+            group.setdefault("lr_0", own.get("lr_0", float(group["lr"])))
         self._plan, self._aside = None, {}
-        if self._loading:
-            self._restore_dtypes(self._loading[-1])
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in super().__getstate__().items() if key != "_plan"}
+        if "state_dict" in loading:
+            self._restore_dtypes(loading["state_dict"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's, but state keeps its dtype beside parameters of 16 bits: torch rounds it to theirs."""
-        self._loading = []
-        seen = self.register_load_state_dict_pre_hook(lambda _, found: self._loading.append(found))
+        """As torch's, but state keeps its dtype beside parameters of 16 bits, to which torch rounds it.
+
+        Options that the groups of ``state_dict`` do not have, as those of torch's, stay as they are.
+        """
+        options = [{key: group[key] for key in (*OPTIONS, "lr_0")} for group in self.param_groups]
+        self._loading = {"options": options}
+        # After the hooks of the user, which may change what is loaded.
+        last = self.register_load_state_dict_pre_hook(lambda _, found: self._loading.update(state_dict=found))
         try:
             super().load_state_dict(state_dict)
         finally:
-            seen.remove()
+            last.remove()
             self._loading = None
-
-    load_state_dict.__doc__ = Optimizer.load_state_dict.__doc__
 
     def _restore_dtypes(self, loaded: dict[str, Any]) -> None:
         ids = chain.from_iterable(group["params"] for group in loaded["param_groups"])
