@@ -534,6 +534,23 @@ def test_everything_may_move(configuration, path, device):
     assert not flat(ours)[2].is_contiguous()
 
 
+@some
+def test_state_may_be_replaced_by_hand(configuration, path, device):
+    """And nothing else has moved: gradients lie where they lay."""
+    ours, theirs = pair(configuration, device)
+    for i in range(4):
+        for optimizer in (ours, theirs):
+            for place, p in enumerate(flat(optimizer)):
+                value = gradient_of(p, i, place)
+                p.grad = value if p.grad is None else p.grad.copy_(value)
+            if i == 2:
+                for p in flat(optimizer):
+                    for key, value in optimizer.state[p].items():
+                        optimizer.state[p][key] = value.clone() if value.dim() == 0 else value * 0.5
+            optimizer.step()
+        compare(ours, theirs)
+
+
 CHANGES = {
     "sgd": [("lr", 0.3), ("weight_decay", 0.0), ("weight_decay", 0.7), ("maximize", True), ("momentum", 0.8)],
     "momentum": [

@@ -342,6 +342,21 @@ def test_infinite_and_nan_values_are_not_rounded_at_random(path, device):
     assert_close(p.float().cpu(), torch.tensor(special).bfloat16().float(), equal_nan=True, rtol=0, atol=0)
 
 
+def test_the_nan_of_a_gpu_is_not_rounded_at_random(interpreted, device):
+    """Its last 16 bits are ones: with anything added it would be -0."""
+    p = torch.ones(4, dtype=torch.bfloat16, device=device)
+    g = torch.full((4,), 0x7FFFFFFF, dtype=torch.int32, device=device).view(torch.float32)
+    rule = ops.Rule(adam=False, momentum=False, at_random=True)
+    batch = ops.Batch(rule, [ops.Member(p, g, step=torch.zeros((), device=device))])
+    rows = [[1.0, *[0.0] * 6, 1.0, 0.0, 0.0, math.inf, math.inf, *[0.0] * 4]]
+    for launch in (
+        batch.advance(torch.tensor(rows, dtype=torch.float64, device=device)),
+        batch.step(False, False),
+    ):
+        launch.run(device)
+    assert torch.isnan(p).all()
+
+
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 @pytest.mark.parametrize("grad", [torch.float32, torch.float16])
 def test_gradients_of_another_dtype(name, grad, path, device):
