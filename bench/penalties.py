@@ -21,7 +21,7 @@ def penalty(name, ours, reference) -> Case:
             (slope,) = torch.autograd.grad(expected, exact, dvalue.double())
         tolerance = TOLERANCE[inputs[0].dtype]
         if not torch.isclose(value.double(), expected, rtol=tolerance):
-            return f"the value is {float(value):g}, not {float(expected):g}"
+            return f"the value is {value.item():g}, not {expected.item():g}"
         if not torch.allclose(grads[0].double(), slope, rtol=tolerance, atol=1e-6 * float(slope.abs().max())):
             return "the gradient is not that of the value"
         return None

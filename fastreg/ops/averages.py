@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastreg.ops import backend
 from fastreg.ops.backend import Launch
-from fastreg.ops.multi_tensor import Table, addresses, table_of, takes, type_of
+from fastreg.ops.multi_tensor import Table, addresses, table_of, taken, type_of
 from fastreg.ops.optimizers import compute_dtype, same_layout
 
 if backend.HAS_TRITON:
@@ -69,11 +69,11 @@ def follow_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float)
     """a <- a + (1 - decay) (p - a), in fp32 (fp64) and rounded once. What is not floating point is copied."""
     kinds: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
     rest = []
-    for a, p in zip(averages, tensors, strict=True):
+    for a, p, *known in zip(averages, tensors, taken(averages), taken(tensors), strict=True):
         floats = a.is_floating_point() and p.is_floating_point()
         if not floats and not a.is_complex():
             rest.append((a, p))
-        elif takes(a) and takes(p) and a.device == p.device and same_layout(a, p):
+        elif all(known) and a.device == p.device and same_layout(a, p):
             kinds.setdefault((a.device, a.dtype, p.dtype), []).append((a, p))
         else:
             compute = a.dtype if a.is_complex() else _compute_dtype(a.dtype, p.dtype)
@@ -93,9 +93,10 @@ def follow_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float)
 def copy_if_(targets: Sequence[Tensor], sources: Sequence[Tensor], flag: Tensor) -> None:
     """Copies where ``flag``, a bool tensor of one element, is set; without waiting for it if it is on their device."""
     kinds: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-    for target, source in zip(map(_floats, targets), map(_floats, sources), strict=True):
+    targets, sources = list(map(_floats, targets)), list(map(_floats, sources))
+    for target, source, *known in zip(targets, sources, taken(targets), taken(sources), strict=True):
         same = target.dtype == source.dtype and target.device == source.device and same_layout(target, source)
-        if same and takes(target) and takes(source) and flag.device == target.device:
+        if all(known) and same and flag.device == target.device:
             kinds.setdefault(target.device, []).append((target, source))
         elif target.is_cuda and flag.device == target.device:
             copy_where_(target, source, flag)

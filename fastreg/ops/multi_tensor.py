@@ -24,9 +24,18 @@ def type_of(dtype: torch.dtype) -> Any:
     return getattr(tl, str(dtype).removeprefix("torch."))
 
 
-def takes(x: Tensor) -> bool:
-    """Whether kernels find the elements of ``x`` by its address. (In torch.compile there is none.)"""
-    return not torch.compiler.is_compiling() and backend.runs_kernels(x) and is_dense(x)
+def taken(tensors: Sequence[Tensor]) -> list[bool]:
+    """Of each tensor, whether kernels find its elements by its address. (In torch.compile there is none.)"""
+    if torch.compiler.is_compiling():
+        return [False] * len(tensors)
+    answers: dict[tuple, bool] = {}  # of a kind: the question takes longer than the launch
+    found = []
+    for x in tensors:
+        kind = type(x), x.dtype, x.device
+        if kind not in answers:
+            answers[kind] = backend.runs_kernels(x)
+        found.append(answers[kind] and is_dense(x))
+    return found
 
 
 def deal(lengths: np.ndarray, sizes: np.ndarray | int) -> tuple[np.ndarray, np.ndarray]:

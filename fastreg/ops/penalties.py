@@ -4,6 +4,7 @@ What the kernels do not take (CPU tensors, views with gaps, ``torch.func`` trans
 definition, tensor by tensor, and so do derivatives of the gradient.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from fastreg.ops.multi_tensor import (
     deal,
     kept_by_stream,
     table_of,
-    takes,
+    taken,
     type_of,
     upload,
 )
@@ -150,8 +151,8 @@ class _Penalty(torch.autograd.Function):
         wanted = ctx.needs_input_grad[2:]
         ps = ctx.saved_tensors
         found: list[Tensor | None] = [None] * len(ps)
-        simple = not torch.is_grad_enabled() and takes(dy)
-        launched = [i for i, p in enumerate(ps) if wanted[i] and simple and takes(p)]
+        simple = not torch.is_grad_enabled() and taken([dy])[0]
+        launched = [i for i, known in enumerate(taken(ps)) if wanted[i] and simple and known]
         for i in launched:
             found[i] = torch.empty_like(ps[i])
         _run(
@@ -179,8 +180,9 @@ def _sum(parts: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> T
 def penalty(ps: Sequence[Tensor], form: Form) -> Tensor:
     """The value, fp32 (fp64 where a tensor is), on the device of the first tensor. Differentiable."""
     dtype = _result_dtype(ps)
-    launched = [p for p in ps if takes(p)]
-    parts = [_value(p, form) for p in ps if not takes(p)]
+    known = taken(ps)
+    launched = list(itertools.compress(ps, known))
+    parts = [_value(p, form) for p, its in zip(ps, known, strict=True) if not its]
     if launched:
         parts.append(_Penalty.apply(form, dtype, *launched))
     return _sum(parts, dtype, ps[0].device if ps else torch.device("cpu"))
@@ -191,8 +193,8 @@ def penalize_(ps: Sequence[Tensor], gs: Sequence[Tensor], fresh: Sequence[bool],
     """The value; its gradients are added to ``gs``, or written where ``fresh``."""
     dtype = _result_dtype(ps)
     kinds: dict[str, list[int]] = {"add": [], "write": [], "definition": []}
-    for i, (p, g) in enumerate(zip(ps, gs, strict=True)):
-        fits = takes(p) and takes(g) and same_layout(p, g)
+    for i, (p, g, *known) in enumerate(zip(ps, gs, taken(ps), taken(gs), strict=True)):
+        fits = all(known) and same_layout(p, g)
         kinds["definition" if not fits else "write" if fresh[i] else "add"].append(i)
     parts = []
     for how in ("add", "write"):
@@ -293,11 +295,11 @@ def project_(ps: Sequence[Tensor], radius: float, rows: bool) -> None:
     """Projects tensors that are whole, in place: each row of them, or each of them."""
     written = []
     kinds: dict[tuple, list[Tensor]] = {}
-    for p in ps:
+    for p, known in zip(ps, taken(ps), strict=True):
         if not p.numel():
             continue
         row = _row_of(p, rows)
-        if not takes(p) or (rows and p.shape[0] > 1 and p.stride(0) != row):
+        if not known or (rows and p.shape[0] > 1 and p.stride(0) != row):
             project_by_definition_(p, radius, rows)
             continue
         width = max(8, 1 << (row - 1).bit_length()) if row <= ROW_MOST else 0
