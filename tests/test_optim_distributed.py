@@ -383,6 +383,26 @@ def test_a_process_without_gradients_does_not_hang_the_others(processes):
     assert second.tolist() == [1.0, 1.0]
 
 
+def job_added(rank: int):
+    """A group of pieces comes to one of whole tensors that has been stepped."""
+    mesh = init_device_mesh("cpu", (2,))
+    plain = nn.Parameter(torch.ones(3))
+    optimizer = optim.SGD([plain], lr=0.5)
+    plain.grad = torch.ones(3)
+    optimizer.step()
+    spread = nn.Parameter(distribute_tensor(torch.ones(4), mesh, (Shard(0),)))
+    optimizer.add_param_group({"params": [spread]})
+    spread.grad = distribute_tensor(torch.ones(4), mesh, (Shard(0),))
+    optimizer.step()
+    return plain.detach(), spread.full_tensor()
+
+
+def test_pieces_may_be_added_later(processes, path):
+    for plain, spread in processes(2)(job_added, path):
+        assert plain.tolist() == [0.0] * 3
+        assert spread.tolist() == [0.5] * 4
+
+
 def job_waits(rank: int):
     """A gradient that is still on its way, as an asynchronous redistribution leaves it."""
     mesh = init_device_mesh("cpu", (2,))

@@ -5,8 +5,9 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 from fastreg.ops.optimizers import Numbers, Rule
-from fastreg.optim.base import OPTIONS_DOC, Regularized, numbers_of, rule_of
+from fastreg.optim.base import Regularized
 from fastreg.optim.distributed import local
+from fastreg.optim.options import OPTIONS_DOC, numbers_of, rule_of
 
 MOMENTS = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
 

@@ -1,19 +1,17 @@
-"""What the optimizers share: options of every regularizer of the weights, and the way of a step to the kernels.
+"""The step that the optimizers share, and the way of a parameter to it.
 
 The classes are torch's own with another ``step``: arguments, groups, hooks and state are theirs, and a state of theirs
 can be loaded here and taken back. Where a step runs:
 
     kernels    dense CUDA parameters: all groups and tensors of one kind together (``ops/optimizers.py``)
-    torch      CPU parameters without an option of ours, and whatever else torch alone can do (complex, differentiable)
+    torch      CPU parameters, unless our options change the update; what torch alone can do (complex, differentiable)
     ATen       all the rest, tensor by tensor, by the definition
 
-Between two steps the tables of addresses are kept. What may have changed since is asked in every step: gradients,
-the memory of parameters and of gradients, tensors of the state, options that choose another kernel.
+Between two steps a plan is kept, with the tables of addresses (``plan.py``). What may have changed since is asked in
+every step: gradients, the memory of parameters and of gradients, tensors of the state, options that choose another
+kernel.
 """
 
-import math
-import operator
-import weakref
 from itertools import chain
 from typing import Any
 
@@ -21,13 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fastreg.ops import backend
-from fastreg.ops.multi_tensor import addresses, upload
 from fastreg.ops.optimizers import (
     DTYPES,
-    NUMBERS,
-    WIDTH,
-    Batch,
     Member,
     Numbers,
     Rule,
@@ -49,89 +42,8 @@ from fastreg.optim.distributed import (
     shards,
     total,
 )
-
-OPTIONS: dict[str, Any] = {
-    "l1": 0.0,
-    "l1_mode": "proximal",
-    "max_norm": None,
-    "max_norm_dim": None,
-    "max_grad_norm": None,
-    "ema_decay": None,
-    "cautious": False,
-    "decouple_lr": False,
-    "stochastic_rounding": False,
-    "master_weights": False,
-}
-"""Our options of a group and their defaults. ``lr_0`` comes to them: the lr a group was made with."""
-
-OPTIONS_DOC = """
-        l1: strength of an L1 penalty, not negative.
-        l1_mode: "proximal" (p shrinks by lr l1 after the step, to exact zeros) or "subgradient" (l1 sign(p) is added
-            to the gradient).
-        max_norm: radius of the ball a parameter is projected into after the step, or None.
-        max_norm_dim: None: the norm of the whole parameter; 0: of each row, the incoming weights of a unit. Parameters
-            of fewer than two dimensions have no rows and stay free. What lies inside stays as it is, to the bit.
-        max_grad_norm: the gradients of all groups with this option are scaled together so that their norm is at most
-            that, or None. The norm before that is then ``optimizer.grad_norm``.
-        ema_decay: keeps an exponential moving average of the parameter, in fp32, as ``state[p]["ema"]``; or None.
-        cautious: decoupled decay acts only where it does not work against the update.
-        decouple_lr: decoupled decay is p <- (1 - weight_decay) p whatever lr is; it follows a schedule of lr by
-            lr / lr_0, lr_0 being what the group was made with.
-        stochastic_rounding: parameters of bf16 are rounded up or down at random, so that small updates are not lost;
-            the bits depend on the place of the parameter and its step alone. Others are rounded to the nearest.
-        master_weights: keeps an fp32 copy of parameters of 16 bits as ``state[p]["master"]``, and the moments in fp32.
-            It is the copy that is trained: weights loaded into the model later need a new optimizer.
-"""
-
-
-def check(group: dict[str, Any], decoupled: bool) -> None:
-    """Raises ValueError for an option out of range."""
-    if not 0 <= group["l1"] < math.inf:
-        raise ValueError(f"Invalid l1 value: {group['l1']}")
-    if group["l1_mode"] not in ("proximal", "subgradient"):
-        raise ValueError(f"Invalid l1_mode: {group['l1_mode']!r}, choose 'proximal' or 'subgradient'")
-    for name in ("max_norm", "max_grad_norm"):
-        if group[name] is not None and not group[name] > 0:
-            raise ValueError(f"Invalid {name} value: {group[name]}")
-    if group["max_norm_dim"] not in (None, 0):
-        raise ValueError(f"Invalid max_norm_dim: {group['max_norm_dim']}, choose None or 0")
-    if group["ema_decay"] is not None and not 0 <= group["ema_decay"] <= 1:
-        raise ValueError(f"Invalid ema_decay value: {group['ema_decay']}")
-    for name in ("cautious", "decouple_lr"):
-        if group[name] and not decoupled:
-            raise ValueError(f"{name} is a way of decoupled weight decay: use SGDW or AdamW")
-    if group["master_weights"] and group["stochastic_rounding"]:
-        raise ValueError("master_weights and stochastic_rounding exclude each other")
-
-
-def rule_of(group: dict[str, Any], **rest: bool) -> Rule:
-    """The rule of a group, as far as all the optimizers share it."""
-    return Rule(
-        cautious=bool(group["cautious"]),
-        rows=None if group["max_norm"] is None else group["max_norm_dim"] == 0,
-        master=bool(group["master_weights"]),
-        average=group["ema_decay"] is not None,
-        at_random=bool(group["stochastic_rounding"]),
-        **rest,
-    )
-
-
-def numbers_of(group: dict[str, Any], decoupled: bool, **rest: float) -> Numbers:
-    """The numbers of a group, as far as all the optimizers share them."""
-    proximal = group["l1_mode"] == "proximal"
-    return Numbers(
-        lr=group["lr"],
-        lr_0=group["lr_0"] if group["decouple_lr"] else 0.0,
-        l2=0.0 if decoupled else group["weight_decay"],
-        decay=group["weight_decay"] if decoupled else 0.0,
-        sign=-1.0 if group["maximize"] else 1.0,
-        l1_subgradient=0.0 if proximal else group["l1"],
-        l1_proximal=group["l1"] if proximal else 0.0,
-        max_norm=math.inf if group["max_norm"] is None else group["max_norm"],
-        max_grad_norm=math.inf if group["max_grad_norm"] is None else group["max_grad_norm"],
-        follow=0.0 if group["ema_decay"] is None else 1.0 - group["ema_decay"],
-        **rest,
-    )
+from fastreg.optim.options import OPTIONS, check
+from fastreg.optim.plan import Placed, Plan, same
 
 
 def may_walk(group: dict[str, Any], grads: list[Tensor]) -> bool:
@@ -147,104 +59,11 @@ def _is_ordinary(p: Tensor, g: Tensor) -> bool:
     return p.is_floating_point() and not p.is_meta and g.layout == torch.strided
 
 
-class Plan:
-    """Which parameters are stepped where, and by what this may be recognised in the next step. Holds no gradient."""
-
-    def __init__(self, structure: tuple, params: list[Tensor], state: dict):
-        self.structure, self.params, self.state = structure, params, state
-        self.distributed = any(is_distributed(p) for p in params)
-        self.batches: list[_Placed] = []
-        self.rest: list[int] = []  # places of parameters that no kernel takes
-        self.torch: dict[int, list[int]] = {}  # and of those that torch's own step can take, by group
-        self.walks: dict[int, bool] = {}  # whose memory may be walked over, but for the gradients
-        self.sums: list = []  # by what shards the norm of the gradients is summed, in an order all processes share
-        self.copies = False  # some gradient has another layout than its parameter
-        self.written: list[Tensor] = []  # by kernels, behind the back of autograd
-
-    def remember(self, grads: list[Tensor | None], pieces: list[Tensor]) -> None:
-        self.gradients = _weakly(grads)
-        self.gradient_addresses = addresses(grads)
-        self.addresses = addresses(pieces)
-        self.dicts = [self.state[p] for p in self.params if p in self.state]
-        self.values = list(self._state_tensors())
-
-    def _state_tensors(self):
-        """All values of the state, and None, by which an end that comes early is noticed."""
-        return chain(chain.from_iterable(map(dict.values, self.dicts)), (None,))
-
-    def has_all_but_gradients(self, structure: tuple, params: list, pieces: list, state: dict) -> bool:
-        return (
-            structure == self.structure
-            and state is self.state
-            and _same(params, self.params)
-            and addresses(pieces) == self.addresses
-            and all(map(operator.is_, self._state_tensors(), self.values))
-        )
-
-    def follow(self, grads: list[Tensor | None], pieces: list[Tensor]) -> bool:
-        """Takes up new gradients in the place of the old ones. False where they are not of the same kind."""
-        found = addresses(grads)
-        moved = found != self.gradient_addresses
-        if moved and [a == -1 for a in found] != [a == -1 for a in self.gradient_addresses]:
-            return False
-        if not _same(grads, [None if r is None else r() for r in self.gradients]):
-            if not all(
-                _fits(grads[i], pieces[i], batch.dtypes[1]) for batch in self.batches for i in batch.places
-            ):
-                return False
-            self.gradients = _weakly(grads)
-        if moved:
-            for batch in self.batches:
-                batch.move_gradients([found[i] for i in batch.places])
-            self.gradient_addresses = found
-        return not self.copies
-
-
-class _Placed(Batch):
-    """A batch with the places of its parameters in the optimizer, and the numbers of its groups on the device."""
-
-    places: list[int]
-    clips: bool  # its gradients are of the global norm
-    key: Any  # what shards they are of
-    _written: tuple | None = None
-
-    def numbers_on_device(self, numbers: list[Numbers]) -> Tensor:
-        """fp64 ``[groups, WIDTH]``, written where they have changed; what lies on the device is copied there."""
-        found = [[getattr(numbers[group], name) for name in NUMBERS] for group in self.groups]
-        there = [
-            (row, column, value)
-            for row, values in enumerate(found)
-            for column, value in enumerate(values)
-            if isinstance(value, Tensor) and value.device == self.device and value.is_cuda
-        ]
-        for row, column, _ in there:
-            found[row][column] = 0.0
-        written = tuple(tuple(map(float, values)) for values in found)
-        if written != self._written:
-            padded = [(*values, *(0.0,) * (WIDTH - len(values))) for values in written]
-            self._on_device, self._written = upload(padded, self.device, torch.float64), written
-        for row, column, value in there:
-            self._on_device[row, column].copy_(value.reshape(()))
-        return self._on_device
-
-
-def _fits(g: Tensor, piece: Tensor, dtype: torch.dtype) -> bool:
-    return g.dtype == dtype and g.layout == torch.strided and backend.is_plain(g) and same_layout(g, piece)
-
-
-def _weakly(grads: list[Tensor | None]) -> list:
-    return [None if g is None else weakref.ref(g) for g in grads]
-
-
-def _same(found: list, expected: list) -> bool:
-    return len(found) == len(expected) and all(map(operator.is_, found, expected))
-
-
 class Regularized(Optimizer):
-    """Mixed into a class of torch, before it. What a class of its own adds: ``_rule``, ``_numbers``, ``_state_of``."""
+    """Mixed into a class of torch, before it. What a class says for itself comes first."""
 
     _step_supports_amp_scaling = True  # of the class: what __init__ sets is lost in copies
-    _theirs: type[Optimizer]  # the class of torch
+    _theirs: type[Optimizer] | None  # the class of torch with this step, where there is one
     _plan: Plan | None = None
     _loading: dict[str, Any] | None = None
 
@@ -364,15 +183,15 @@ class Regularized(Optimizer):
         params = [p for group in groups for p in group["params"]]
         grads = [p.grad for p in params]
         plan = self._plan
-        if (plan is None or plan.distributed) and any(map(is_distributed, params)):
-            pieces = list(map(local, params))
-            grads = list(map(local_gradient, params))
-        else:
-            pieces = params
+        if plan is not None and not same(params, plan.params):
+            plan = None
+        pieces = params
+        if any(map(is_distributed, params)) if plan is None else plan.distributed:
+            pieces, grads = list(map(local, params)), list(map(local_gradient, params))
         structure = tuple(self._structure(group) for group in groups)
         if (
             plan is None
-            or not plan.has_all_but_gradients(structure, params, pieces, self.state)
+            or not plan.has_all_but_gradients(structure, pieces, self.state)
             or not plan.follow(grads, pieces)
         ):
             if all(g is None for g in grads) and all(group["max_grad_norm"] is None for group in groups):
@@ -421,7 +240,7 @@ class Regularized(Optimizer):
             batches[kind][0].append(member)
             batches[kind][1].append(i)
         for (rule, *_, over, clips, key), (members, places) in batches.items():
-            batch = _Placed(rule, members, over)
+            batch = Placed(rule, members, over)
             batch.places, batch.clips, batch.key = places, clips, key
             batch.kept = [member.gradient for member in members] if plan.copies else []
             plan.batches.append(batch)
@@ -555,9 +374,8 @@ class Regularized(Optimizer):
     def _run(self, plan: Plan, grads: list[Tensor | None], pieces: list[Tensor]) -> None:
         numbers = [self._numbers(group) for group in self.param_groups]
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        found_inf = (
-            found_inf if isinstance(found_inf, Tensor) else None
-        )  # the number 0 where there are no gradients
+        if not isinstance(found_inf, Tensor):
+            found_inf = None  # the number 0, where no device had gradients
         squared = self._squared(plan, grads, pieces) if plan.sums else None
         norm = None
         for batch in plan.batches:

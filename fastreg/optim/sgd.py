@@ -5,8 +5,9 @@ from torch import Tensor
 from torch.optim.sgd import sgd
 
 from fastreg.ops.optimizers import Numbers, Rule
-from fastreg.optim.base import OPTIONS_DOC, Regularized, numbers_of, rule_of
+from fastreg.optim.base import Regularized
 from fastreg.optim.distributed import local
+from fastreg.optim.options import OPTIONS_DOC, numbers_of, rule_of
 
 
 class SGD(Regularized, torch.optim.SGD):
