@@ -1,13 +1,47 @@
 """Averages and snapshots of weights."""
 
 import torch
+from torch.optim import swa_utils
 
+from fastreg.averages import get_ema_multi_avg_fn
 from fastreg.ops import averages as ops
 from fastreg.ops.multi_tensor import table_of
 
+from .cases import Case
+from .optimizers import Stepped, large, stepped, tiny
 from .sass import Budget, Kernel, short_name
 
-CASES = ()
+DECAY = 0.9
+
+
+def following(make) -> Stepped:
+    """A function of averages and weights, which come as parameters and their gradients."""
+
+    def build(averages):
+        with torch.no_grad():
+            update = make(DECAY)
+        pairs = [p.detach() for p in averages], [p.grad for p in averages]
+        return lambda: update(*pairs, 1)
+
+    return Stepped(build)
+
+
+def average(name: str, inputs) -> Case:
+    return Case(
+        name,
+        inputs,
+        ours=following(get_ema_multi_avg_fn),
+        torch=following(swa_utils.get_ema_multi_avg_fn),
+        forward_bytes=lambda e: 3 * e,  # read the average and the weight, write the average
+        backward_bytes=lambda e: 0,
+        check=stepped(lambda average, p: average + (1 - DECAY) * (p - average)),
+        compiled=lambda mode: following(
+            lambda decay: torch.compile(swa_utils.get_ema_multi_avg_fn(decay), mode=mode, dynamic=False)
+        ),
+    )
+
+
+CASES = (average("moving average", large), average("moving average, tensors of 64", tiny))
 
 # -----------------------------------------------------------------------------------------------------------
 # What ``fastreg inspect`` compiles
