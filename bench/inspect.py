@@ -262,7 +262,9 @@ def declared(families: tuple[str, ...] = FAMILIES) -> list[tuple[str, Kernel]]:
 
 def inspect(
     family: Annotated[list[str] | None, typer.Option(help=f"One of: {', '.join(FAMILIES)}.")] = None,
-    kernel: Annotated[str, typer.Option(help="Only variants whose name contains this.")] = "",
+    kernel: Annotated[
+        str, typer.Option(help="Only variants whose name contains this, or the one that has it.")
+    ] = "",
     headline: Annotated[
         bool, typer.Option("--headline", help="Only the variants of the README's table.")
     ] = False,
@@ -315,6 +317,7 @@ def _tell(error: InspectError) -> None:
 def _select(families: tuple[str, ...], part: str, headline: bool) -> list[tuple[str, Kernel]]:
     known = declared(_known(families, FAMILIES, "family"))
     found = [(f, k) for f, k in known if part in k.name and k.headline >= headline]
+    found = [(f, k) for f, k in found if k.name == part] or found  # a whole name is that variant alone
     if not found:
         which = f" with {part!r} in its name" if part else ""
         raise InspectError(f"{', '.join(families)} declares no kernel{which}")

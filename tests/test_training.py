@@ -898,13 +898,13 @@ def stop_after(process, text, with_signal):
     return process.communicate(timeout=120)
 
 
-LONGER = ["--data", "digits", "--epochs", "4", "--seeds", "2"]
+LONGER = ["--data", "digits", "--epochs", "12", "--seeds", "2"]
 
 
 def test_killed_run_continues_to_the_same_bits(tmp_path, command_file):
     """Killed with a trial behind it, one under way and two to come."""
     process = start(command_file, *LONGER, "--out", tmp_path / "killed")
-    stop_after(process, "dropout, seed 0, epoch 2/4", signal.SIGKILL)
+    stop_after(process, "dropout, seed 0, epoch 2/12", signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed" / "metrics.json").exists()
     saved = torch.load(tmp_path / "killed" / "checkpoint.pt", weights_only=True)["current"]
@@ -913,7 +913,7 @@ def test_killed_run_continues_to_the_same_bits(tmp_path, command_file):
     continued = run_here(*LONGER, "--out", tmp_path / "killed")
     assert continued.exit_code == 0, continued.output
     assert f"Continuing dropout, seed 0, after epoch {finished}." in continued.output
-    assert f"dropout, seed 0, epoch {finished}/4" not in continued.output
+    assert f"dropout, seed 0, epoch {finished}/12" not in continued.output
 
     assert run_here(*LONGER, "--out", tmp_path / "whole").exit_code == 0
     killed, whole = (without_times(metrics_in(tmp_path / run)) for run in ("killed", "whole"))
@@ -928,7 +928,7 @@ def test_killed_run_continues_to_the_same_bits(tmp_path, command_file):
 def test_ctrl_c_saves_says_how_to_continue_and_returns_130(tmp_path, command_file):
     out = tmp_path / "run"
     process = start(command_file, *LONGER, "--out", out)
-    output, errors = stop_after(process, "epoch 2/4", signal.SIGINT)
+    output, errors = stop_after(process, "epoch 2/12", signal.SIGINT)
     assert process.returncode == 130
     assert "The same command continues the run" in output
     assert errors == ""
