@@ -863,7 +863,8 @@ def command_file(tmp_path):
     """A file that runs the command on its own."""
     path = tmp_path / "command.py"
     path.write_text(
-        "import os, typer\n"
+        "import os, signal, typer\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
         "from fastreg.training.command import train\n"
         "print('process', os.getpid())\n"
         "typer.run(train)\n"
