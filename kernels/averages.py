@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from .fastmath import bound
-from .multi_tensor import aligned, chunk, entry, read, write
+from .multi_tensor import aligned, chunk, elements, entry, read, write
 
 # The rows of the table of entries.
 TARGET = tl.constexpr(0)
@@ -29,9 +29,7 @@ def _follow_tile(
     target, source, first, limit, weight,
     A: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    # As a product, so that the compiler sees that it divides: a hint on an argument would be lost.
-    element = (first // VECTOR * VECTOR if ALIGNED else first) + tl.arange(0, BLOCK)
-    mask = None if ALIGNED else element < limit
+    element, mask = elements(first, limit, BLOCK, VECTOR, ALIGNED)
     a = read(target, element, mask, A, ALIGNED)
     p = read(source, element, mask, P, ALIGNED)
     a = tl.where(a == p, a, a + weight * (p - a))

@@ -48,6 +48,14 @@ def aligned(addresses):
 
 
 @triton.jit
+def elements(first, limit, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
+    """The elements of a tile, and the mask of those below ``limit``: none where all are."""
+    # As a product, so that the compiler sees that it divides: a hint on an argument would be lost.
+    element = (first // VECTOR * VECTOR if ALIGNED else first) + tl.arange(0, BLOCK)
+    return element, None if ALIGNED else element < limit
+
+
+@triton.jit
 def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     pointer = address.to(tl.pointer_type(DTYPE))
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer

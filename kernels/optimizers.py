@@ -39,7 +39,7 @@ import triton
 import triton.language as tl
 
 from .fastmath import bound, reciprocal, sqrt, upcast
-from .multi_tensor import aligned, chunk, chunk_end, entry, read, write
+from .multi_tensor import aligned, chunk, chunk_end, elements, entry, read, write
 from .philox import lanes
 
 # The lists of the table of entries, then three rows of numbers.
@@ -196,22 +196,18 @@ def _tile(
 ):  # fmt: skip
     """One tile: BLOCK elements from ``first`` on, below ``limit``; of whole rows, where PROJECTION is "rows"."""
     LANES: tl.constexpr = 8 if ALIGNED else 1
-    if ALIGNED:
-        # As products, so that the compiler sees that they divide: a hint on an argument would be lost.
-        length = length // VECTOR * VECTOR
-        first = first // VECTOR * VECTOR
-    mask = None
     if PROJECTION == "rows":
+        if ALIGNED:  # as products, see ``elements``
+            length = length // VECTOR * VECTOR
+            first = first // VECTOR * VECTOR
         start = first + tl.arange(0, BLOCK // WIDTH).to(tl.int64)[:, None] * length
         column = tl.arange(0, WIDTH)[None, :]
         element = start + column
         mask = (start < limit) & (column < length)
         index = start // LANES + tl.arange(0, WIDTH // LANES if WIDTH > LANES else 1)[None, :]
     else:
-        element = first + tl.arange(0, BLOCK)
+        element, mask = elements(first, limit, BLOCK, VECTOR, ALIGNED)
         index = first // LANES + tl.arange(0, BLOCK // LANES)
-        if not ALIGNED:
-            mask = element < limit
 
     g = read(entry(entries_ptr, tensors, tensor, GRADIENT), element, mask, G, ALIGNED).to(COMPUTE)
     p_address = entry(entries_ptr, tensors, tensor, PARAMETER)
@@ -366,12 +362,7 @@ def _square_tile(
     entries_ptr, tensors, tensor, first, limit,
     LIST: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    mask = None
-    if ALIGNED:
-        first = first // VECTOR * VECTOR  # a product: the compiler sees that it divides
-    element = first + tl.arange(0, BLOCK)
-    if not ALIGNED:
-        mask = element < limit
+    element, mask = elements(first, limit, BLOCK, VECTOR, ALIGNED)
     x = read(entry(entries_ptr, tensors, tensor, LIST), element, mask, DTYPE, ALIGNED)
     if not ALIGNED:
         x = tl.where(mask, x, 0.0)
@@ -435,12 +426,7 @@ def _project_tile(
     HAS_MASTER: tl.constexpr, HAS_AVERAGE: tl.constexpr, P: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    mask = None
-    if ALIGNED:
-        first = first // VECTOR * VECTOR  # a product: the compiler sees that it divides
-    element = first + tl.arange(0, BLOCK)
-    if not ALIGNED:
-        mask = element < limit
+    element, mask = elements(first, limit, BLOCK, VECTOR, ALIGNED)
     p_address = entry(entries_ptr, tensors, tensor, PARAMETER)
     if HAS_MASTER:
         master_address = entry(entries_ptr, tensors, tensor, MASTER)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from .fastmath import bound
-from .multi_tensor import aligned, chunk, entry, read, write
+from .multi_tensor import aligned, chunk, elements, entry, read, write
 
 # The rows of the table of entries: an address, a number, and then what the kernel has in third place.
 PARAMETER = tl.constexpr(0)
@@ -35,21 +35,13 @@ ROW = tl.constexpr(2)  # of the projections: how many elements a norm goes over
 
 
 @triton.jit
-def _elements(first, limit, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
-    """The elements of a tile, and the mask of those below ``limit``: none where all are."""
-    # As a product, so that the compiler sees that it divides: a hint on an argument would be lost.
-    element = (first // VECTOR * VECTOR if ALIGNED else first) + tl.arange(0, BLOCK)
-    return element, None if ALIGNED else element < limit
-
-
-@triton.jit
 def _penalty_tile(
     entries_ptr, tensors, tensor, first, limit, gain, l1, l2, mean,
     L1: tl.constexpr, L2: tl.constexpr, CENTRED: tl.constexpr, VALUE: tl.constexpr, HOW: tl.constexpr,
     P: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of one tile and returns its value, either if wanted."""
-    element, mask = _elements(first, limit, BLOCK, VECTOR, ALIGNED)
+    element, mask = elements(first, limit, BLOCK, VECTOR, ALIGNED)
     x = read(entry(entries_ptr, tensors, tensor, PARAMETER), element, mask, P, ALIGNED)
     if CENTRED:
         x -= mean
@@ -137,7 +129,7 @@ def _rows_tile(
     P: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Rows of ``length`` elements, from ``first`` on and below ``limit``."""
-    # As products, see above. (A row ends with a vector, so the last one does.)
+    # As products, see ``elements``. (A row ends with a vector, so the last one does.)
     STEP: tl.constexpr = VECTOR if ALIGNED else 1
     length = length // STEP * STEP
     first = first // STEP * STEP
@@ -188,7 +180,7 @@ def _scaled_tile(
     address, first, limit, scale,
     P: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    element, mask = _elements(first, limit, BLOCK, VECTOR, ALIGNED)
+    element, mask = elements(first, limit, BLOCK, VECTOR, ALIGNED)
     x = read(address, element, mask, P, ALIGNED)
     write(address, element, x * scale, mask, P, ALIGNED)
 

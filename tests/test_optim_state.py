@@ -551,6 +551,41 @@ def test_state_may_be_replaced_by_hand(configuration, path, device):
         compare(ours, theirs)
 
 
+@pytest.mark.parametrize("cls", [optim.SGD, optim.Adam])
+def test_a_gradient_may_become_sparse(cls, path, device):
+    """As torch: SGD takes it, Adam refuses it, and nothing is stepped."""
+    theirs = getattr(torch.optim, cls.__name__)
+    ends = []
+    for each in (cls, theirs):
+        p = nn.Parameter(torch.ones(4, 2, device=device))
+        optimizer = each([p], lr=0.1)
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+        p.grad = torch.ones(4, 2, device=device).to_sparse(1)
+        try:
+            optimizer.step()
+            ends.append(p.detach().clone())
+        except RuntimeError as error:
+            ends.append((p.detach().clone(), str(error)))
+    if cls is optim.SGD:
+        assert torch.equal(*ends)
+    else:
+        assert ends[0][1] == ends[1][1]
+        assert_close(ends[0][0], ends[1][0], **STEPS)
+
+
+def test_options_meet_a_gradient_that_becomes_sparse(path, device):
+    """An error, and nothing has changed: not the other parameter either."""
+    params = parameters_of(device, shapes=((3,), (4, 2)))
+    optimizer = optim.SGD(params, lr=0.1, l1=0.1, l1_mode="subgradient")
+    step(optimizer, 0)
+    kept = copies_of(params)
+    params[0].grad, params[1].grad = torch.ones_like(params[0]), torch.ones(4, 2, device=device).to_sparse(1)
+    with pytest.raises(RuntimeError, match="dense gradients"):
+        optimizer.step()
+    assert all(torch.equal(p, k) for p, k in zip(params, kept, strict=True))
+
+
 CHANGES = {
     "sgd": [("lr", 0.3), ("weight_decay", 0.0), ("weight_decay", 0.7), ("maximize", True), ("momentum", 0.8)],
     "momentum": [

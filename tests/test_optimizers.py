@@ -347,7 +347,8 @@ def test_the_nan_of_a_gpu_is_not_rounded_at_random(interpreted, device):
     p = torch.ones(4, dtype=torch.bfloat16, device=device)
     g = torch.full((4,), 0x7FFFFFFF, dtype=torch.int32, device=device).view(torch.float32)
     rule = ops.Rule(adam=False, momentum=False, at_random=True)
-    batch = ops.Batch(rule, [ops.Member(p, g, step=torch.zeros((), device=device))])
+    member = ops.Member(p, g, step=torch.zeros((), device=device))
+    batch = ops.Batch(rule, [member])  # has its addresses alone
     rows = [[1.0, *[0.0] * 6, 1.0, 0.0, 0.0, math.inf, math.inf, *[0.0] * 4]]
     for launch in (
         batch.advance(torch.tensor(rows, dtype=torch.float64, device=device)),
@@ -355,6 +356,7 @@ def test_the_nan_of_a_gpu_is_not_rounded_at_random(interpreted, device):
     ):
         launch.run(device)
     assert torch.isnan(p).all()
+    assert member.step == 1
 
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])

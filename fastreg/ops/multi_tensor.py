@@ -46,6 +46,22 @@ def deal(lengths: np.ndarray, sizes: np.ndarray | int) -> tuple[np.ndarray, np.n
     return unit, place * np.broadcast_to(sizes, lengths.shape)[unit]
 
 
+def deal_rows(
+    rows: np.ndarray, counts: np.ndarray, size: int
+) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], np.ndarray, np.ndarray]:
+    """Cuts each of ``counts[t]`` rows of ``rows[t]`` elements of tensor t into chunks, which are of one row.
+
+    Returns the chunks (tensor, first element, end), the row of each, and how many chunks each row has.
+    """
+    tensor = np.repeat(np.arange(len(rows)), counts)
+    place = np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)
+    lengths = rows[tensor]
+    row, start = deal(lengths, size)
+    begin = (place * lengths)[row]
+    chunks = tensor[row], begin + start, np.minimum(begin + start + size, begin + lengths[row])
+    return chunks, row, -(-lengths // size)
+
+
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     """-1 where there is no tensor: empty ones may lie at 0. Sparse ones, which lie nowhere, get 0."""
     try:

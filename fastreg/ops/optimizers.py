@@ -17,20 +17,11 @@ from fastreg import random
 from fastreg.ops import backend
 from fastreg.ops.backend import Launch
 from fastreg.ops.layout import ceil_div, is_dense
-from fastreg.ops.multi_tensor import Table, addresses, deal, upload
+from fastreg.ops.multi_tensor import Table, addresses, deal, deal_rows, type_of, upload
 from fastreg.random import Stream
 
 if backend.HAS_TRITON:
-    import triton.language as tl
-
     from fastreg.kernels import optimizers as kernels
-
-    _TYPES = {
-        torch.float64: tl.float64,
-        torch.float32: tl.float32,
-        torch.float16: tl.float16,
-        torch.bfloat16: tl.bfloat16,
-    }
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 TILE = 2048  # elements of a program
@@ -215,9 +206,7 @@ def _constrained(value: Tensor, rule: Rule, s: dict[str, float], shards: Any) ->
 
 def _rounded_at_random(x: Tensor, key: int, count: int) -> Tensor:
     """fp32 to what bf16 can hold: 16 random bits are added, and the last 16 cut off."""
-    order = (
-        x.transpose(0, 0) if x.dim() == 0 else x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
-    )
+    order = x.permute(_memory_order(x))
     element = torch.arange(x.numel(), device=x.device).view(order.shape)
     bits = random.lanes(element, Stream(key, count)).to(torch.int64)
     pattern = order.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
@@ -226,12 +215,13 @@ def _rounded_at_random(x: Tensor, key: int, count: int) -> Tensor:
         torch.where(rounded >= 1 << 31, rounded - (1 << 32), rounded).to(torch.int32).view(torch.float32)
     )
     rounded = torch.where((pattern & 0x7F800000) == 0x7F800000, order, rounded)
-    return torch.empty_like(order).copy_(rounded) if x.dim() == 0 else _unpermuted(rounded, x)
+    places = _memory_order(x)
+    return rounded.permute([places.index(i) for i in range(x.dim())])
 
 
-def _unpermuted(ordered: Tensor, like: Tensor) -> Tensor:
-    order = sorted(range(like.dim()), key=like.stride, reverse=True)
-    return ordered.permute([order.index(i) for i in range(like.dim())])
+def _memory_order(x: Tensor) -> list[int]:
+    """All dimensions, from the outermost in memory on."""
+    return sorted(range(x.dim()), key=x.stride, reverse=True)
 
 
 # --- the launches -----------------------------------------------------------------------------------------
@@ -268,20 +258,10 @@ class Batch:
         self.block = max(TILE, self.width)
         if self.projection == "partial":
             counts = numel // np.maximum(rows, 1) if rule.rows else np.ones_like(rows)
-            tensor = np.repeat(np.arange(len(members)), counts)
-            row = np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)
-            lengths = rows[tensor]
-            unit, start = deal(lengths, self.block)
-            first = (row * lengths)[unit]
-            chunks = (
-                tensor[unit],
-                first + start,
-                np.minimum(first + start + self.block, first + lengths[unit]),
-            )
-            pieces = -(-lengths // self.block)
+            chunks, unit, pieces = deal_rows(rows, counts, self.block)
             self.units = upload(np.stack([np.cumsum(pieces) - pieces, pieces]), self.device)
             self.chunk_units = upload(unit, self.device)
-            self.squared = torch.zeros(len(tensor), dtype=self.compute, device=self.device)
+            self.squared = torch.zeros(len(pieces), dtype=self.compute, device=self.device)
         else:
             sizes = (
                 rows * (self.block // self.width)
@@ -329,7 +309,7 @@ class Batch:
             **self._table,
             **self._chunks,
             "partials_ptr": self.partials,
-            "DTYPE": _TYPES[self.dtypes[1]],
+            "DTYPE": type_of(self.dtypes[1]),
             "BLOCK": self.block,
             "VECTOR": 16 // self.dtypes[1].itemsize,
             "num_warps": self._warps,
@@ -379,10 +359,10 @@ class Batch:
             "HAS_MASTER": self.rule.master,
             "HAS_AVERAGE": self.rule.average,
             "AT_RANDOM": self.rule.at_random,
-            "P": _TYPES[p],
-            "G": _TYPES[g],
-            "S": _TYPES[s],
-            "COMPUTE": _TYPES[self.compute],
+            "P": type_of(p),
+            "G": type_of(g),
+            "S": type_of(s),
+            "COMPUTE": type_of(self.compute),
             "WIDTH": self.width,
             "BLOCK": self.block,
             "VECTOR": self._vector,
@@ -391,16 +371,7 @@ class Batch:
         return Launch(kernels.step, (self.table.programs,), arguments)
 
     def fold(self) -> Launch:
-        units = self.units.shape[1]
-        arguments = {
-            "partials_ptr": self.partials,
-            "units_ptr": self.units,
-            "squared_ptr": self.squared,
-            "units": units,
-            "BLOCK": 128,
-            "num_warps": 1,
-        }
-        return Launch(kernels.fold, (units,), arguments)
+        return fold(self.partials, self.units, self.squared)
 
     def project(self) -> Launch:
         arguments = {
@@ -411,13 +382,26 @@ class Batch:
             "squared_ptr": self.squared,
             "HAS_MASTER": self.rule.master,
             "HAS_AVERAGE": self.rule.average,
-            "P": _TYPES[self.dtypes[0]],
-            "COMPUTE": _TYPES[self.compute],
+            "P": type_of(self.dtypes[0]),
+            "COMPUTE": type_of(self.compute),
             "BLOCK": self.block,
             "VECTOR": self._vector,
             "num_warps": self._warps,
         }
         return Launch(kernels.project, (self.table.programs,), arguments)
+
+
+def fold(partials: Tensor, units: Tensor, squared: Tensor) -> Launch:
+    """Sums the partial sums of each unit: int64 ``[2, units]``, its first one and how many it has."""
+    arguments = {
+        "partials_ptr": partials,
+        "units_ptr": units,
+        "squared_ptr": squared,
+        "units": len(squared),
+        "BLOCK": 128,
+        "num_warps": 1,
+    }
+    return Launch(kernels.fold, (len(squared),), arguments)
 
 
 def projection(parameter: Tensor, rule: Rule, shards: Any = None) -> tuple[str, int]:

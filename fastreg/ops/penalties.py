@@ -17,17 +17,16 @@ from fastreg.ops.backend import Launch
 from fastreg.ops.multi_tensor import (
     Table,
     addresses,
-    deal,
+    deal_rows,
     kept_by_stream,
     table_of,
     taken,
     type_of,
     upload,
 )
-from fastreg.ops.optimizers import ROW_MOST, compute_dtype, same_layout
+from fastreg.ops.optimizers import ROW_MOST, compute_dtype, fold, same_layout
 
 if backend.HAS_TRITON:
-    from fastreg.kernels import optimizers as sums
     from fastreg.kernels import penalties as kernels
 
 TILE = 4096  # elements of a program
@@ -235,13 +234,9 @@ class _LongRows(NamedTuple):
 def _long_rows(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> _LongRows:
     """rows: of the table: addresses, elements, elements of a row."""
     _, numel, length = (np.array(row, dtype=np.int64) for row in rows)
-    counts = numel // length
-    tensor = np.repeat(np.arange(len(numel)), counts)
-    place = np.arange(len(tensor)) - np.repeat(np.cumsum(counts) - counts, counts)
-    unit, start = deal(length[tensor], TILE)
-    tiles = -(-length[tensor] // TILE)
-    table = Table(rows, (tensor[unit], place[unit] * length[tensor][unit] + start), device)
-    return _LongRows(table, upload(unit, device), upload(np.stack([np.cumsum(tiles) - tiles, tiles]), device))
+    (tensor, first, _), row, tiles = deal_rows(length, numel // length, TILE)
+    table = Table(rows, (tensor, first), device)
+    return _LongRows(table, upload(row, device), upload(np.stack([np.cumsum(tiles) - tiles, tiles]), device))
 
 
 def _project_rows(table: Table, radius: float, dtype: torch.dtype, width: int) -> Launch:
@@ -279,18 +274,6 @@ def _shorten(long: _LongRows, squared: Tensor, radius: float, dtype: torch.dtype
     return Launch(kernels.shorten, (long.table.programs,), arguments)
 
 
-def _fold(partials: Tensor, units: Tensor, squared: Tensor) -> Launch:
-    arguments = {
-        "partials_ptr": partials,
-        "units_ptr": units,
-        "squared_ptr": squared,
-        "units": len(squared),
-        "BLOCK": 1024,
-        "num_warps": 4,
-    }
-    return Launch(sums.fold, (len(squared),), arguments)
-
-
 def project_(ps: Sequence[Tensor], radius: float, rows: bool) -> None:
     """Projects tensors that are whole, in place: each row of them, or each of them."""
     written = []
@@ -320,7 +303,7 @@ def project_(ps: Sequence[Tensor], radius: float, rows: bool) -> None:
         squared = torch.empty(long.units.shape[1], dtype=torch.float64, device=device)
         # Half of twice the squares: the same kernel as for penalties.
         _launch(long.table, Form(l2=2.0), (dtype, dtype), partials=partials, rows=True).run(device)
-        _fold(partials, long.units, squared).run(device)
+        fold(partials, long.units, squared).run(device)
         _shorten(long, squared, radius, dtype).run(device)
     written = [p for p in written if not p.is_inference()]
     if written:

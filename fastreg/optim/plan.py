@@ -54,7 +54,7 @@ class Plan:
         if moved and [a == -1 for a in found] != [a == -1 for a in self.gradient_addresses]:
             return False
         if not same(grads, [None if r is None else r() for r in self.gradients]):
-            if not all(
+            if any(g is not None and g.layout != torch.strided for g in grads) or not all(
                 _fits(grads[i], pieces[i], batch.dtypes[1]) for batch in self.batches for i in batch.places
             ):
                 return False
