@@ -92,8 +92,9 @@ def variants(dtype, size, name, activation=None, note="", headline=False):
         budget=elementwise,
         headline=headline,
     )
-    if kind == ops.GAUSSIAN or kept is not None:
-        dz = None if kept is None else z
-        launch = ops.second_launch(z, z2, stream, form, ops.OUT, None, root, None, kept, dz, activation)
-        moved = e + (0 if root is None else 4) + z2.element_size() + (0 if kept is None else 2 * e)
+    if kind == ops.GAUSSIAN or activation is not None:
+        # With an activation also reads what its derivative needs, the output or its argument, and writes dz.
+        saved = dz = None if activation is None else z
+        launch = ops.second_launch(z, z2, stream, form, ops.OUT, None, root, None, saved, dz, activation)
+        moved = e + (0 if root is None else 4) + z2.element_size() + (0 if activation is None else 2 * e)
         yield Kernel.of(f"slope {label}", launch, z.numel(), moved, budget=elementwise, headline=headline)
