@@ -502,6 +502,33 @@ def unaligned(x: Tensor) -> Tensor:
     return torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
 
 
+OTHER_GRADIENTS = {
+    "strides": lambda g: g.T.contiguous().T,
+    "a gap": lambda g: torch.stack([g, 9 * g], dim=2)[..., 0],
+    "differentiable": lambda g: g.clone().requires_grad_() * 1,
+    "none": lambda g: None,
+    "shared": lambda g: g,
+}
+
+
+@pytest.mark.parametrize("after", [1, 3])
+@pytest.mark.parametrize("kind", OTHER_GRADIENTS)
+@some
+def test_a_new_gradient_may_be_of_another_kind(configuration, kind, after, path, device):
+    """At first, and when gradients have been of one kind for some steps."""
+    params = (parameters_of(device, shapes=((5, 3), (5, 3))) for _ in range(2))
+    ours, theirs = pair(configuration, device, *params)
+    for i in range(after + 2):
+        for optimizer in (ours, theirs):
+            params = flat(optimizer)
+            for place, p in enumerate(params):
+                p.grad = gradient_of(p, i, place)
+            if i == after:
+                params[0].grad = OTHER_GRADIENTS[kind](params[1].grad)
+            optimizer.step()
+        compare(ours, theirs)
+
+
 @some
 def test_everything_may_move(configuration, path, device):
     """Data, gradients and state at another address, with other strides, aligned or not: after any step."""
@@ -626,12 +653,19 @@ def test_numbers_of_a_group_may_change_before_any_step(configuration, path, devi
 @some
 def test_no_memory_is_held(configuration, path, device):
     """Not a gradient after ``zero_grad``, and nothing once the optimizer is gone."""
-    ours = make(configuration, parameters_of(device))
+    ours = make(configuration, parameters_of(device), ours=True, ema_decay=0.9)
     for i in range(2):
         step(ours, i)
     gradients = [weakref.ref(p.grad) for p in flat(ours)]
     ours.zero_grad()
     assert [g() for g in gradients] == [None] * 3
+    # Nor state that has been replaced, as by those who take it to another device between two phases.
+    tensors = [(s, key, weakref.ref(v)) for s in ours.state.values() for key, v in s.items() if v.dim()]
+    for state, key, tensor in tensors:
+        state[key] = tensor().clone()
+    assert [tensor() for _, _, tensor in tensors] == [None] * len(tensors)
+    assert len(tensors) >= 4
+    del state, tensors
     rest = [weakref.ref(p) for p in flat(ours)]
     rest += [weakref.ref(v) for s in ours.state.values() for v in s.values() if torch.is_tensor(v)]
     assert len(rest) > 3

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from fastreg.ops import backend
 from fastreg.ops.backend import Launch
-from fastreg.ops.multi_tensor import Table, addresses, table_of, taken, type_of
+from fastreg.ops.bulk import addresses
+from fastreg.ops.multi_tensor import Table, table_of, taken, type_of
 from fastreg.ops.optimizers import compute_dtype, same_layout
 
 if backend.HAS_TRITON:
@@ -53,7 +54,7 @@ def _compute_dtype(a: torch.dtype, p: torch.dtype) -> torch.dtype:
 
 
 def _table(pairs: list[tuple[Tensor, Tensor]], lengths: tuple[int, ...], size: int) -> Table:
-    targets, sources = (tuple(addresses(tensors)) for tensors in zip(*pairs, strict=True))
+    targets, sources = (tuple(addresses(tensors).tolist()) for tensors in zip(*pairs, strict=True))
     return table_of(pairs[0][0].device, (targets, lengths, sources), size)
 
 

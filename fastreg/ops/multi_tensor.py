@@ -62,17 +62,6 @@ def deal_rows(
     return chunks, row, -(-lengths // size)
 
 
-def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """-1 where there is no tensor: empty ones may lie at 0. Sparse ones, which lie nowhere, get 0."""
-    try:
-        return list(map(torch._C.TensorBase.data_ptr, tensors))  # the fast way: none is missing
-    except (TypeError, RuntimeError):
-        return [
-            -1 if tensor is None else 0 if tensor.layout != torch.strided else tensor.data_ptr()
-            for tensor in tensors
-        ]
-
-
 def upload(numbers: np.ndarray | Sequence, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """A tensor on the device, without waiting for it."""
     tensor = torch.as_tensor(np.asarray(numbers)).to(dtype)
@@ -107,7 +96,7 @@ class Table:
 
     def move(self, row: int, addresses: Sequence[int]) -> None:
         """Writes the new addresses of a list. Recorded in a CUDA graph, every replay writes these."""
-        numbers = torch.tensor(addresses, dtype=torch.int64)
+        numbers = torch.from_numpy(np.array(addresses, dtype=np.int64))
         if self.device.type == "cuda":
             numbers = numbers.pin_memory()
             if torch.cuda.is_current_stream_capturing():

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from fastreg.ops import backend
 from fastreg.ops.backend import Launch
+from fastreg.ops.bulk import addresses
 from fastreg.ops.multi_tensor import (
     Table,
-    addresses,
     deal_rows,
     kept_by_stream,
     table_of,
@@ -123,7 +123,7 @@ def _run(
     found = []
     for (device, *dtypes), places in kinds.items():
         lists = [ps, gs] if gs is not None else [ps]
-        first, *rest = (tuple(addresses([tensors[i] for i in places])) for tensors in lists)
+        first, *rest = (tuple(addresses([tensors[i] for i in places]).tolist()) for tensors in lists)
         table = table_of(device, (first, tuple(ps[i].numel() for i in places), *rest), TILE)
         partials = torch.empty(table.programs, dtype=torch.float64, device=device) if valued else None
         there = gain if gain is None else gain.to(device)
@@ -290,7 +290,7 @@ def project_(ps: Sequence[Tensor], radius: float, rows: bool) -> None:
         written.append(p)
     for (device, dtype, width), members in kinds.items():
         entries = (
-            tuple(addresses(members)),
+            tuple(addresses(members).tolist()),
             tuple(p.numel() for p in members),
             tuple(_row_of(p, rows) for p in members),
         )

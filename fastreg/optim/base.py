@@ -12,6 +12,7 @@ every step: gradients, the memory of parameters and of gradients, tensors of the
 kernel.
 """
 
+import weakref
 from itertools import chain
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastreg.ops.bulk import gradients
 from fastreg.ops.optimizers import (
     DTYPES,
     Member,
@@ -43,7 +45,7 @@ from fastreg.optim.distributed import (
     total,
 )
 from fastreg.optim.options import OPTIONS, check
-from fastreg.optim.plan import Placed, Plan, same
+from fastreg.optim.plan import Placed, Plan
 
 
 def may_walk(group: dict[str, Any], grads: list[Tensor]) -> bool:
@@ -180,20 +182,16 @@ class Regularized(Optimizer):
     @torch._disable_dynamo
     def _step(self) -> None:
         groups = self.param_groups
-        params = [p for group in groups for p in group["params"]]
-        grads = [p.grad for p in params]
+        params = list(chain.from_iterable(group["params"] for group in groups))
+        grads = gradients(params)
+        structure = tuple(self._structure(group) for group in groups)
         plan = self._plan
-        if plan is not None and not same(params, plan.params):
+        if plan is not None and not plan.knows(structure, params, self.state):
             plan = None
         pieces = params
         if any(map(is_distributed, params)) if plan is None else plan.distributed:
             pieces, grads = list(map(local, params)), list(map(local_gradient, params))
-        structure = tuple(self._structure(group) for group in groups)
-        if (
-            plan is None
-            or not plan.has_all_but_gradients(structure, pieces, self.state)
-            or not plan.follow(grads, pieces)
-        ):
+        if plan is None or not plan.follow(grads, pieces):
             if all(g is None for g in grads) and all(group["max_grad_norm"] is None for group in groups):
                 return
             plan = self._plan = self._make(structure, params, grads, pieces)
@@ -208,7 +206,7 @@ class Regularized(Optimizer):
         self, structure: tuple, params: list[Tensor], grads: list[Tensor | None], pieces: list[Tensor]
     ) -> Plan:
         """Decides where each parameter is stepped, makes its state, and writes the tables."""
-        plan = Plan(structure, params, self.state)
+        plan = Plan(structure, params)
         owners = [k for k, group in enumerate(self.param_groups) for _ in group["params"]]
         plan.owners = owners
         for i, p in enumerate(params):
@@ -244,14 +242,14 @@ class Regularized(Optimizer):
             batch.places, batch.clips, batch.key = places, clips, key
             batch.kept = [member.gradient for member in members] if plan.copies else []
             plan.batches.append(batch)
-            for member in members:
-                plan.written += [t for t in (member.parameter, member.average) if t is not None]
+            plan.written += [member.parameter for member in members]
+            plan.averages += [weakref.ref(m.average) for m in members if m.average is not None]
         plan.written = [t for t in plan.written if not t.is_inference()]
         clipping = [
             p for i, p in enumerate(params) if self.param_groups[owners[i]]["max_grad_norm"] is not None
         ]
         plan.sums = list(by_shards(clipping))
-        plan.remember(grads, pieces)
+        plan.remember(grads, pieces, self.state)
         return plan
 
     def _place(self, plan: Plan, i: int, piece: Tensor, g: Tensor, owner: int, rule: Rule) -> None:
@@ -270,7 +268,11 @@ class Regularized(Optimizer):
                 plan.rest.append(i)
                 return
             walks = all(
-                t.is_contiguous() and t.dtype in DTYPES and t.device.type == "cpu" for t in (piece, *state)
+                t.layout == torch.strided
+                and t.is_contiguous()
+                and t.dtype in DTYPES
+                and t.device.type == "cpu"
+                for t in (piece, *state)
             )
             plan.walks[owner] = plan.walks.get(owner, True) and walks
         else:
@@ -401,8 +403,9 @@ class Regularized(Optimizer):
                     batch.shards.sum_(batch.squared)
                 batch.run(batch.project())
             batch.kept = []
-        if plan.written:
-            torch.autograd.graph.increment_version(plan.written)
+        averages = [x for x in (found() for found in plan.averages) if x is not None and not x.is_inference()]
+        for written in filter(None, (plan.written, averages)):
+            torch.autograd.graph.increment_version(written)
         if plan.rest or plan.torch:
             self._step_the_rest(plan, grads, pieces, numbers, scale, found_inf, squared)
         if squared is not None:

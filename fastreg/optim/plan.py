@@ -1,24 +1,28 @@
 """What an optimizer keeps between two steps: which parameters are stepped where, and by what to know them again."""
 
-import operator
 import weakref
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastreg.ops import backend
-from fastreg.ops.multi_tensor import addresses, upload
+from fastreg.ops.bulk import Watch, addresses
+from fastreg.ops.multi_tensor import upload
 from fastreg.ops.optimizers import NUMBERS, WIDTH, Batch, Numbers, same_layout
 from fastreg.optim.distributed import is_distributed
 
 
 class Plan:
-    """Which parameters are stepped where, and by what this may be recognised in the next step. Holds no gradient."""
+    """Which parameters are stepped where, and by what this may be recognised in the next step.
 
-    def __init__(self, structure: tuple, params: list[Tensor], state: dict):
-        self.structure, self.params, self.state = structure, params, state
+    Holds neither gradients nor state: who moves them to another device gets their memory back.
+    """
+
+    def __init__(self, structure: tuple, params: list[Tensor]):
+        self.structure, self.params = structure, params
         self.distributed = any(is_distributed(p) for p in params)
         self.batches: list[Placed] = []
         self.rest: list[int] = []  # places of parameters that no kernel takes
@@ -26,44 +30,61 @@ class Plan:
         self.walks: dict[int, bool] = {}  # whose memory may be walked over, but for the gradients
         self.sums: list = []  # by what shards the norm of the gradients is summed, in an order all processes share
         self.copies = False  # some gradient has another layout than its parameter
-        self.written: list[Tensor] = []  # by kernels, behind the back of autograd
+        self.written: list[Tensor] = []  # parameters that kernels write, behind the back of autograd
+        self.averages: list[weakref.ref] = []  # and averages
 
-    def remember(self, grads: list[Tensor | None], pieces: list[Tensor]) -> None:
-        self.gradients = _weakly(grads)
-        self.gradient_addresses = addresses(grads)
-        self.addresses = addresses(pieces)
-        self.dicts = [self.state[p] for p in self.params if p in self.state]
-        self.values = list(self._state_tensors())
+    def remember(self, grads: list[Tensor | None], pieces: list[Tensor], state: dict) -> None:
+        self._kept = Watch(self.params, state.values())
+        self._gradients: Watch | None = Watch(grads)
+        self._absent = [g is None for g in grads]
+        self._kinds = None
+        # Of these the memory matters: what tables point to, batch after batch, and what torch walks over.
+        walked = (places for group, places in self.torch.items() if self.walks[group])
+        self._places = list(chain(*(batch.places for batch in self.batches), *walked))
+        self._whole = self._places == list(range(len(grads)))
+        self._addresses = addresses(self._placed(pieces))
+        self._gradient_addresses = addresses(self._placed(grads))
 
-    def _state_tensors(self):
-        """All values of the state, and None, by which an end that comes early is noticed."""
-        return chain(chain.from_iterable(map(dict.values, self.dicts)), (None,))
+    def _placed(self, tensors: list) -> list:
+        return tensors if self._whole else [tensors[i] for i in self._places]
 
-    def has_all_but_gradients(self, structure: tuple, pieces: list[Tensor], state: dict) -> bool:
-        return (
-            structure == self.structure
-            and state is self.state
-            and addresses(pieces) == self.addresses
-            and all(map(operator.is_, self._state_tensors(), self.values))
-        )
+    def knows(self, structure: tuple, params: list[Tensor], state: dict) -> bool:
+        """Whether parameters, options and state are those it was made for."""
+        return structure == self.structure and self._kept.finds(params, state.values())
 
     def follow(self, grads: list[Tensor | None], pieces: list[Tensor]) -> bool:
-        """Takes up new gradients in the place of the old ones. False where they are not of the same kind."""
-        found = addresses(grads)
-        moved = found != self.gradient_addresses
-        if moved and [a == -1 for a in found] != [a == -1 for a in self.gradient_addresses]:
-            return False
-        if not same(grads, [None if r is None else r() for r in self.gradients]):
-            if any(g is not None and g.layout != torch.strided for g in grads) or not all(
-                _fits(grads[i], pieces[i], batch.dtypes[1]) for batch in self.batches for i in batch.places
-            ):
+        """Takes up new gradients in the place of the old ones. False where they are not of the same kind, or the
+        parameters have moved."""
+        if self._gradients is None or not self._gradients.finds(grads):
+            if not self._are_alike(grads, pieces):
                 return False
-            self.gradients = _weakly(grads)
-        if moved:
+            # Who replaces gradients does so in every step (``zero_grad``): from now on their kind is asked at once.
+            self._gradients = None
+        if not np.array_equal(addresses(self._placed(pieces)), self._addresses):
+            return False
+        found = addresses(self._placed(grads))
+        if not np.array_equal(found, self._gradient_addresses):
+            start = 0
             for batch in self.batches:
-                batch.move_gradients([found[i] for i in batch.places])
-            self.gradient_addresses = found
+                batch.move_gradients(found[start : start + batch.count])
+                start += batch.count
+            self._gradient_addresses = found
         return not self.copies
+
+    def _are_alike(self, grads: list[Tensor | None], pieces: list[Tensor]) -> bool:
+        """Whether other gradients are of the kinds of those the plan was made for."""
+        if [g is None for g in grads] != self._absent:
+            return False
+        ours = [grads[i] for batch in self.batches for i in batch.places]
+        if len(ours) < len(grads) and any(g is not None and g.layout != torch.strided for g in grads):
+            return False
+        if self._kinds is not None and self._kinds.check(*ours):
+            return True
+        for batch in self.batches:
+            if not all(_fits(grads[i], pieces[i], batch.dtypes[1]) for i in batch.places):
+                return False
+        self._kinds = _kinds_of(ours)
+        return True
 
 
 class Placed(Batch):
@@ -98,9 +119,16 @@ def _fits(g: Tensor, piece: Tensor, dtype: torch.dtype) -> bool:
     return g.dtype == dtype and g.layout == torch.strided and backend.is_plain(g) and same_layout(g, piece)
 
 
-def _weakly(grads: list[Tensor | None]) -> list:
-    return [None if g is None else weakref.ref(g) for g in grads]
+def _kinds_of(tensors: list[Tensor]) -> Any:
+    """What knows, for all of them in one call, whether others have their types, dtypes, devices, sizes and strides.
 
+    Of the guards of torch.compile, which are not public: None where they are not there. A no of theirs needs not be
+    one of ours, as where a gradient can itself be differentiated.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
 
-def same(found: list, expected: list) -> bool:
-    return len(found) == len(expected) and all(map(operator.is_, found, expected))
+        sizes, strides = ([list(ask(x)) for x in tensors] for ask in (Tensor.size, Tensor.stride))
+        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    except Exception:
+        return None

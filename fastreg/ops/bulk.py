@@ -1,0 +1,93 @@
+"""What is asked of many tensors at once: their gradients, which they are, and where their elements lie.
+
+An optimizer asks in every step whether its tables of addresses still hold. An answer of torch takes 60 to 100 ns in
+Python, most of it on the way there and back; with 10,000 parameters that is what a step of small tensors takes. So
+the loops are in C (``bulk.c``), compiled once by the compiler that Triton itself needs, and kept in its cache. Where
+there is none the same is done in Python.
+"""
+
+import functools
+import logging
+import weakref
+from collections.abc import Iterable, Sequence
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastreg.ops import backend
+
+PLAIN = (Tensor, torch.nn.Parameter)
+
+
+@functools.cache
+def _compiled() -> Any:
+    """The loops in C; only where kernels run, where Triton's compiler has to be."""
+    if not backend.HAS_TRITON or not (backend.INTERPRETED or torch.cuda.is_available()):
+        return None
+    try:
+        from triton.runtime.build import compile_module_from_src
+
+        return compile_module_from_src(Path(__file__).with_suffix(".c").read_text(), "fastreg_bulk")
+    except Exception as error:  # a compiler may be missing or broken in any way
+        logging.getLogger(__name__).info("the loops over tensors are in Python: %s", error)
+        return None
+
+
+@functools.cache
+def _data_ptr() -> int | None:
+    """Where torch's function from a tensor to the address of its elements lies. Inductor's code calls it, too."""
+    return getattr(torch._C._dynamo.guards, "_torchinductor_pyobject_tensor_data_ptr", None)
+
+
+def gradients(parameters: list[Tensor]) -> list[Tensor | None]:
+    compiled = _compiled()
+    if compiled is not None:
+        return compiled.attributes(parameters, "grad", torch._C.TensorBase.grad, PLAIN)
+    return [p.grad for p in parameters]
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> np.ndarray:
+    """int64: where the elements of each tensor lie. -1 where there is no tensor: empty ones may lie at 0.
+
+    All of them have to be strided.
+    """
+    compiled = _compiled()
+    if compiled is not None and _data_ptr() is not None:
+        try:
+            return np.frombuffer(compiled.addresses(list(tensors), _data_ptr(), PLAIN), np.int64)
+        except TypeError:  # of a subclass, which may have a ``data_ptr`` of its own
+            pass
+    return np.array([-1 if x is None else x.data_ptr() for x in tensors], np.int64)
+
+
+def identities(objects: list, dicts: Iterable[dict] = ()) -> bytes:
+    """What ``id`` says of objects, and of the values of dicts.
+
+    Two answers are equal if nothing was replaced in between, as far as it has lived all the time: what takes the place
+    of an object that has ended may have its id. See ``Watch``.
+    """
+    compiled = _compiled()
+    if compiled is not None:
+        return compiled.identities(objects, list(dicts))
+    values = chain.from_iterable(x.values() for x in dicts if isinstance(x, dict))
+    return np.fromiter(map(id, chain(objects, values)), np.int64).tobytes()
+
+
+class Watch:
+    """Knows objects again, and the values of dicts, without keeping them alive."""
+
+    def __init__(self, objects: list, dicts: Iterable[dict] = ()):
+        self._identities = identities(objects, dicts)
+        self._ended: list[weakref.ref] = []
+        found = chain(objects, *(x.values() for x in dicts if isinstance(x, dict)))
+        # Of numbers nothing depends but what is read anew in every step.
+        tensors = (x for x in found if isinstance(x, Tensor))
+        self._references = list(map(weakref.ref, tensors, repeat(self._ended.append)))
+
+    def finds(self, objects: list, dicts: Iterable[dict] = ()) -> bool:
+        """Whether these are the same: none has ended, and so none has left its id to another."""
+        return not self._ended and identities(objects, dicts) == self._identities

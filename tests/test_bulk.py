@@ -1,0 +1,104 @@
+"""What is asked of many tensors at once, in C and in Python: the same answers."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fastreg.ops import bulk
+
+
+@pytest.fixture(params=["c", "python"])
+def way(request, monkeypatch) -> str:
+    if request.param == "python":
+        monkeypatch.setattr(bulk, "_compiled", lambda: None)
+    elif bulk._compiled() is None:
+        pytest.skip("needs Triton, and a C compiler with the headers of Python")
+    return request.param
+
+
+class WithOwn(torch.Tensor):
+    """A subclass with ideas of its own about everything that is asked."""
+
+    grad = "its own"
+
+    def data_ptr(self):
+        return 12
+
+
+def test_gradients(way):
+    params = [nn.Parameter(torch.ones(i)) for i in range(3)]
+    params[1].grad = torch.ones(1)
+    own = torch.ones(2).as_subclass(WithOwn)
+    found = bulk.gradients([*params, own])
+    assert [x is y for x, y in zip(found, [None, params[1].grad, None, "its own"], strict=True)] == [True] * 4
+    assert bulk.gradients([]) == []
+    with pytest.raises(AttributeError):
+        bulk.gradients([3])
+
+
+def test_addresses(way):
+    x = torch.ones(5, 4)
+    tensors = [x, x[1, 2:], nn.Parameter(torch.ones(3)), torch.ones(0), None, x.as_subclass(WithOwn), x.T]
+    for found in (bulk.addresses(tensors), bulk.addresses(tuple(tensors))):
+        assert found.dtype == np.int64
+        expected = [-1 if t is None else t.data_ptr() for t in tensors]
+        assert found.tolist() == expected
+    assert bulk.addresses([x, x[1, 2:]]).tolist() == [x.data_ptr(), x.data_ptr() + 24]
+    assert bulk.addresses([]).tolist() == []
+
+
+def test_memory_that_moves_has_another_address(way):
+    p = nn.Parameter(torch.ones(3))
+    before = bulk.addresses([p])
+    kept = p.data
+    p.data = torch.ones(3)
+    assert bulk.addresses([p]) != before
+    p.data = kept
+    assert bulk.addresses([p]) == before
+
+
+def test_identities_are_those_of_objects_and_of_values_in_dicts(way):
+    a, b = torch.ones(1), torch.ones(1)
+    objects, dicts = [a, None, b], [{"x": a}, {}, {"y": b, "z": 3}]
+    found = bulk.identities(objects, dicts)
+    assert np.frombuffer(found, np.int64).tolist() == list(map(id, [a, None, b, a, b, 3]))
+    assert found == bulk.identities(list(objects), iter(dicts))
+    assert bulk.identities([], []) == b""
+    assert bulk.identities([], [{"k": a}, 7, {"l": b}]) == bulk.identities(
+        [a, b]
+    )  # a state may hold other things
+    many = [dict.fromkeys(range(100), a)]
+    assert bulk.identities([], many) == bulk.identities([a] * 100)
+
+
+def test_a_watch_knows_the_same_objects_again(way):
+    objects, dicts = [torch.ones(1), None], [{"step": 1.0, "m": torch.ones(2)}]
+    watch = bulk.Watch(objects, dicts)
+    assert watch.finds(list(objects), [dict(dicts[0])])
+    assert not watch.finds(objects[:1], dicts)
+    assert not watch.finds([objects[0], objects[0]], dicts)
+    assert not watch.finds(objects, [{**dicts[0], "m": torch.ones(2)}])
+    assert not watch.finds(objects, [{**dicts[0], "n": 0}])
+    assert not watch.finds(objects)
+    assert watch.finds(objects, dicts)
+
+
+def test_a_watch_holds_nothing_and_notices_ends(way):
+    """An object in the place of one that has ended, with its very id, is another one."""
+    objects = [torch.ones(1), torch.ones(2)]
+    watch = bulk.Watch(objects)
+    first, end = id(objects[0]), weakref.ref(objects[0])
+    objects[0] = None
+    gc.collect()
+    assert end() is None
+    kept = []
+    for _ in range(1000):
+        objects[0] = torch.ones(1)
+        if id(objects[0]) == first:
+            break
+        kept.append(objects[0])
+    assert not watch.finds(objects)
