@@ -1,4 +1,4 @@
-"""``python -m bench`` (in a checkout) and ``fastreg bench`` (installed): run, steps, report, check."""
+"""``python -m bench`` (in a checkout) and ``fastreg bench`` (installed): run, steps, host, report, check."""
 
 import importlib
 import math
@@ -27,6 +27,7 @@ from .harness import (
     wrong,
 )
 from .harness import run as sweep
+from .host import run as time_host
 from .peers import CPU_PEERS, PEERS, select
 from .provenance import REPOSITORY, provenance
 from .report import OURS, Entry, entries, human, ratio_cell
@@ -36,7 +37,9 @@ from .steps import run as time_steps
 
 # Results belong to the checkout; an installed package writes none into itself.
 RESULTS = REPOSITORY / "bench/results" if (REPOSITORY / "pyproject.toml").exists() else Path("bench-results")
-app = typer.Typer(help="Benchmarks: run, steps, report, check.", no_args_is_help=True, add_completion=False)
+app = typer.Typer(
+    help="Benchmarks: run, steps, host, report, check.", no_args_is_help=True, add_completion=False
+)
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -182,6 +185,17 @@ def steps(
     console.print(f"wrote {path}", markup=False)
     if failed:
         raise typer.Exit(1)
+
+
+@app.command()
+def host(
+    out: Annotated[Path, typer.Option(help="The result file.")] = RESULTS / "host.json",
+) -> None:
+    """Time what an optimizer's step takes on the host, for 10,000 small tensors and without its launches."""
+    for row in time_host(out)["rows"]:
+        times = f"{row['unchanged_ns']:.0f} ns a tensor, {row['replaced_ns']:.0f} with new gradients"
+        console.print(f"{row['optimizer']}:  {times}", markup=False)
+    console.print(f"wrote {out}", markup=False)
 
 
 @app.command()

@@ -50,7 +50,7 @@ def source_hash() -> str:
     digest = hashlib.sha256()
     for name in ("fastreg", "fastreg.kernels"):
         folder = Path(importlib.import_module(name).__path__[0])
-        for path in sorted(folder.rglob("*.py")):
+        for path in sorted([*folder.rglob("*.py"), *folder.rglob("*.c")]):
             digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

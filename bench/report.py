@@ -238,6 +238,18 @@ def steps_table(document: dict) -> str:
     return markdown([*header, "peak memory", "launches"], map(line, document["rows"]), left=2)
 
 
+def host_table(content: dict) -> str:
+    """What optimizers take on the host, with where it was measured."""
+    lines = (
+        [row["optimizer"], f"{row['unchanged_ns']:.0f}", f"{row['replaced_ns']:.0f}"]
+        for row in content["rows"]
+    )
+    count = f"{content['tensors']:,} tensors of {content['elements']}"
+    origin = origin_line({"provenance": content["provenance"], "quick": False, "complete": True})
+    table = markdown(["optimizer", "nothing changed, ns a tensor", "new gradients, ns a tensor"], lines)
+    return f"{origin}. {count}. {content['note']}\n\n{table}"
+
+
 def failure_list(document: dict) -> str:
     def line(row: dict) -> str:
         mark = f"{RED} " if row["implementation"] == OURS else ""
@@ -248,8 +260,11 @@ def failure_list(document: dict) -> str:
     return "\n".join(["Not timed, or failed:", "", *lines]) if failures(document) else ""
 
 
-def results_page(documents: list[dict], page: Path, static: Path | None = None) -> str:
-    """The full page: one section for each device, family and dtype, and the predictions of ``static``."""
+def results_page(
+    documents: list[dict], page: Path, static: Path | None = None, host: Path | None = None
+) -> str:
+    """The full page: one section for each device, family and dtype, the time of ``host``, the predictions of
+    ``static``."""
     parts = ["# Benchmark results", LEGEND]
     for document in documents:
         origin = document["provenance"]
@@ -274,6 +289,8 @@ def results_page(documents: list[dict], page: Path, static: Path | None = None) 
         parts += [f"![{path.stem}]({relative(path, page)})" for path in pictures_of(document)]
     if not documents:
         parts += ["No results yet."]
+    if host is not None and host.exists():
+        parts += ["## Optimizers on the host", host_table(json.loads(host.read_text()))]
     if static is not None and static.exists():
         parts += ["## Predictions", static_table(json.loads(static.read_text()))]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -506,7 +523,7 @@ def report(results: Path, page: Path, readme: Path | None = None) -> list[Path]:
     if static.exists():
         draw_predictions(json.loads(static.read_text()), static.with_suffix(".png"))
         written.append(static.with_suffix(".png"))
-    page.write_text(results_page(documents, page, static))
+    page.write_text(results_page(documents, page, static, results / "host.json"))
     written.append(page)
     if readme is not None:
         section = readme_section(documents, static, readme, page)

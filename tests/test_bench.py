@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 from fastreg.bench import __main__ as command
-from fastreg.bench import check, harness, networks, provenance, report, steps
+from fastreg.bench import check, harness, host, networks, provenance, report, steps
 from fastreg.bench.cases import Case, images, masked, random, rows
 from fastreg.bench.check import Stage, run_stage, stages
 from fastreg.bench.peers import PEERS, Peer, library, select
@@ -570,6 +570,23 @@ def test_newest_full_sweep_counts(tmp_path):
         {"reports": []},
     )
     assert [document["rows"][0]["median_us"] for document in documents] == [2]
+
+
+def test_what_steps_take_on_the_host_is_measured_and_shown(tmp_path, monkeypatch):
+    """Small here: the command is the one that takes 10,000 tensors."""
+    monkeypatch.setattr(host, "TENSORS", 20)
+    monkeypatch.setattr(host, "REPEATS", 2)
+    path = tmp_path / "host.json"
+    done = CliRunner().invoke(command.app, ["host", "--out", str(path)])
+    assert done.exit_code == 0, done.output
+    content = json.loads(path.read_text())
+    assert content["provenance"]["torch"] == torch.__version__
+    assert [row["optimizer"] for row in content["rows"]] == list(host.OPTIMIZERS)
+    assert all(0 < row["unchanged_ns"] and 0 < row["replaced_ns"] for row in content["rows"])
+    page = tmp_path / "RESULTS.md"
+    report.report(tmp_path, page)
+    assert f"| AdamW | {content['rows'][1]['unchanged_ns']:.0f} |" in page.read_text()
+    assert "20 tensors of 64" in page.read_text()
 
 
 def test_readme_without_gpu_shows_predictions_as_predictions(tmp_path):

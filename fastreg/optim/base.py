@@ -242,9 +242,9 @@ class Regularized(Optimizer):
             batch.places, batch.clips, batch.key = places, clips, key
             batch.kept = [member.gradient for member in members] if plan.copies else []
             plan.batches.append(batch)
-            plan.written += [member.parameter for member in members]
-            plan.averages += [weakref.ref(m.average) for m in members if m.average is not None]
-        plan.written = [t for t in plan.written if not t.is_inference()]
+            plan.written += [m.parameter for m in members if not m.parameter.is_inference()]
+            averages = (m.average for m in members if m.average is not None)
+            plan.averages += [weakref.ref(average) for average in averages if not average.is_inference()]
         clipping = [
             p for i, p in enumerate(params) if self.param_groups[owners[i]]["max_grad_norm"] is not None
         ]
@@ -403,9 +403,9 @@ class Regularized(Optimizer):
                     batch.shards.sum_(batch.squared)
                 batch.run(batch.project())
             batch.kept = []
-        averages = [x for x in (found() for found in plan.averages) if x is not None and not x.is_inference()]
-        for written in filter(None, (plan.written, averages)):
-            torch.autograd.graph.increment_version(written)
+        for written in (plan.written, [average() for average in plan.averages]):
+            if written:
+                torch.autograd.graph.increment_version(written)
         if plan.rest or plan.torch:
             self._step_the_rest(plan, grads, pieces, numbers, scale, found_inf, squared)
         if squared is not None:
