@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastreg.ops.averages import copy_if_, follow_
+from fastreg.ops.bulk import PLAIN
 from fastreg.ops.optimizers import compute_dtype
 from fastreg.optim.distributed import local
 
@@ -52,7 +53,7 @@ class _Tensors:
 
 
 def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [local(x).detach() for x in tensors]
+    return [x if type(x) in PLAIN else local(x) for x in tensors]
 
 
 class _Kept:

@@ -102,3 +102,58 @@ def test_a_watch_holds_nothing_and_notices_ends(way):
             break
         kept.append(objects[0])
     assert not watch.finds(objects)
+
+
+@pytest.fixture
+def remembered():
+    """A function that counts how often it is asked in earnest."""
+    calls = []
+
+    @bulk.remembered
+    def build(*lists):
+        calls.append(1)
+        return [x.shape for x in lists[0]]
+
+    build.calls = calls
+    return build
+
+
+def test_results_are_remembered_while_tensors_lie_where_they_lay(way, remembered):
+    a, b = [torch.ones(1), torch.ones(2)], [nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(2))]
+    assert remembered(a, b) == remembered(list(a), list(b)) == [(1,), (2,)]
+    assert len(remembered.calls) == 1
+    b[1].data = torch.ones(3)
+    remembered(a, b)
+    assert len(remembered.calls) == 2
+    a[0] = torch.ones(4)
+    assert remembered(a, b) == [(4,), (2,)]
+    assert len(remembered.calls) == 3
+    remembered(a[:1], [a[1], *b])  # the same tensors, but other lists
+    assert len(remembered.calls) == 4
+
+
+def test_what_is_remembered_is_bounded_and_holds_no_tensor(way, remembered):
+    first = [torch.ones(1)]
+    for _ in range(2):
+        remembered(first)
+        for _ in range(bulk.REMEMBERED):
+            lists = [torch.ones(1)]
+            remembered(lists)
+    assert len(remembered.calls) == 2 + 2 * bulk.REMEMBERED
+    end = weakref.ref(lists[0])
+    del lists
+    assert end() is None
+
+
+def test_sparse_tensors_lie_nowhere_and_are_not_remembered(way, remembered):
+    lists = [torch.ones(2).to_sparse(), torch.ones(1)]
+    for _ in range(2):
+        assert remembered(lists) == [(2,), (1,)]
+    assert len(remembered.calls) == 2
+
+
+def test_functional_transforms_are_asked_anew(way, remembered):
+    x = [torch.ones(1)]
+    remembered(x)
+    torch.func.vmap(lambda y: (remembered(x), y)[1])(torch.ones(2))
+    assert len(remembered.calls) == 2

@@ -1,13 +1,14 @@
 """Averages and snapshots of lists of tensors: the definition in ATen, and the launches of ``kernels/averages.py``."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastreg.ops import backend
 from fastreg.ops.backend import Launch
-from fastreg.ops.bulk import addresses
+from fastreg.ops.bulk import addresses, remembered
 from fastreg.ops.multi_tensor import Table, table_of, taken, type_of
 from fastreg.ops.optimizers import compute_dtype, same_layout
 
@@ -53,62 +54,101 @@ def _compute_dtype(a: torch.dtype, p: torch.dtype) -> torch.dtype:
     return compute_dtype(torch.promote_types(a, p))
 
 
-def _table(pairs: list[tuple[Tensor, Tensor]], lengths: tuple[int, ...], size: int) -> Table:
-    targets, sources = (tuple(addresses(tensors).tolist()) for tensors in zip(*pairs, strict=True))
-    return table_of(pairs[0][0].device, (targets, lengths, sources), size)
+class _Launched(NamedTuple):
+    """Pairs that go in one launch, by their places in the two lists."""
+
+    device: torch.device
+    dtypes: tuple[torch.dtype, ...]
+    rows: tuple[tuple[int, ...], ...]  # of the table: where targets lie, lengths, where sources lie
+    places: list[int]
+    written: list[int]  # those of them whose versions count
 
 
-def _written(tensors: Sequence[Tensor]) -> None:
+def _launched(
+    kinds: dict[tuple, list[int]], targets: Sequence[Tensor], sources: Sequence[Tensor], in_bytes: bool
+) -> list[_Launched]:
+    found = []
+    for (device, *dtypes), places in kinds.items():
+        places = [i for i in places if targets[i].numel()]
+        if places:
+            to, of = ([x[i] for i in places] for x in (targets, sources))
+            lengths = tuple(x.nbytes if in_bytes else x.numel() for x in to)
+            rows = tuple(addresses(to).tolist()), lengths, tuple(addresses(of).tolist())
+            written = [i for i in places if not targets[i].is_inference()]
+            found.append(_Launched(device, tuple(dtypes), rows, places, written))
+    return found
+
+
+def _say_written(tensors: Sequence[Tensor], places: list[int]) -> None:
     """What kernels write is behind the back of autograd."""
-    tensors = [x for x in tensors if not x.is_inference()]
-    if tensors:
-        torch.autograd.graph.increment_version(tensors)
+    if places:
+        torch.autograd.graph.increment_version([tensors[i] for i in places])
+
+
+@remembered
+def _averaged(
+    averages: Sequence[Tensor], tensors: Sequence[Tensor]
+) -> tuple[list[_Launched], list[int], list[int]]:
+    """What kernels average, and the places of what is copied and of what takes the definition."""
+    kinds: dict[tuple, list[int]] = {}
+    copied, defined = [], []
+    for i, (a, p, *known) in enumerate(zip(averages, tensors, taken(averages), taken(tensors), strict=True)):
+        floats = a.is_floating_point() and p.is_floating_point()
+        if not floats and not a.is_complex():
+            copied.append(i)
+        elif all(known) and a.device == p.device and same_layout(a, p):
+            kinds.setdefault((a.device, a.dtype, p.dtype), []).append(i)
+        else:
+            defined.append(i)
+    return _launched(kinds, averages, tensors, in_bytes=False), copied, defined
 
 
 @torch.no_grad()
 def follow_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float) -> None:
     """a <- a + (1 - decay) (p - a), in fp32 (fp64) and rounded once. What is not floating point is copied."""
-    kinds: dict[tuple, list[tuple[Tensor, Tensor]]] = {}
+    launched, copied, defined = _averaged(averages, tensors)
+    for one in launched:
+        table = table_of(one.device, one.rows, TILE)
+        _follow(table, 1 - decay, one.dtypes).run(one.device)
+        _say_written(averages, one.written)
+    for i in defined:
+        a, p = averages[i], tensors[i]
+        compute = a.dtype if a.is_complex() else _compute_dtype(a.dtype, p.dtype)
+        wide, p = a.to(compute), p.to(a.device, compute)
+        a.copy_(torch.where(wide == p, wide, torch.lerp(wide, p, 1 - decay)))
+    if copied:
+        torch._foreach_copy_([averages[i] for i in copied], [tensors[i] for i in copied])
+
+
+@remembered
+def _copied(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> tuple[list[_Launched], list[int]]:
+    """What kernels copy, and the places of the rest."""
+    targets, sources = list(map(_floats, targets)), list(map(_floats, sources))
+    kinds: dict[tuple, list[int]] = {}
     rest = []
-    for a, p, *known in zip(averages, tensors, taken(averages), taken(tensors), strict=True):
-        floats = a.is_floating_point() and p.is_floating_point()
-        if not floats and not a.is_complex():
-            rest.append((a, p))
-        elif all(known) and a.device == p.device and same_layout(a, p):
-            kinds.setdefault((a.device, a.dtype, p.dtype), []).append((a, p))
+    for i, (t, s, *known) in enumerate(zip(targets, sources, taken(targets), taken(sources), strict=True)):
+        if all(known) and t.dtype == s.dtype and t.device == s.device and same_layout(t, s):
+            kinds.setdefault((t.device,), []).append(i)
         else:
-            compute = a.dtype if a.is_complex() else _compute_dtype(a.dtype, p.dtype)
-            wide, p = a.to(compute), p.to(a.device, compute)
-            a.copy_(torch.where(wide == p, wide, torch.lerp(wide, p, 1 - decay)))
-    for (device, *dtypes), pairs in kinds.items():
-        pairs = [pair for pair in pairs if pair[0].numel()]
-        if pairs:
-            table = _table(pairs, tuple(a.numel() for a, _ in pairs), TILE)
-            _follow(table, 1 - decay, dtypes).run(device)
-            _written([a for a, _ in pairs])
-    if rest:
-        torch._foreach_copy_(*map(list, zip(*rest, strict=True)))
+            rest.append(i)
+    return _launched(kinds, targets, sources, in_bytes=True), rest
 
 
 @torch.no_grad()
 def copy_if_(targets: Sequence[Tensor], sources: Sequence[Tensor], flag: Tensor) -> None:
     """Copies where ``flag``, a bool tensor of one element, is set; without waiting for it if it is on their device."""
-    kinds: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
-    targets, sources = list(map(_floats, targets)), list(map(_floats, sources))
-    for target, source, *known in zip(targets, sources, taken(targets), taken(sources), strict=True):
-        same = target.dtype == source.dtype and target.device == source.device and same_layout(target, source)
-        if all(known) and same and flag.device == target.device:
-            kinds.setdefault(target.device, []).append((target, source))
-        elif target.is_cuda and flag.device == target.device:
-            copy_where_(target, source, flag)
+    launched, rest = _copied(targets, sources)
+    for one in launched:
+        if flag.device == one.device:
+            _copy_if(table_of(one.device, one.rows, BYTES), flag).run(one.device)
+            _say_written(targets, one.written)
         elif flag:
-            target.copy_(source)
-    for device, pairs in kinds.items():
-        pairs = [pair for pair in pairs if pair[0].numel()]
-        if pairs:
-            table = _table(pairs, tuple(t.numel() * t.element_size() for t, _ in pairs), BYTES)
-            _copy_if(table, flag).run(device)
-            _written([target for target, _ in pairs])
+            torch._foreach_copy_([targets[i] for i in one.places], [sources[i] for i in one.places])
+    for i in rest:
+        if targets[i].is_cuda and flag.device == targets[i].device:
+            copy_where_(targets[i], sources[i], flag)
+        elif flag:
+            targets[i].copy_(sources[i])
 
 
 def copy_where_(target: Tensor, source: Tensor, flag: Tensor) -> None:

@@ -9,7 +9,7 @@ there is none the same is done in Python.
 import functools
 import logging
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from fastreg.ops import backend
 
 PLAIN = (Tensor, torch.nn.Parameter)
+REMEMBERED = 16  # lists of a function: of the models that are averaged at a time
 
 
 @functools.cache
@@ -88,6 +89,39 @@ class Watch:
         tensors = (x for x in found if isinstance(x, Tensor))
         self._references = list(map(weakref.ref, tensors, repeat(self._ended.append)))
 
+    @property
+    def lives(self) -> bool:
+        """None has ended, and so none has left its id to another."""
+        return not self._ended
+
     def finds(self, objects: list, dicts: Iterable[dict] = ()) -> bool:
-        """Whether these are the same: none has ended, and so none has left its id to another."""
-        return not self._ended and identities(objects, dicts) == self._identities
+        """Whether these are the same."""
+        return self.lives and identities(objects, dicts) == self._identities
+
+
+def remembered(build: Callable) -> Callable:
+    """Of ``build(*lists)`` of tensors: keeps the latest results while the same tensors lie where they lay.
+
+    A result follows from the tensors' kinds, shapes and addresses, and holds none of them.
+    """
+    kept: dict[tuple, tuple[Watch, np.ndarray, Any]] = {}
+
+    @functools.wraps(build)
+    def found(*lists: Sequence[Tensor]) -> Any:
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return build(*lists)
+        tensors = list(chain(*lists))
+        key = *map(len, lists), identities(tensors)
+        if key in kept:
+            watch, before, result = kept.pop(key)
+            if watch.lives and np.array_equal(addresses(tensors), before):
+                kept[key] = watch, before, result  # the latest comes last
+                return result
+        result = build(*lists)
+        if all(x.layout == torch.strided for x in tensors):
+            while len(kept) >= REMEMBERED:
+                kept.pop(next(iter(kept)), None)
+            kept[key] = Watch(tensors), addresses(tensors), result
+        return result
+
+    return found
