@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from fastreg.ops.averages import copy_if_, follow_
-from fastreg.ops.bulk import PLAIN
 from fastreg.ops.optimizers import compute_dtype
 from fastreg.optim.distributed import local
 
@@ -53,7 +52,7 @@ class _Tensors:
 
 
 def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return [x if type(x) in PLAIN else local(x) for x in tensors]
+    return list(map(local, tensors))
 
 
 class _Kept:

@@ -71,10 +71,13 @@ def identities(objects: list, dicts: Iterable[dict] = ()) -> bytes:
     Two answers are equal if nothing was replaced in between, as far as it has lived all the time: what takes the place
     of an object that has ended may have its id. See ``Watch``.
     """
-    compiled = _compiled()
+    compiled, dicts = _compiled(), list(dicts)
     if compiled is not None:
-        return compiled.identities(objects, list(dicts))
-    values = chain.from_iterable(x.values() for x in dicts if isinstance(x, dict))
+        return compiled.identities(objects, dicts)
+    try:
+        values = list(chain.from_iterable(map(dict.values, dicts)))
+    except TypeError:  # a state may hold other things beside dicts
+        values = chain.from_iterable(x.values() for x in dicts if isinstance(x, dict))
     return np.fromiter(map(id, chain(objects, values)), np.int64).tobytes()
 
 

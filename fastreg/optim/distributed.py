@@ -17,10 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fastreg.ops.bulk import PLAIN
+
 
 def is_distributed(x: Tensor) -> bool:
     """Whether ``x`` is a DTensor. Where nobody has imported that class there is none."""
-    if type(x) in (Tensor, torch.nn.Parameter):
+    if type(x) in PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(x, module.DTensor)
@@ -31,7 +33,7 @@ def local(x: Tensor) -> Tensor:
 
     Read it anew for every step: FSDP puts other memory under its parameters.
     """
-    if not is_distributed(x):
+    if type(x) in PLAIN or not is_distributed(x):
         return x
     piece = x._local_tensor  # to_local() makes a new view of a parameter each time
     return piece.wait() if hasattr(piece, "wait") else piece  # a collective that is still under way
