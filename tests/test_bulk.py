@@ -110,8 +110,8 @@ def remembered():
     calls = []
 
     @bulk.remembered
-    def build(*lists):
-        calls.append(1)
+    def build(*lists, **options):
+        calls.append(options)
         return [x.shape for x in lists[0]]
 
     build.calls = calls
@@ -130,6 +130,9 @@ def test_results_are_remembered_while_tensors_lie_where_they_lay(way, remembered
     assert len(remembered.calls) == 3
     remembered(a[:1], [a[1], *b])  # the same tensors, but other lists
     assert len(remembered.calls) == 4
+    remembered(a, b, rows=True)
+    remembered(a, b, rows=True)
+    assert remembered.calls[4:] == [{"rows": True}]
 
 
 def test_what_is_remembered_is_bounded_and_holds_no_tensor(way, remembered):

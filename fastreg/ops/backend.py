@@ -18,12 +18,15 @@ INTERPRETED = HAS_TRITON and os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 OLDEST_CAPABILITY = (8, 0)  # Ampere: bf16, and the min/max that keep NaN
 
+PLAIN = (Tensor, torch.nn.Parameter)
+"""The types of tensors with no ideas of their own."""
+
 _KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_plain(x: Tensor) -> bool:
     """Not of a subclass with ideas of its own (DTensor, FakeTensor), nor a proxy of ``torch.fx``."""
-    return torch.compiler.is_compiling() or type(x) in (Tensor, torch.nn.Parameter)
+    return torch.compiler.is_compiling() or type(x) in PLAIN
 
 
 def runs_kernels(x: Tensor) -> bool:

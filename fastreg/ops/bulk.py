@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from fastreg.ops import backend
+from fastreg.ops.backend import PLAIN
 
-PLAIN = (Tensor, torch.nn.Parameter)
 REMEMBERED = 16  # lists of a function: of the models that are averaged at a time
 
 
@@ -103,24 +103,24 @@ class Watch:
 
 
 def remembered(build: Callable) -> Callable:
-    """Of ``build(*lists)`` of tensors: keeps the latest results while the same tensors lie where they lay.
+    """Of ``build(*lists, **options)`` of tensors: keeps the latest results while the same tensors lie where they lay.
 
-    A result follows from the tensors' kinds, shapes and addresses, and holds none of them.
+    A result follows from options and from the tensors' kinds, shapes and addresses, and holds no tensor.
     """
     kept: dict[tuple, tuple[Watch, np.ndarray, Any]] = {}
 
     @functools.wraps(build)
-    def found(*lists: Sequence[Tensor]) -> Any:
+    def found(*lists: Sequence[Tensor], **options: Any) -> Any:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-            return build(*lists)
+            return build(*lists, **options)
         tensors = list(chain(*lists))
-        key = *map(len, lists), identities(tensors)
+        key = *map(len, lists), *options.items(), identities(tensors)
         if key in kept:
             watch, before, result = kept.pop(key)
             if watch.lives and np.array_equal(addresses(tensors), before):
                 kept[key] = watch, before, result  # the latest comes last
                 return result
-        result = build(*lists)
+        result = build(*lists, **options)
         if all(x.layout == torch.strided for x in tensors):
             while len(kept) >= REMEMBERED:
                 kept.pop(next(iter(kept)), None)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastreg.ops import backend
 from fastreg.ops.backend import Launch
-from fastreg.ops.bulk import addresses
+from fastreg.ops.bulk import addresses, remembered
 from fastreg.ops.multi_tensor import (
     Table,
     deal_rows,
@@ -274,26 +274,47 @@ def _shorten(long: _LongRows, squared: Tensor, radius: float, dtype: torch.dtype
     return Launch(kernels.shorten, (long.table.programs,), arguments)
 
 
-def project_(ps: Sequence[Tensor], radius: float, rows: bool) -> None:
-    """Projects tensors that are whole, in place: each row of them, or each of them."""
-    written = []
+class _Projected(NamedTuple):
+    """Tensors that are projected in one launch, or in the three of long rows."""
+
+    device: torch.device
+    dtype: torch.dtype
+    width: int  # of the tile of a row; 0: it takes several
+    entries: tuple[tuple[int, ...], ...]  # of the table: addresses, elements, elements of a row
+
+
+@remembered
+def _projections(ps: Sequence[Tensor], rows: bool) -> tuple[list[_Projected], list[int], list[int]]:
+    """What kernels project, the places of what they write, and of what takes the definition."""
     kinds: dict[tuple, list[Tensor]] = {}
-    for p, known in zip(ps, taken(ps), strict=True):
+    written, defined = [], []
+    for i, (p, known) in enumerate(zip(ps, taken(ps), strict=True)):
         if not p.numel():
             continue
         row = _row_of(p, rows)
         if not known or (rows and p.shape[0] > 1 and p.stride(0) != row):
-            project_by_definition_(p, radius, rows)
+            defined.append(i)
             continue
         width = max(8, 1 << (row - 1).bit_length()) if row <= ROW_MOST else 0
         kinds.setdefault((p.device, p.dtype, width), []).append(p)
-        written.append(p)
-    for (device, dtype, width), members in kinds.items():
+        written += [] if p.is_inference() else [i]
+    found = []
+    for kind, members in kinds.items():
         entries = (
             tuple(addresses(members).tolist()),
             tuple(p.numel() for p in members),
             tuple(_row_of(p, rows) for p in members),
         )
+        found.append(_Projected(*kind, entries))
+    return found, written, defined
+
+
+def project_(ps: Sequence[Tensor], radius: float, rows: bool) -> None:
+    """Projects tensors that are whole, in place: each row of them, or each of them."""
+    launched, written, defined = _projections(ps, rows=rows)
+    for i in defined:
+        project_by_definition_(ps[i], radius, rows)
+    for device, dtype, width, entries in launched:
         if width:
             table = table_of(device, entries, tuple(row * (TILE // width) for row in entries[2]))
             _project_rows(table, radius, dtype, width).run(device)
@@ -305,6 +326,5 @@ def project_(ps: Sequence[Tensor], radius: float, rows: bool) -> None:
         _launch(long.table, Form(l2=2.0), (dtype, dtype), partials=partials, rows=True).run(device)
         fold(partials, long.units, squared).run(device)
         _shorten(long, squared, radius, dtype).run(device)
-    written = [p for p in written if not p.is_inference()]
     if written:
-        torch.autograd.graph.increment_version(written)
+        torch.autograd.graph.increment_version([ps[i] for i in written])

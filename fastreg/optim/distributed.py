@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastreg.ops.bulk import PLAIN
+from fastreg.ops.backend import PLAIN
 
 
 def is_distributed(x: Tensor) -> bool:
