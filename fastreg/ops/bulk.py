@@ -115,10 +115,11 @@ def remembered(build: Callable) -> Callable:
             return build(*lists, **options)
         tensors = list(chain(*lists))
         key = *map(len, lists), *options.items(), identities(tensors)
-        if key in kept:
-            watch, before, result = kept.pop(key)
+        known = kept.pop(key, None)
+        if known is not None:
+            watch, before, result = known
             if watch.lives and np.array_equal(addresses(tensors), before):
-                kept[key] = watch, before, result  # the latest comes last
+                kept[key] = known  # the latest comes last
                 return result
         result = build(*lists, **options)
         if all(x.layout == torch.strided for x in tensors):
