@@ -43,12 +43,22 @@ def test_gradients(way):
 def test_addresses(way):
     x = torch.ones(5, 4)
     tensors = [x, x[1, 2:], nn.Parameter(torch.ones(3)), torch.ones(0), None, x.as_subclass(WithOwn), x.T]
-    for found in (bulk.addresses(tensors), bulk.addresses(tuple(tensors))):
+    for found in (
+        bulk.addresses(tensors),
+        bulk.addresses(tensors, True),
+        bulk.addresses(tuple(tensors), True),
+    ):
         assert found.dtype == np.int64
         expected = [-1 if t is None else t.data_ptr() for t in tensors]
         assert found.tolist() == expected
-    assert bulk.addresses([x, x[1, 2:]]).tolist() == [x.data_ptr(), x.data_ptr() + 24]
-    assert bulk.addresses([]).tolist() == []
+    assert bulk.addresses([x, x[1, 2:]], True).tolist() == [x.data_ptr(), x.data_ptr() + 24]
+    assert bulk.addresses([], True).tolist() == []
+
+
+def test_a_tensor_that_lies_nowhere_is_an_error(way):
+    """And no end of the process, as in C: so the first question is Python's."""
+    with pytest.raises(RuntimeError, match=r"data pointer|storage"):
+        bulk.addresses([torch.ones(1), torch.ones(2).to_sparse()])
 
 
 def test_memory_that_moves_has_another_address(way):
@@ -56,9 +66,9 @@ def test_memory_that_moves_has_another_address(way):
     before = bulk.addresses([p])
     kept = p.data
     p.data = torch.ones(3)
-    assert bulk.addresses([p]) != before
+    assert bulk.addresses([p], True) != before
     p.data = kept
-    assert bulk.addresses([p]) == before
+    assert bulk.addresses([p], True) == before
 
 
 def test_identities_are_those_of_objects_and_of_values_in_dicts(way):

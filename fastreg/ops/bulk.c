@@ -77,7 +77,7 @@ static PyObject *identities(PyObject *self, PyObject *arguments)
 /* addresses(tensors: list, data_ptr: int, types: tuple) -> bytes
 
    data_ptr: the address of a C function from a tensor to the address of its elements. Nothing here can catch what it
-   throws, so tensors are of these types, and the caller knows that they are strided. None has -1. */
+   throws, so tensors are of these types, and the caller knows that they lie somewhere. None has -1. */
 static PyObject *addresses(PyObject *self, PyObject *arguments)
 {
     PyObject *tensors, *types;

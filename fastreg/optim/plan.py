@@ -55,14 +55,24 @@ class Plan:
     def follow(self, grads: list[Tensor | None], pieces: list[Tensor]) -> bool:
         """Takes up new gradients in the place of the old ones. False where they are not of the same kind, or the
         parameters have moved."""
-        if self._gradients is None or not self._gradients.finds(grads):
-            if not self._are_alike(grads, pieces):
+        known = self._gradients is not None and self._gradients.finds(grads)
+        if not known:
+            if [g is None for g in grads] != self._absent:
                 return False
+            ours = [grads[i] for batch in self.batches for i in batch.places]
+            if len(ours) < len(grads) and any(g is not None and g.layout != torch.strided for g in grads):
+                return False
+            alike = self._kinds is not None and self._kinds.check(*ours)
+            if not alike and not self._fit(grads, pieces):
+                return False
+            if self._kinds is None:
+                self._kinds = _kinds_of(ours)
+            known = alike and len(ours) == len(grads)
             # Who replaces gradients does so in every step (``zero_grad``): from now on their kind is asked at once.
             self._gradients = None
-        if not np.array_equal(addresses(self._placed(pieces)), self._addresses):
+        if not np.array_equal(addresses(self._placed(pieces), not self.distributed), self._addresses):
             return False
-        found = addresses(self._placed(grads))
+        found = addresses(self._placed(grads), known)
         if not np.array_equal(found, self._gradient_addresses):
             start = 0
             for batch in self.batches:
@@ -71,20 +81,11 @@ class Plan:
             self._gradient_addresses = found
         return not self.copies
 
-    def _are_alike(self, grads: list[Tensor | None], pieces: list[Tensor]) -> bool:
-        """Whether other gradients are of the kinds of those the plan was made for."""
-        if [g is None for g in grads] != self._absent:
-            return False
-        ours = [grads[i] for batch in self.batches for i in batch.places]
-        if len(ours) < len(grads) and any(g is not None and g.layout != torch.strided for g in grads):
-            return False
-        if self._kinds is not None and self._kinds.check(*ours):
-            return True
-        for batch in self.batches:
-            if not all(_fits(grads[i], pieces[i], batch.dtypes[1]) for i in batch.places):
-                return False
-        self._kinds = _kinds_of(ours)
-        return True
+    def _fit(self, grads: list[Tensor | None], pieces: list[Tensor]) -> bool:
+        """Whether the kernels of the plan take these gradients in the place of its own."""
+        return all(
+            _fits(grads[i], pieces[i], batch.dtypes[1]) for batch in self.batches for i in batch.places
+        )
 
 
 class Placed(Batch):
