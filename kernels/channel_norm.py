@@ -200,7 +200,11 @@ def _unit_moments(mean, var, there, width, UNITS: tl.constexpr, LINES: tl.conste
 
 @triton.jit
 def _update_running(running, momentum, index, there, mean, var, count):
-    """running = (1 - momentum) running + momentum new, with the unbiased variance."""
+    """running = (1 - momentum) running + momentum new, with the unbiased variance.
+
+    there: for one line of each unit, as what several lines read and wrote in turn would be updated twice.
+    count: elements of a unit.
+    """
     running_mean_ptr, running_var_ptr = running
     momentum_ptr, momentum = momentum
     count += tl.zeros_like(mean)
@@ -364,9 +368,8 @@ def whole_forward(
     leads = there & (tl.arange(0, LINES) % width == 0)
     tl.store(mean_ptr + unit, mean, mask=leads)
     tl.store(var_ptr + unit, var, mask=leads)
-    _update_running(
-        (running_mean_ptr, running_var_ptr), (momentum_ptr, momentum), unit, there, mean, var, count
-    )
+    running = (running_mean_ptr, running_var_ptr)
+    _update_running(running, (momentum_ptr, momentum), unit, leads, mean, var, count * width)
     values = _affine(mean, _rstd(var, eps), weight_ptr, bias_ptr, channel, there)
     tensors = (x_ptr, residual_ptr, y_ptr, signs_ptr)
     _apply_tiles(tensors, values, place, split, _one(), shape, ACTIVATION, EVEN, LAST, LINES, ALONG)
@@ -457,9 +460,8 @@ def merge_statistics(
     leads = there & (line % width == 0)
     tl.store(mean_ptr + unit, mean, mask=leads)
     tl.store(var_ptr + unit, var, mask=leads)
-    _update_running(
-        (running_mean_ptr, running_var_ptr), (momentum_ptr, momentum), unit, there, mean, var, count
-    )
+    running = (running_mean_ptr, running_var_ptr)
+    _update_running(running, (momentum_ptr, momentum), unit, leads, mean, var, count * width)
 
 
 @triton.jit

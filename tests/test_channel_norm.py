@@ -237,10 +237,12 @@ def test_evaluation(path, device, layout, fused, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0, "tensor"])
-def test_running_statistics(plan, device, dtype, momentum):
-    x = (torch.randn(4, 6, 5, 7) * 3 + 20).to(dtype)
+@pytest.mark.parametrize("shape", [(4, 6, 5, 7), (10, 8, 7, 7)], ids=["planes", "short odd planes"])
+def test_running_statistics(plan, device, dtype, momentum, shape):
+    x = (torch.randn(shape) * 3 + 20).to(dtype)
     kept = torch.float64 if dtype == torch.float64 else torch.float32
-    mean, var = torch.randn(6, dtype=kept), torch.rand(6, dtype=kept)
+    mean, var = torch.randn(2, shape[1], dtype=kept)
+    var = var.abs()
     ours = [t.clone().to(device) for t in (mean, var)]
     share = 0.25 if momentum == "tensor" else momentum
     given = torch.tensor(0.25, device=device) if momentum == "tensor" else momentum
