@@ -178,7 +178,7 @@ def backward(g, v, NAME: tl.constexpr, STORED: tl.constexpr):
         return g * s * (1.0 - (1.0 - s) * slope * 0.6931471805599453)
     elif NAME == "silu":
         s = _sigmoid(v)
-        return g * s * (1.0 + v * (1.0 - s))
+        return g * tl.fma(s, tl.fma(-v, s, v), s)  # s (1 + v (1 - s))
     elif NAME == "sigmoid":
         s = _sigmoid(v)
         return g * s * (1.0 - s)

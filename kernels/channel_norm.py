@@ -14,30 +14,38 @@ difference: a value per line is spread over a tile by ``_spread``, and a tile su
 
 Two plans, with accesses of an activation-sized tensor in device memory (forward / backward):
 
-    whole   one program takes whole units, reads them, and reads them again
-            from the L2 cache or its multiprocessor's own                            2 / 3
+    whole   one program takes whole units                                                2 / 3
     split   every line is spread over ``splits`` programs, so that 3 channels fill
             a GPU as well as 3,000; sums, a small merge, and a second pass           3 / 5
 
-Instructions: ``whole`` does twice the arithmetic on the bytes of one reading, and is predicted to be bound by memory
-all the same, but for bf16 in three cases: silu on a B200, which reads an element in the time of 20 instructions;
-groups that fill no power of 2; and planes that no vector divides (bench/group_norm.py and batch_norm.py have figures).
+``whole`` keeps its unit in registers, where it fits: all tiles are loaded, TILES of them a line and written out one by
+one, and stay as they are stored (two 16-bit elements a register), so that the mean comes first, then deviations from
+it, then the result. The backward pass keeps g, in the dtype of dy as eager PyTorch has it behind an activation, and
+computes the activation once; and x, or, where that is too much (REREAD), reads x again from the L2 cache. Only the last
+tile of a line needs masks. Units too large for registers are read twice, in loops, the second time from the cache.
+
+The lines of a unit are one tile; channels first, several PARTS if no power of 2 is near (10 channels are 5 times 2).
+
+Instructions are predicted to take less time than memory on an A100 and an H100 in all forms that are inspected, and on
+a B200, which reads a bf16 element in the time of 10 instructions, in all but these: silu backward, channels last or
+in groups too large for registers; planes that no vector divides; and statistics of planes that tiles do not divide
+(bench/group_norm.py and batch_norm.py have figures).
 
 A residual is one more read forward and one more write backward (its gradient). Its activation needs the sign or the
 value of what it was applied to: relu and leaky_relu keep ONE BIT an element (``signs``), others read the residual
 again. Without a residual the backward pass computes that value from x. Nothing else is saved but a mean and a
 variance a unit.
 
-Statistics: sums of x - shift and its square, where the shift is the mean of the program's first tile, so nothing
-cancels whatever the mean (E[x^2] - E[x]^2 is off by 12 % at a mean of 1,000); programs are merged with the formula
-of Chan, Golub and LeVeque. No atomics: the same input gives the same bits.
+Statistics: in registers in two passes, exact; else sums of x - shift and its square, where the shift is the mean of
+the program's first tile, so nothing cancels whatever the mean (E[x^2] - E[x]^2 is off by 12 % at a mean of 1,000);
+programs are merged with the formula of Chan, Golub and LeVeque. No atomics: the same input gives the same bits.
 """
 
 import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import upcast
+from .fastmath import packed, renamed, upcast
 
 # --- where a program works --------------------------------------------------------------------------------
 
@@ -78,10 +86,32 @@ def _place(shape, block, splits):
 
 
 @triton.jit
+def _whole_place(block):
+    """The same of a program with whole units, from a grid of blocks and batches: without divisions."""
+    return tl.program_id(1), tl.program_id(0) * block, block
+
+
+@triton.jit
+def _unit_of_program():
+    """The unit of a program that has one."""
+    return tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+
+
+@triton.jit
+def _part(place, part, PARTS: tl.constexpr, LINES: tl.constexpr):
+    """The place of one of the PARTS with LINES lines that make a unit."""
+    if PARTS == 1:
+        return place
+    else:
+        batch, first_line, _ = place
+        return batch, first_line + part * LINES, LINES
+
+
+@triton.jit
 def _one():
     """The split of a program with whole units. As a constant, LLVM would know the trips of the loops over tiles and
     write them as unrolled copies and a remainder."""
-    return tl.num_programs(1)
+    return tl.num_programs(2)
 
 
 @triton.jit
@@ -132,6 +162,15 @@ def _tiles(shape, ALONG: tl.constexpr):
         return segments * tl.cdiv(along, ALONG)
 
 
+@triton.jit
+def _gathered(tile, LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Channels first, the sums of whole vectors, which are a thread's own: one register of it in place of several."""
+    if LAST or VECTOR == 1:
+        return tile
+    else:
+        return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1] // VECTOR, VECTOR]), axis=2)
+
+
 # --- values per line --------------------------------------------------------------------------------------
 
 
@@ -145,12 +184,26 @@ def _value(ptr, index, there, default, like):
 
 
 @triton.jit
-def _indices(place, shape, channels, repeat, width, LINES: tl.constexpr):
+def _indices(
+    place, shape, channels, repeat, width, UNITS: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr
+):
     """Unit and channel of each line, and whether it is there."""
     lines, _, _ = shape
-    batch, _, _ = place
+    batch, first_line, _ = place
     line, there = _lines(place, lines, LINES)
-    return (batch * lines + line) // width, line // repeat % channels, there
+    if UNITS == 1:
+        unit = tl.full([LINES], _unit_of_program(), tl.int32)
+    elif UNITS > 1:
+        unit = (batch * lines + first_line) // width + tl.arange(0, LINES) // width  # of whole units
+    else:
+        unit = (batch * lines + line) // width
+    if LAST:
+        channel = line if repeat == 1 else unit
+    elif UNITS == 1:
+        channel = first_line % channels + tl.arange(0, LINES)
+    else:
+        channel = line % channels
+    return unit, channel, there
 
 
 @triton.jit
@@ -178,12 +231,25 @@ def _unit_sum(v, width, UNITS: tl.constexpr, LINES: tl.constexpr):
     if UNITS == 0:
         return v
     elif UNITS == 1:
-        return tl.zeros_like(v) + tl.sum(v, axis=0)
+        return tl.full([LINES], tl.sum(v, axis=0), v.dtype)
     else:
-        # Units of any width: each line finds its own among all of them, there and back.
-        own = (tl.arange(0, LINES) // width)[:, None] == tl.arange(0, UNITS)[None, :]
-        sums = tl.sum(tl.where(own, v[:, None], 0.0), axis=0)
-        return tl.sum(tl.where(own, sums[None, :], 0.0), axis=1)
+        # Units of any width: their lines are gathered to a row each, and the sums to the lines. LINES and UNITS are
+        # powers of 2, and the width less than twice their ratio.
+        WIDTH: tl.constexpr = 2 * LINES // UNITS
+        place = tl.arange(0, UNITS)[:, None] * width + tl.arange(0, WIDTH)[None, :]
+        inside = (tl.arange(0, WIDTH)[None, :] < width) & (place < LINES)
+        row = tl.gather(v, tl.reshape(tl.where(inside, place, 0), [UNITS * WIDTH]), 0)
+        sums = tl.sum(tl.where(inside, tl.reshape(row, [UNITS, WIDTH]), 0.0), axis=1)
+        return tl.gather(sums, tl.minimum(tl.arange(0, LINES) // width, UNITS - 1), 0)
+
+
+@triton.jit
+def _tile_unit_sum(tile, width, UNITS: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr):
+    """At each line, the sum of a tile over its unit. Lines that are not there are 0."""
+    if UNITS == 1:
+        return tl.full([LINES], tl.sum(tile), tile.dtype)
+    else:
+        return _unit_sum(_line_sum(tile, LAST), width, UNITS, LINES)
 
 
 @triton.jit
@@ -196,6 +262,23 @@ def _unit_moments(mean, var, there, width, UNITS: tl.constexpr, LINES: tl.conste
         unit_mean = _unit_sum(tl.where(there, mean, 0.0), width, UNITS, LINES) * share
         d = mean - unit_mean
         return unit_mean, _unit_sum(tl.where(there, var + d * d, 0.0), width, UNITS, LINES) * share
+
+
+@triton.jit
+def _merged_parts(means, variances, PARTS: tl.constexpr):
+    """Moments of each line of a part merged with those of the lines at the same place in the others."""
+    if PARTS == 1:
+        return means[0], variances[0]
+    else:
+        mean = tl.zeros_like(means[0])
+        for part in tl.static_range(PARTS):
+            mean += means[part]
+        mean /= PARTS
+        var = tl.zeros_like(mean)
+        for part in tl.static_range(PARTS):
+            d = means[part] - mean
+            var += variances[part] + d * d
+        return mean, var / PARTS
 
 
 @triton.jit
@@ -271,11 +354,16 @@ def _load_signs(
 @triton.jit
 def _deviation(x_ptr, shift, tile, place, shape, EVEN, LAST, LINES, ALONG):
     first, offset, inside, count = _tile(tile, place, shape, EVEN, LAST, LINES, ALONG)
-    x = upcast(tl.load(x_ptr + first + offset, mask=inside, other=0.0))
     if shift is None:
-        shift = _line_sum(x, LAST) / count.to(x.dtype)
-    d = x - _spread(shift, LAST)
-    return d if EVEN else tl.where(inside, d, 0.0), shift, count
+        x = upcast(tl.load(x_ptr + first + offset, mask=inside, other=0.0))
+        # As x is stored: what is not there can then be loaded as the shift, which deviates from itself by 0.
+        shift = upcast((_line_sum(x, LAST) / count.to(x.dtype)).to(x_ptr.dtype.element_ty))
+        d = x - _spread(shift, LAST)
+        d = d if EVEN else tl.where(inside, d, 0.0)
+    else:
+        other = _spread(shift, LAST).to(x_ptr.dtype.element_ty)
+        d = upcast(tl.load(x_ptr + first + offset, mask=inside, other=other)) - _spread(shift, LAST)
+    return d, shift, count
 
 
 @triton.jit
@@ -301,6 +389,47 @@ def _line_moments(
 
 
 @triton.jit
+def _keep(
+    ptr, place, shape, TILES: tl.constexpr, PARTS: tl.constexpr, FULL: tl.constexpr,
+    EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
+):  # fmt: skip
+    """All tiles of this program, as they are stored: 16-bit ones take half a register an element."""
+    kept = ()
+    for part in tl.static_range(PARTS):
+        for tile in tl.static_range(TILES):
+            first, offset, inside, _ = _tile(
+                tile, _part(place, part, PARTS, LINES), shape, EVEN or tile < FULL, LAST, LINES, ALONG
+            )
+            kept = kept + (tl.load(ptr + first + offset, mask=inside, other=0.0),)  # noqa: RUF005
+    return kept
+
+
+@triton.jit
+def _kept_moments(
+    kept, place, shape, width, UNITS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, FULL: tl.constexpr,
+    EVEN: tl.constexpr, LAST: tl.constexpr, VECTOR: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
+):  # fmt: skip
+    """At each line, mean and (biased) variance of its unit, one after the other; and the elements of a line."""
+    _, along, segments = shape
+    sums = _gathered(upcast(kept[0]), LAST, VECTOR)
+    for i in tl.static_range(1, PARTS * TILES):
+        sums += _gathered(upcast(kept[i]), LAST, VECTOR)
+    count = tl.full([1], along if segments is None else along * segments, tl.int32).to(sums.dtype)
+    elements = count * width
+    mean = _tile_unit_sum(sums, width, UNITS, LAST, LINES) / elements
+    squares = tl.zeros_like(sums)
+    for i in tl.static_range(PARTS * TILES):
+        d = upcast(kept[i]) - _spread(mean, LAST)
+        if not (EVEN or i % TILES < FULL):
+            _, _, inside, _ = _tile(
+                i % TILES, _part(place, i // TILES, PARTS, LINES), shape, EVEN, LAST, LINES, ALONG
+            )
+            d = tl.where(inside, d, 0.0)
+        squares += _gathered(d * d, LAST, VECTOR)
+    return mean, _tile_unit_sum(squares, width, UNITS, LAST, LINES) / elements, count
+
+
+@triton.jit
 def _preactivation(x, values, residual_ptr, first, offset, inside, LAST: tl.constexpr):
     """(x - mean) scale + bias + residual."""
     mean, scale, bias = values
@@ -311,21 +440,31 @@ def _preactivation(x, values, residual_ptr, first, offset, inside, LAST: tl.cons
 
 
 @triton.jit
+def _apply_tile(
+    x, tensors, values, tile, place, shape, ACTIVATION: tl.constexpr,
+    EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
+):  # fmt: skip
+    """x: the tile, or None to load it."""
+    x_ptr, residual_ptr, y_ptr, signs_ptr = tensors
+    first, offset, inside, _ = _tile(tile, place, shape, EVEN, LAST, LINES, ALONG)
+    if x is None:
+        x = tl.load(x_ptr + first + offset, mask=inside, other=0.0)
+    v = _preactivation(upcast(x), values, residual_ptr, first, offset, inside, LAST)
+    if signs_ptr is not None:
+        _store_signs(signs_ptr, v, tile, place, shape, EVEN, LAST)
+    y = activation.forward(v, ACTIVATION, x.dtype)
+    tl.store(y_ptr + first + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def _apply_tiles(
     tensors, values, place, split, splits, shape, ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
-    x_ptr, residual_ptr, y_ptr, signs_ptr = tensors
     # The last tiles first: they were read last, and are the likeliest to be in a cache.
     tile = _tiles(shape, ALONG) - 1 - split
     while tile >= 0:
-        first, offset, inside, _ = _tile(tile, place, shape, EVEN, LAST, LINES, ALONG)
-        x = tl.load(x_ptr + first + offset, mask=inside, other=0.0)
-        v = _preactivation(upcast(x), values, residual_ptr, first, offset, inside, LAST)
-        if signs_ptr is not None:
-            _store_signs(signs_ptr, v, tile, place, shape, EVEN, LAST)
-        y = activation.forward(v, ACTIVATION, x.dtype)
-        tl.store(y_ptr + first + offset, y.to(y_ptr.dtype.element_ty), mask=inside)
+        _apply_tile(None, tensors, values, tile, place, shape, ACTIVATION, EVEN, LAST, LINES, ALONG)
         tile -= splits
 
 
@@ -348,31 +487,71 @@ def whole_forward(
     inner_vectors,  # the innermost dimension of the view above, in vectors
     segments,  # None: one
     channels,
-    repeat,  # neighbouring lines that are of one channel
+    repeat,  # neighbouring lines that are of one channel: 1, or (LAST) the width
     width,  # lines of a unit
     block,  # lines of a program: whole units. LAST: in vectors
     ACTIVATION: tl.constexpr,
     UNITS: tl.constexpr,  # of a program, rounded up to a power of 2; 0: every line is one
+    TILES: tl.constexpr,  # of a line (of a part), all kept in registers; 0: tiles are read twice, in loops
+    PARTS: tl.constexpr,  # into which the lines of a program are dealt; several: of its one unit
+    FULL: tl.constexpr,  # so many tiles of a line in registers are full
     EVEN: tl.constexpr,  # all tiles are full
     LAST: tl.constexpr,
     VECTOR: tl.constexpr,
-    LINES: tl.constexpr,
+    LINES: tl.constexpr,  # of a part
     ALONG: tl.constexpr,
 ):
-    """Everything, a block of whole units a program. Grid: (batches x blocks of lines,)."""
+    """Everything, a block of whole units a program. Grid: (blocks of lines, batches)."""
     shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
-    place, split = _place(shape, block, 1)
-    unit, channel, there = _indices(place, shape, channels, repeat, width, LINES)
-    mean, var, count = _line_moments(x_ptr, place, split, _one(), shape, EVEN, LAST, LINES, ALONG)
-    mean, var = _unit_moments(mean, var, there, width, UNITS, LINES)
-    leads = there & (tl.arange(0, LINES) % width == 0)
+    place = _whole_place(block)
+    split = 0
+    unit, _, there = _indices(
+        _part(place, 0, PARTS, LINES), shape, channels, repeat, width, UNITS, LAST, LINES
+    )
+    if TILES:
+        kept = _keep(x_ptr, place, shape, TILES, PARTS, FULL, EVEN, LAST, LINES, ALONG)
+        mean, var, count = _kept_moments(
+            kept,
+            place,
+            shape,
+            width,
+            UNITS,
+            TILES,
+            PARTS,
+            FULL,
+            EVEN,
+            LAST,
+            VECTOR if UNITS == 1 else 1,
+            LINES,
+            ALONG,
+        )
+    else:
+        means, variances = (), ()
+        for part in tl.static_range(PARTS):
+            own = _part(place, part, PARTS, LINES)
+            mean, var, count = _line_moments(x_ptr, own, split, _one(), shape, EVEN, LAST, LINES, ALONG)
+            means, variances = means + (mean,), variances + (var,)  # noqa: RUF005
+        mean, var = _merged_parts(means, variances, PARTS)
+        mean, var = _unit_moments(mean, var, there, width // PARTS, UNITS, LINES)
+    leads = there & (tl.arange(0, LINES) - tl.arange(0, LINES) // width * width == 0)
     tl.store(mean_ptr + unit, mean, mask=leads)
     tl.store(var_ptr + unit, var, mask=leads)
     running = (running_mean_ptr, running_var_ptr)
     _update_running(running, (momentum_ptr, momentum), unit, leads, mean, var, count * width)
-    values = _affine(mean, _rstd(var, eps), weight_ptr, bias_ptr, channel, there)
+    rstd = _rstd(var, eps)
     tensors = (x_ptr, residual_ptr, y_ptr, signs_ptr)
-    _apply_tiles(tensors, values, place, split, _one(), shape, ACTIVATION, EVEN, LAST, LINES, ALONG)
+    for part in tl.static_range(PARTS):
+        own = _part(place, part, PARTS, LINES)
+        _, channel, there = _indices(own, shape, channels, repeat, width, UNITS, LAST, LINES)
+        values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
+        if TILES:
+            for tile in tl.static_range(TILES):
+                _apply_tile(
+                    kept[part * TILES + tile], tensors, values, tile, own, shape, ACTIVATION,
+                    EVEN or tile < FULL, LAST, LINES, ALONG,
+                )  # fmt: skip
+        else:
+            _apply_tiles(tensors, values, own, split, _one(), shape, ACTIVATION, EVEN, LAST, LINES, ALONG)
 
 
 @triton.jit
@@ -496,7 +675,7 @@ def apply(
     """
     shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
     place, split = _place(shape, block, splits)
-    unit, channel, there = _indices(place, shape, channels, repeat, width, LINES)
+    unit, channel, there = _indices(place, shape, channels, repeat, width, 0, LAST, LINES)
     mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there)
     values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
     tensors = (x_ptr, residual_ptr, y_ptr, signs_ptr)
@@ -512,23 +691,25 @@ def apply(
 
 @triton.jit
 def _gradient(
-    tensors, values, tile, place, shape, ACTIVATION: tl.constexpr,
+    x, tensors, values, tile, place, shape, ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile: g, x - mean, and where it lies. g is 0 outside the tensor."""
+    """Of a tile: g, x - mean, dy, and where it lies. g is 0 outside the tensor. x: the tile, or None to load it."""
     dy_ptr, x_ptr, residual_ptr, signs_ptr = tensors
     mean, _, _ = values
     first, offset, inside, _ = _tile(tile, place, shape, EVEN, LAST, LINES, ALONG)
-    x = tl.load(x_ptr + first + offset, mask=inside, other=0.0)
+    if x is None:
+        x = tl.load(x_ptr + first + offset, mask=inside, other=0.0)
     d = upcast(x) - _spread(mean, LAST)
-    g = upcast(tl.load(dy_ptr + first + offset, mask=inside, other=0.0)).to(d.dtype)
+    dy = tl.load(dy_ptr + first + offset, mask=inside, other=0.0)
+    g = upcast(dy).to(d.dtype)
     if ACTIVATION is not None:
         if signs_ptr is not None:
             v = _load_signs(signs_ptr, tile, place, shape, d, EVEN, LAST, LINES, ALONG)
         else:
             v = _preactivation(upcast(x), values, residual_ptr, first, offset, inside, LAST)
         g = activation.backward(g, v, ACTIVATION, x.dtype)
-    return g, d, first + offset, inside
+    return g, d, dy, first + offset, inside
 
 
 @triton.jit
@@ -543,8 +724,8 @@ def _line_gradient_sums(
     products = tl.zeros_like(sums)
     tile = split
     while tile < _tiles(shape, ALONG):
-        g, d, element, inside = _gradient(
-            tensors, values, tile, place, shape, ACTIVATION, EVEN, LAST, LINES, ALONG
+        g, d, _dy, element, inside = _gradient(
+            None, tensors, values, tile, place, shape, ACTIVATION, EVEN, LAST, LINES, ALONG
         )
         if dv_ptr is not None:
             tl.store(dv_ptr + element, g.to(dv_ptr.dtype.element_ty), mask=inside)
@@ -558,13 +739,45 @@ def _line_gradient_sums(
 
 
 @triton.jit
-def _unit_gradient_means(
-    dweight, dbias, weight, rstd, count, there, width, UNITS: tl.constexpr, LINES: tl.constexpr
-):
-    """(rstd B, rstd^2 W): the two values of a unit that dx needs, at each of its lines."""
-    b = _unit_sum(tl.where(there, weight * dbias, 0.0), width, UNITS, LINES)
-    w = _unit_sum(tl.where(there, weight * dweight, 0.0), width, UNITS, LINES)
+def _kept_gradient_sums(
+    x, tensors, dv_ptr, values, part, place, shape, ACTIVATION: tl.constexpr, TILES: tl.constexpr,
+    FULL: tl.constexpr, EVEN: tl.constexpr, LAST: tl.constexpr, VECTOR: tl.constexpr, LINES: tl.constexpr,
+    ALONG: tl.constexpr,
+):  # fmt: skip
+    """The same of a part of kept tiles; and its tiles of g in the dtype of dy, to be kept."""
+    mean, _, _ = values
+    sums = _gathered(tl.zeros([ALONG, LINES] if LAST else [LINES, ALONG], mean.dtype), LAST, VECTOR)
+    products = tl.zeros_like(sums)
+    kept = ()
+    for tile in tl.static_range(TILES):
+        g, d, dy, element, inside = _gradient(
+            None if x is None else x[part * TILES + tile], tensors, values, tile, place, shape, ACTIVATION,
+            EVEN or tile < FULL, LAST, LINES, ALONG,
+        )  # fmt: skip
+        if dv_ptr is not None:
+            tl.store(dv_ptr + element, g.to(dv_ptr.dtype.element_ty), mask=inside)
+        sums += _gathered(g, LAST, VECTOR)
+        products += _gathered(g * d, LAST, VECTOR)
+        kept = kept + (dy if ACTIVATION is None else packed(g, dy.dtype),)  # noqa: RUF005
+    return kept, _line_sum(sums, LAST), _line_sum(products, LAST)
+
+
+@triton.jit
+def _unit_gradient_means(b, w, rstd, count, width, UNITS: tl.constexpr, LINES: tl.constexpr):
+    """(rstd B, rstd^2 W), the two values of a unit that dx needs, at each of its lines.
+
+    b, w: weight dbias and weight dweight of lines, 0 at those that are not there.
+    """
+    b = _unit_sum(b, width, UNITS, LINES)
+    w = _unit_sum(w, width, UNITS, LINES)
     return rstd * b / count, rstd * rstd * w / count
+
+
+@triton.jit
+def _dx(g, d, values, means, LAST: tl.constexpr):
+    _, scale, _ = values
+    b, w = means
+    return g * _spread(scale, LAST) - (d * _spread(w, LAST) + _spread(b, LAST))
 
 
 @triton.jit
@@ -572,14 +785,12 @@ def _dx_tiles(
     tensors, dx_ptr, values, means, place, split, splits, shape, ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
-    b, w = means
-    _, scale, _ = values
     tile = _tiles(shape, ALONG) - 1 - split
     while tile >= 0:
-        g, d, element, inside = _gradient(
-            tensors, values, tile, place, shape, ACTIVATION, EVEN, LAST, LINES, ALONG
+        g, d, _dy, element, inside = _gradient(
+            None, tensors, values, tile, place, shape, ACTIVATION, EVEN, LAST, LINES, ALONG
         )
-        dx = g * _spread(scale, LAST) - (d * _spread(w, LAST) + _spread(b, LAST))
+        dx = _dx(g, d, values, means, LAST)
         tl.store(dx_ptr + element, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         tile -= splits
 
@@ -608,7 +819,11 @@ def whole_backward(
     width,
     block,
     ACTIVATION: tl.constexpr,
+    REREAD: tl.constexpr,  # registers have no room but for g, and x is read twice
     UNITS: tl.constexpr,
+    TILES: tl.constexpr,
+    PARTS: tl.constexpr,
+    FULL: tl.constexpr,
     EVEN: tl.constexpr,
     LAST: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -617,25 +832,85 @@ def whole_backward(
 ):
     """Everything, a block of whole units a program. Arguments as in ``whole_forward``."""
     shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
-    place, split = _place(shape, block, 1)
-    unit, channel, there = _indices(place, shape, channels, repeat, width, LINES)
+    place = _whole_place(block)
+    split = 0
+    unit, _, there = _indices(
+        _part(place, 0, PARTS, LINES), shape, channels, repeat, width, UNITS, LAST, LINES
+    )
     mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there)
-    values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
     tensors = (dy_ptr, x_ptr, residual_ptr, signs_ptr)
-    dbias, dweight = _line_gradient_sums(
-        tensors, (dv_ptr, None), values, place, split, _one(), shape, ACTIVATION, EVEN, LAST, LINES, ALONG
-    )
-    dweight *= rstd
-    batch, first_line, _ = place
-    index = batch * shape[0] + first_line + tl.arange(0, LINES)
-    tl.store(dweight_ptr + index, dweight, mask=there)
-    tl.store(dbias_ptr + index, dbias, mask=there)
+    if TILES:
+        x = None if REREAD else _keep(x_ptr, place, shape, TILES, PARTS, FULL, EVEN, LAST, LINES, ALONG)
+        g = ()
+    b = tl.zeros_like(mean)
+    w = tl.zeros_like(mean)
+    for part in tl.static_range(PARTS):
+        own = _part(place, part, PARTS, LINES)
+        _, channel, there = _indices(own, shape, channels, repeat, width, UNITS, LAST, LINES)
+        values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
+        if TILES:
+            kept, dbias, dweight = _kept_gradient_sums(
+                x, tensors, dv_ptr, values, part, own, shape, ACTIVATION,
+                TILES, FULL, EVEN, LAST, VECTOR, LINES, ALONG,
+            )  # fmt: skip
+            g = g + kept
+        else:
+            dbias, dweight = _line_gradient_sums(
+                tensors,
+                (dv_ptr, None),
+                values,
+                own,
+                split,
+                _one(),
+                shape,
+                ACTIVATION,
+                EVEN,
+                LAST,
+                LINES,
+                ALONG,
+            )
+        dweight *= rstd
+        batch, first_line, _ = own
+        index = batch * shape[0] + first_line + tl.arange(0, LINES)
+        tl.store(dweight_ptr + index, dweight, mask=there)
+        tl.store(dbias_ptr + index, dbias, mask=there)
+        weight = _value(weight_ptr, channel, there, 1.0, mean)
+        b += tl.where(there, weight * dbias, 0.0)
+        w += tl.where(there, weight * dweight, 0.0)
     count = tl.full([1], count, mean.dtype)
-    weight = _value(weight_ptr, channel, there, 1.0, mean)
-    means = _unit_gradient_means(dweight, dbias, weight, rstd, count, there, width, UNITS, LINES)
-    _dx_tiles(
-        tensors, dx_ptr, values, means, place, split, _one(), shape, ACTIVATION, EVEN, LAST, LINES, ALONG
-    )
+    means = _unit_gradient_means(b, w, rstd, count, width, UNITS, LINES)
+    if not REREAD:
+        mean = renamed(mean)
+    for part in tl.static_range(PARTS):
+        own = _part(place, part, PARTS, LINES)
+        _, channel, there = _indices(own, shape, channels, repeat, width, UNITS, LAST, LINES)
+        values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
+        if TILES:
+            for tile in tl.static_range(TILES):
+                first, offset, inside, _ = _tile(tile, own, shape, EVEN or tile < FULL, LAST, LINES, ALONG)
+                if REREAD:
+                    again = tl.load(x_ptr + first + offset, mask=inside, other=0.0)
+                else:
+                    again = renamed(x[part * TILES + tile]) if ACTIVATION is None else x[part * TILES + tile]
+                d = upcast(again) - _spread(mean, LAST)
+                dx = _dx(upcast(g[part * TILES + tile]).to(d.dtype), d, values, means, LAST)
+                tl.store(dx_ptr + first + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
+        else:
+            _dx_tiles(
+                tensors,
+                dx_ptr,
+                values,
+                means,
+                own,
+                split,
+                _one(),
+                shape,
+                ACTIVATION,
+                EVEN,
+                LAST,
+                LINES,
+                ALONG,
+            )
 
 
 @triton.jit
@@ -672,7 +947,7 @@ def gradient_sums(
     """The first pass. Grid: (batches x splits x blocks of lines,)."""
     shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
     place, split = _place(shape, block, splits)
-    unit, channel, there = _indices(place, shape, channels, repeat, width, LINES)
+    unit, channel, there = _indices(place, shape, channels, repeat, width, 0, LAST, LINES)
     mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there)
     values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
     tensors = (dy_ptr, x_ptr, residual_ptr, signs_ptr)
@@ -731,7 +1006,8 @@ def merge_gradient_sums(
             count = tl.load(count_ptr)
         weight = _value(weight_ptr, line // repeat % channels, there, 1.0, rstd)
         elements = tl.full(rstd.shape, count, rstd.dtype)
-        b, w = _unit_gradient_means(dweight, dbias, weight, rstd, elements, there, width, UNITS, LINES)
+        b, w = tl.where(there, weight * dbias, 0.0), tl.where(there, weight * dweight, 0.0)
+        b, w = _unit_gradient_means(b, w, rstd, elements, width, UNITS, LINES)
         leads = there & (line % width == 0)
         tl.store(b_ptr + unit, b, mask=leads)
         tl.store(w_ptr + unit, w, mask=leads)
@@ -767,7 +1043,7 @@ def gradient_apply(
     """dx: the second pass. Grid: (batches x splits x blocks of lines,)."""
     shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
     place, split = _place(shape, block, splits)
-    unit, channel, there = _indices(place, shape, channels, repeat, width, LINES)
+    unit, channel, there = _indices(place, shape, channels, repeat, width, 0, LAST, LINES)
     mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there)
     values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
     means = (

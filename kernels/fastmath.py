@@ -69,3 +69,29 @@ def upcast(x):
         return x
     else:
         return x.to(tl.float32)
+
+
+@triton.jit
+def packed(x, DTYPE: tl.constexpr):
+    """fp32 to a narrower dtype in which it stays for a while. Of values that are converted back later, LLVM would
+    convert each by itself, into a register of its own; the instruction here makes one of two."""
+    if INTERPRETED or x.dtype != tl.float32 or DTYPE.primitive_bitwidth > 16:
+        return x.to(DTYPE)
+    elif DTYPE == tl.bfloat16:
+        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, True, 2)
+    else:
+        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.float16, True, 2)
+
+
+@triton.jit
+def renamed(x):
+    """``x`` behind a move that costs nothing. To the compiler these are other numbers: what it has computed from the
+    first, and would keep in registers until it is wanted again, it computes anew."""
+    if INTERPRETED or x.dtype == tl.float64:
+        return x
+    elif x.dtype == tl.float32:
+        return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
+    elif x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.bfloat16, True, 2)
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.float16, True, 2)

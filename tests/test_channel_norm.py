@@ -9,7 +9,7 @@ import torch.nn.functional as TF
 
 import fastreg.functional as F
 import fastreg.nn as fnn
-from fastreg.ops import backend
+from fastreg.ops import backend, lines
 from fastreg.ops import channel_norm as ops
 from fastreg.ops.fused import ACTIVATIONS, activated
 
@@ -134,6 +134,65 @@ def test_batch_norm(plan, device, shape, fused):
 def test_group_norm(plan, device, shape, groups, fused):
     activation, residual = fused
     check(shape, group(groups), exact(groups), activation=activation, residual=residual, device=device)
+
+
+# shape, groups, layout
+KEPT = {
+    "one tile": ((4, 6, 5, 8), 3, "contiguous"),
+    "ragged last tile": ((2, 6, 30, 23), 3, "contiguous"),
+    "groups of 10": ((2, 20, 16, 16), 2, "contiguous"),
+    "groups of 3": ((2, 6, 16, 16), 2, "contiguous"),
+    "groups of 3, channels last": ((2, 24, 9, 7), 8, "channels_last"),
+    "channels last": ((2, 32, 13, 12), 2, "channels_last"),
+    "instances": ((2, 5, 21, 20), 5, "contiguous"),
+    "short odd planes": ((10, 8, 7, 7), None, "contiguous"),
+    "batch, channels last": ((9, 16, 5, 5), None, "channels_last"),
+}
+
+
+@pytest.fixture
+def tiles_kept(monkeypatch) -> list[int]:
+    """TILES of the launches that follow: how many of a line are kept in registers, 0 where they are read twice."""
+    found = []
+    run = backend.Launch.run
+
+    def recorded(launch, device):
+        if "TILES" in launch.arguments:
+            found.append(launch.arguments["TILES"])
+        run(launch, device)
+
+    monkeypatch.setattr(backend.Launch, "run", recorded)
+    return found
+
+
+@pytest.mark.parametrize(("shape", "groups", "layout"), KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("form", ["kept", "read twice"])
+@pytest.mark.parametrize("fused", [("silu", False), ("relu", True)], ids=str)
+def test_units_kept_in_registers_and_read_twice(
+    device, monkeypatch, tiles_kept, shape, groups, layout, form, fused
+):
+    """The two forms of the kernels that take whole units, both against fp64, at a mean where sums would cancel."""
+    if form == "read twice":
+        monkeypatch.setattr(lines, "_kept_plan", lambda *_: None)
+    norm = batch if groups is None else group(groups)
+    activation, residual = fused
+    check(
+        shape, norm, exact(groups), layout=layout, activation=activation, residual=residual, mean=30.0,
+        device=device,
+    )  # fmt: skip
+    assert [tiles > 0 for tiles in tiles_kept] == [form == "kept"] * 2
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_x_read_again_where_registers_hold_the_gradient_alone(device, monkeypatch, activation, layout):
+    monkeypatch.setattr(lines, "_kept_most", lambda *_: (16, 64))
+    monkeypatch.setattr(backend, "multiprocessors", lambda device: 3)
+    x = laid_out(torch.randn(2, 16, 16, 12), layout)
+    plan = lines.whole_plan(lines.view(x, 2), (4, 4), x.device)
+    assert plan.kept
+    assert plan.reread
+    check(x.shape, group(2), exact(2), layout=layout, activation=activation, device=device)
 
 
 LAYOUTS = ["channels_last", "channels_outermost", "planes_turned", "samples_innermost", "gaps"]
@@ -503,13 +562,52 @@ def test_large_tensors_fill_a_gpu(shape, groups, layout):
     """Whatever the number of channels or groups: every pass over the tensor has a program a multiprocessor."""
     for launch in itertools.chain(*launches(meta(shape, layout), groups)):
         if "ALONG" in launch.arguments:
-            assert launch.grid[0] >= 132
+            assert math.prod(launch.grid) >= 132
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_units_that_fit_take_one_launch(layout):
     forward, backward = launches(meta((32, 512, 28, 28), layout), 32, activation="silu")
     assert (len(forward), len(backward)) == (1, 1)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_units_that_fit_registers_are_read_once(layout, dtype):
+    """And take no more of them than leaves room for what is computed: 64 of a thread's 128."""
+    for launch in itertools.chain(*launches(meta((32, 512, 28, 28), layout, dtype), 32, activation="silu")):
+        found = launch.arguments
+        elements = (
+            found["TILES"] * found["PARTS"] * found["LINES"] * found["ALONG"] / (32 * found["num_warps"])
+        )
+        tensors = 2 if "dy_ptr" in found and not found["REREAD"] else 1
+        assert 0 < elements * tensors * dtype.itemsize / 4 <= 64
+        assert (
+            found["LINES"] * found["ALONG"] * found["TILES"] <= 1.2 * 16 * 28 * 28
+        )  # little that is not there
+
+
+def test_units_too_large_for_registers_are_read_twice():
+    forward, backward = launches(meta((8, 512, 64, 64)), 32, activation="silu")  # 65,536 elements
+    assert forward[0].arguments["TILES"] == 0
+    assert len(backward) == 3
+
+
+def test_groups_of_10_waste_nothing():
+    forward, _ = launches(meta((8, 320, 64, 64)), 32, activation="silu")
+    found = forward[0].arguments
+    assert (found["LINES"], found["PARTS"], found["EVEN"]) == (2, 5, True)
+
+
+def test_batches_of_any_size_compile_few_kernels():
+    """The tiles of a line of a batch are counted in powers of 2."""
+    variants = set()
+    for size in range(2, 100):
+        for launch in itertools.chain(*launches(meta((size, 64, 8, 8), "channels_last"))):
+            if "TILES" in launch.arguments:
+                tile = ("TILES", "FULL", "LINES", "ALONG", "UNITS", "num_warps")
+                variants.add((launch.kernel, *(launch.arguments[name] for name in tile)))
+    assert len(variants) <= 20
 
 
 def test_a_unit_too_large_to_be_read_again_from_a_cache_is_split():

@@ -87,6 +87,16 @@ def _arguments(seen: View, plan: Plan) -> dict:
     }
 
 
+def _whole_arguments(seen: View, plan: Plan) -> dict:
+    return {
+        "UNITS": plan.units,
+        "TILES": plan.kept,
+        "PARTS": plan.parts,
+        "FULL": plan.full(seen),
+        **_arguments(seen, plan),
+    }
+
+
 PROGRAMS = 4  # of 4 warps and at most 128 registers a thread, which a multiprocessor runs at a time
 
 
@@ -124,7 +134,7 @@ def forward_launches(
     seen: View,
 ) -> list[Launch]:
     """From ``x`` to ``y``, ``mean``, ``var`` and ``signs``: one launch, or three."""
-    plan = whole_plan(seen, x.element_size(), 1, x.device)
+    plan = whole_plan(seen, (x.element_size(),), x.device)
     if plan is None:
         return [
             *statistics_launches(x, mean, var, running, seen),
@@ -145,10 +155,9 @@ def forward_launches(
         "repeat": seen.repeat,
         "width": seen.width,
         "ACTIVATION": form.activation,
-        "UNITS": plan.units,
-        **_arguments(seen, plan),
+        **_whole_arguments(seen, plan),
     }
-    return [Launch(kernels.whole_forward, (plan.blocks(seen),), arguments)]
+    return [Launch(kernels.whole_forward, plan.grid(seen), arguments)]
 
 
 def statistics_launches(
@@ -259,16 +268,16 @@ def backward_launches(
     """From ``dy`` to ``out``: one launch, or three (two in evaluation)."""
     forward = forward_arguments(x, weight, bias, mean, var, form, seen)
     kept = {"dy_ptr": dy, "residual_ptr": residual, "signs_ptr": signs}
-    plan = whole_plan(seen, x.element_size(), 2, x.device) if training else None
+    plan = whole_plan(seen, (x.element_size(), dy.element_size()), x.device) if training else None
     if plan is not None:
         arguments = {f"{name}_ptr": tensor for name, tensor in out._asdict().items()}
         arguments |= (
-            {"count": float(seen.unit_elements), "UNITS": plan.units}
+            {"count": float(seen.unit_elements), "REREAD": plan.reread}
             | forward
             | kept
-            | _arguments(seen, plan)
+            | _whole_arguments(seen, plan)
         )
-        return [Launch(kernels.whole_backward, (plan.blocks(seen),), arguments)]
+        return [Launch(kernels.whole_backward, plan.grid(seen), arguments)]
 
     if training and (residual is not None or signs is not None) and out.dv is None:
         # The residual's gradient is not wanted, but it is what the second pass starts from.

@@ -1,5 +1,7 @@
 """Tensors as lines of channels, and lines dealt to programs: the geometry of ``kernels/channel_norm.py``."""
 
+import functools
+import itertools
 import math
 from typing import NamedTuple
 
@@ -33,6 +35,11 @@ class View(NamedTuple):
     @property
     def unit_elements(self) -> int:
         return self.width * self.segments * self.along
+
+    @property
+    def batched(self) -> bool:
+        """Whether a line may have elements of several samples, as those of channels have."""
+        return self.batches * self.lines == self.channels * self.repeat and self.width == self.repeat
 
     @property
     def innermost(self) -> int:
@@ -96,15 +103,30 @@ class Plan(NamedTuple):
     vector: int
     warps: int
     units: int  # of the block, rounded up to a power of 2; 0: every line is one
+    parts: int = 1  # the block has so many times the lines of a tile
+    kept: int = 0  # tiles of a line that a program keeps in registers; 0: it reads them twice
+    reread: bool = False  # of two tensors, it keeps the second alone
 
     def blocks(self, seen: View) -> int:
         return seen.batches * ceil_div(seen.lines, self.block)
 
+    def grid(self, seen: View) -> tuple[int, int]:
+        """Of kernels that take whole units."""
+        return ceil_div(seen.lines, self.block), seen.batches
+
     def tiles(self, seen: View) -> int:
         return seen.segments * ceil_div(seen.along, self.along)
 
+    def filled(self, seen: View) -> bool:
+        """Whether all lines of all tiles are there."""
+        return self.block == self.parts * self.lines and seen.lines % self.block == 0
+
     def even(self, seen: View) -> bool:
-        return seen.along % self.along == 0 and self.block == self.lines and seen.lines % self.block == 0
+        return seen.along % self.along == 0 and self.filled(seen)
+
+    def full(self, seen: View) -> int:
+        """How many of the kept tiles of a line are known to be full. Not from the size of a batch, which may vary."""
+        return min(self.kept, seen.along // self.along) if self.filled(seen) and not seen.batched else 0
 
 
 ELEMENTS_PER_WARP = 512  # of a tile: 16 a thread, so that sums of them stay in registers
@@ -142,11 +164,90 @@ def split_plan(seen: View, itemsize: int, warps: int = 4) -> Plan:
     return Plan(lines, lines, along, _vector(seen, itemsize), warps, 0)
 
 
-def whole_plan(seen: View, itemsize: int, tensors: int, device: torch.device) -> Plan | None:
+MOST_BATCHES = (1 << 16) - 1  # the second dimension of a CUDA grid
+MOST_PARTS = 8  # each is code of its own
+
+
+def whole_plan(seen: View, itemsizes: tuple[int, ...], device: torch.device) -> Plan | None:
     """Whole units to each program, or None: where that would leave multiprocessors idle, or read memory twice.
 
-    tensors: how many tensors a program reads twice.
+    itemsizes: of x, and of dy in the backward pass.
     """
+    if seen.batches > MOST_BATCHES:
+        return None
+    multiprocessors = backend.multiprocessors(device)
+    return _kept_plan(seen, itemsizes, multiprocessors) or _read_twice_plan(seen, itemsizes, multiprocessors)
+
+
+def _fills(seen: View, block: int, multiprocessors: int) -> bool:
+    """Whether there is a program for each multiprocessor, or so few elements that three launches take longer."""
+    alone = block * seen.segments * seen.along <= 16384
+    return alone or seen.batches * ceil_div(seen.lines, block) >= multiprocessors
+
+
+def _kept_most(seen: View, tensors: int) -> tuple[int, int]:
+    """How many registers of the 128 of a thread kept tiles may take, and of how many elements, so that no thread
+    spills on any target. Channels last, a thread has several of all values that a line has one of."""
+    registers = (40, 28)[tensors - 1] if seen.last else 64
+    return registers, (80, 64)[tensors - 1]
+
+
+def _parts(block: int, seen: View) -> int:
+    """Channels first, tiles to which the lines of one unit are dealt so that none has lines that are not there: a
+    group of 10 channels is 5 tiles of 2, or would be 10 lines in one of 16."""
+    parts = block // math.gcd(block, 1 << 16)
+    return parts if block == seen.width and not seen.last and parts <= MOST_PARTS else 1
+
+
+@functools.lru_cache(1024)
+def _kept_plan(seen: View, itemsizes: tuple[int, ...], multiprocessors: int) -> Plan | None:
+    """Whole units in the registers of each program, or None where they do not fit.
+
+    Of all tiles that fit, those with the fewest predicted instructions an element: elements that are not there are
+    computed like the others. 4 or 8 warps leave room for a second program, whose loads hide behind the arithmetic of
+    the first; 16 do not, but are what the loops take for units of that size, too.
+    """
+    if seen.segments > 1 or max(itemsizes) > 4:
+        return None
+    vector = _vector(seen, itemsizes[0])
+    most_registers, most_elements = _kept_most(seen, len(itemsizes))
+    unit = math.lcm(seen.width, math.gcd(seen.lines, 8)) if seen.last else seen.width
+    blocks = [
+        block for k in range(10) if (block := unit << k) < 2 * seen.lines
+    ]  # a power of 2 of units, or all
+    best, plan = math.inf, None
+    for warps, block, vectors in itertools.product((4, 8, 16), blocks, (1, 2)):
+        block = min(block, seen.lines)
+        parts = _parts(block, seen)
+        lines = _power_of_2(block // parts)
+        threads, size = 32 * warps, 32 * warps * vectors * vector
+        along = size // lines
+        run = lines if seen.last else along  # neighbouring elements of a tile
+        long = run >= vector and (seen.last or run * itemsizes[0] >= 64 or run >= seen.along)
+        if not (along and along <= _power_of_2(seen.along) and long and _fills(seen, block, multiprocessors)):
+            continue
+        kept = ceil_div(seen.along, along)
+        if seen.batched:
+            kept = _power_of_2(
+                kept
+            )  # a kernel for each number of tiles is compiled, and a batch may have any size
+        elements = parts * kept * size // threads
+        both = elements * sum(itemsizes) // 4
+        reread = len(itemsizes) == 2 and both > most_registers
+        registers = elements * itemsizes[1] // 4 if reread else both
+        # Instructions of an element, and of a thread for what a program does once. (Estimates.)
+        cost = ((22 if reread else 20) * elements + 200 + 100 * parts) * threads / (block * seen.along)
+        if seen.batches * ceil_div(seen.lines, block) < multiprocessors:
+            cost *= 2  # idle ones
+        if registers <= most_registers and elements <= most_elements and cost < best:
+            best = cost
+            plan = Plan(block, lines, along, vector, warps, _units(seen, block), parts, kept, reread)
+    return plan
+
+
+def _read_twice_plan(seen: View, itemsizes: tuple[int, ...], multiprocessors: int) -> Plan | None:
+    """Whole units that a program reads twice, the second time from a cache."""
+    itemsize, tensors = itemsizes[0], len(itemsizes)
     line_bytes = seen.segments * seen.along * itemsize * tensors
     room = WHOLE_BYTES // line_bytes  # lines
     block = math.lcm(seen.width, math.gcd(seen.lines, 8)) if seen.last else seen.width
@@ -165,17 +266,21 @@ def whole_plan(seen: View, itemsize: int, tensors: int, device: torch.device) ->
     if seen.last:
         along = size // _power_of_2(block)
     else:
+        parts = _parts(block, seen)
+        if parts > 1:
+            lines = block // parts
+            along = min(_power_of_2(seen.along), size // lines)
+            plan = Plan(block, lines, along, _vector(seen, itemsize), warps, _units(seen, block), parts)
+            return plan if _fills(seen, block, multiprocessors) else None
         # As many units as fill a tile, and at least 64 bytes along a line.
         along = min(_along(seen.along, 0, size), max(size // _power_of_2(block), 64 // itemsize))
         units = min(size // along // _power_of_2(block), room * warps // (16 * block))
         if seen.width == 1:
-            units = min(units, seen.lines // backend.multiprocessors(device))
+            units = min(units, seen.lines // multiprocessors)
         block = min(block * _power_below(max(1, units)), seen.lines)
     lines = _power_of_2(block)
     plan = Plan(block, lines, along, _vector(seen, itemsize), warps, _units(seen, block))
-    fills = plan.blocks(seen) >= backend.multiprocessors(device)
-    alone = block * seen.segments * seen.along <= 16384  # so few elements that three launches take longer
-    return plan if (fills or alone) and 0 < lines * along <= size else None
+    return plan if _fills(seen, block, multiprocessors) and 0 < lines * along <= size else None
 
 
 def merge_plan(seen: View) -> Plan:
