@@ -228,9 +228,8 @@ def _kept_plan(seen: View, itemsizes: tuple[int, ...], multiprocessors: int) -> 
             continue
         kept = ceil_div(seen.along, along)
         if seen.batched:
-            kept = _power_of_2(
-                kept
-            )  # a kernel for each number of tiles is compiled, and a batch may have any size
+            # A kernel for each number of tiles is compiled, and a batch may have any size.
+            kept = _power_of_2(kept)
         elements = parts * kept * size // threads
         both = elements * sum(itemsizes) // 4
         reread = len(itemsizes) == 2 and both > most_registers
