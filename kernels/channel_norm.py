@@ -511,20 +511,9 @@ def whole_forward(
     if TILES:
         kept = _keep(x_ptr, place, shape, TILES, PARTS, FULL, EVEN, LAST, LINES, ALONG)
         mean, var, count = _kept_moments(
-            kept,
-            place,
-            shape,
-            width,
-            UNITS,
-            TILES,
-            PARTS,
-            FULL,
-            EVEN,
-            LAST,
-            VECTOR if UNITS == 1 else 1,
-            LINES,
-            ALONG,
-        )
+            kept, place, shape, width, UNITS, TILES, PARTS, FULL,
+            EVEN, LAST, VECTOR if UNITS == 1 else 1, LINES, ALONG,
+        )  # fmt: skip
     else:
         means, variances = (), ()
         for part in tl.static_range(PARTS):
@@ -856,19 +845,9 @@ def whole_backward(
             g = g + kept
         else:
             dbias, dweight = _line_gradient_sums(
-                tensors,
-                (dv_ptr, None),
-                values,
-                own,
-                split,
-                _one(),
-                shape,
-                ACTIVATION,
-                EVEN,
-                LAST,
-                LINES,
-                ALONG,
-            )
+                tensors, (dv_ptr, None), values, own, split, _one(), shape,
+                ACTIVATION, EVEN, LAST, LINES, ALONG,
+            )  # fmt: skip
         dweight *= rstd
         batch, first_line, _ = own
         index = batch * shape[0] + first_line + tl.arange(0, LINES)
@@ -897,20 +876,9 @@ def whole_backward(
                 tl.store(dx_ptr + first + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         else:
             _dx_tiles(
-                tensors,
-                dx_ptr,
-                values,
-                means,
-                own,
-                split,
-                _one(),
-                shape,
-                ACTIVATION,
-                EVEN,
-                LAST,
-                LINES,
-                ALONG,
-            )
+                tensors, dx_ptr, values, means, own, split, _one(), shape,
+                ACTIVATION, EVEN, LAST, LINES, ALONG,
+            )  # fmt: skip
 
 
 @triton.jit

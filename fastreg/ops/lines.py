@@ -212,9 +212,8 @@ def _kept_plan(seen: View, itemsizes: tuple[int, ...], multiprocessors: int) -> 
     vector = _vector(seen, itemsizes[0])
     most_registers, most_elements = _kept_most(seen, len(itemsizes))
     unit = math.lcm(seen.width, math.gcd(seen.lines, 8)) if seen.last else seen.width
-    blocks = [
-        block for k in range(10) if (block := unit << k) < 2 * seen.lines
-    ]  # a power of 2 of units, or all
+    # A power of 2 of units, or all.
+    blocks = [block for k in range(10) if (block := unit << k) < 2 * seen.lines]
     best, plan = math.inf, None
     for warps, block, vectors in itertools.product((4, 8, 16), blocks, (1, 2)):
         block = min(block, seen.lines)
