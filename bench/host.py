@@ -21,7 +21,7 @@ from fastreg.ops import backend
 
 from .provenance import provenance
 
-TENSORS, SIZE, REPEATS = 10_000, 64, 40
+TENSORS, SIZE, REPEATS = 10_000, 64, 300
 NOTE = "Process time per tensor of a step without its launches, the least of all repetitions. Says nothing of a kernel."
 OPTIMIZERS = {
     "SGD, momentum": lambda params: optim.SGD(params, lr=1e-3, momentum=0.9),
