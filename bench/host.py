@@ -32,37 +32,39 @@ OPTIMIZERS = {
 }
 
 
-def _least(step: Callable[[], None], prepare: Callable[[], None], repeats: int) -> float:
-    times = []
-    for _ in range(repeats):
-        prepare()
-        start = time.process_time()
-        step()
-        times.append(time.process_time() - start)
-    return min(times)
+class _Stepper:
+    """An optimizer with its tensors."""
+
+    def __init__(self, make: Callable, device: torch.device, tensors: int):
+        self.params = [torch.nn.Parameter(torch.zeros(SIZE, device=device)) for _ in range(tensors)]
+        self.gradients = [[torch.zeros(SIZE, device=device) for _ in self.params] for _ in range(2)]
+        self.optimizer = make(self.params)
+        self.replace()
+
+    def replace(self) -> None:
+        self.gradients.reverse()
+        for p, g in zip(self.params, self.gradients[0], strict=True):
+            p.grad = g
+
+    def time(self, replace: bool = False) -> float:
+        """Nanoseconds per tensor of a step, with new gradients or the same."""
+        if replace:
+            self.replace()
+        start = time.process_time_ns()
+        self.optimizer.step()
+        return (time.process_time_ns() - start) / len(self.params)
 
 
 def measure(device: torch.device, tensors: int, repeats: int) -> list[dict]:
     """A row for each optimizer, with nothing changed since the last step, and with all gradients replaced."""
     rows = []
-    for name, make in OPTIMIZERS.items():
-        params = [torch.nn.Parameter(torch.zeros(SIZE, device=device)) for _ in range(tensors)]
-        gradients = [[torch.zeros(SIZE, device=device) for _ in params] for _ in range(2)]
-
-        def replace(params=params, gradients=gradients) -> None:
-            gradients.reverse()
-            for p, g in zip(params, gradients[0], strict=True):
-                p.grad = g
-
-        replace()
-        optimizer = make(params)
-        with mock.patch.object(backend.Launch, "run"):
-            optimizer.step()
-            same = _least(optimizer.step, lambda: None, repeats)
-            other = _least(optimizer.step, replace, repeats)
-        rows.append(
-            {"optimizer": name, "unchanged_ns": 1e9 * same / tensors, "replaced_ns": 1e9 * other / tensors}
-        )
+    with mock.patch.object(backend.Launch, "run"):
+        for name, make in OPTIMIZERS.items():
+            stepper = _Stepper(make, device, tensors)
+            stepper.time()  # makes state and tables
+            unchanged = min(stepper.time() for _ in range(repeats))
+            replaced = min(stepper.time(replace=True) for _ in range(repeats))
+            rows.append({"optimizer": name, "unchanged_ns": unchanged, "replaced_ns": replaced})
     return rows
 
 
