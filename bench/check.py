@@ -67,7 +67,7 @@ def stages(out: Path, dry: bool, tests: str | None) -> list[Stage]:
     results = str(out / "results")
     sweep = bench("run", "--quick", "--out", results)
     if dry:
-        sweep += ["--device", "cpu", "--sizes", "4KB,64KB", "--peers", "fastreg,torch", "--budget", "5"]
+        sweep += ["--device", "cpu", "--sizes", "4KB", "--peers", "fastreg,torch", "--budget", "2"]
     found.append(Stage("bench", sweep, plain))
     # Eager alone: the compiler would take most of the ten minutes.
     steps = ["--implementations", "fastreg,torch", "--seconds", "0.5" if dry else "3", "--out", results]
