@@ -539,7 +539,7 @@ def test_tiny_tensors_are_not_bound_by_the_host(interpreted, device, launches, r
     each = min(times[1:]) / len(params) * 1e6
     record_property("us_per_tensor", each)
     assert kernels_of(launches) == ["advance", "step"] * 8
-    # 0.3 is the aim, and what comes out on a quiet machine. In Python alone it is 0.6, and a step that rebuilds its
+    # 0.3 is the aim, and what comes out on a quiet machine. In Python alone it is about 1, and a step that rebuilds its
     # tables takes 50. Room for a loaded machine, and for one without a C compiler.
     assert each < 2.0, f"{each:.2f} us a tensor"
 
