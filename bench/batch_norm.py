@@ -136,8 +136,8 @@ def kernels() -> list[Kernel]:
             if dtype != torch.float16:
                 found += variants(dtype, LARGE, layout, activation="silu")
     for dtype in (torch.bfloat16, torch.float32):
-        # Statistics read 2 bytes an element and write nothing, on a B200 in the time of 10 instructions; and tiles of
-        # 2,048 elements cover these planes with a seventh of lanes that have nothing.
+        # Statistics read 2 bytes an element and write nothing, on a B200 in the time of 10 instructions; and of the
+        # tiles of 2,048 elements that cover a plane, an eighth of the lanes has nothing.
         least = {80: 1, 90: 1, 100: 0.9} if dtype == torch.bfloat16 else 1
         few = Budget(min_headroom=least, **FEW_NARROW)
         found += variants(dtype, (256, 3, 112, 112), "NCHW", note="C=3", budget=few)

@@ -255,17 +255,21 @@ def summing(dtype) -> Kernel:
 
 
 def budget_of(launch, x) -> Budget:
-    """Memory sets the time. Shared memory holds the rows that are on their way (backward), tiles that change hands
-    between the threads (forward, sm_80) and sums across warps."""
+    """Memory sets the time. Shared memory holds the rows that are on their way (backward), tiles of several rows that
+    change hands between the threads (forward, sm_80) and sums across warps."""
     arguments = launch.arguments
     narrow = 8 if arguments["VECTOR"] * x.element_size() == 16 else 10000  # the statistics of the rows
-    block = arguments.get("BLOCK_ROWS", 1) * arguments["BLOCK_COLUMNS"]
-    # A B200 reads an element of bf16 in the time of 10 instructions: too little for the lanes beside a row that is no
-    # power of 2, and for accesses of single elements where no vector divides it.
-    b200 = 0.5 if narrow > 8 else 1 if arguments["EVEN_COLUMNS"] else 0.9
+    rows = arguments.get("BLOCK_ROWS", 1)
+    block = rows * arguments["BLOCK_COLUMNS"]
+    moved = 16 if "backward" in launch.kernel.__name__ else 4 if rows > 1 else 0
+    b200 = 1.0
+    if x.element_size() == 2 and not arguments["EVEN_COLUMNS"]:
+        # A B200 reads an element of bf16 in the time of 10 instructions: too little for the lanes beside a row that is
+        # no power of 2, and for accesses of single elements where no vector divides it.
+        b200 = 0.9 if narrow == 8 else 0.5
     return Budget(
         narrow_loads=narrow,
         narrow_stores=narrow,
-        shared_bytes=2048 + (16 if "backward" in launch.kernel.__name__ else 4) * block,
+        shared_bytes=2048 + moved * block,
         min_headroom={80: 1, 90: 1, 100: b200},
     )
