@@ -400,9 +400,10 @@ _BASES = {
         DEPBAR LDGDEPBAR LDTDEPBAR MEMBAR ERRBAR CGAERRBAR CCTL FENCE SYNCS WARPGROUP WARPGROUPSET PREEXIT
         ACQBULK""",
     # HFMA2 is also how the assembler loads some constants. On sm_80 the packed 16-bit operations have a
-    # faster pipe of their own, so counting them here errs on the slow side.
+    # faster pipe of their own, so counting them here errs on the slow side. FHADD and FHFMA (sm_100) take a 16-bit
+    # operand beside fp32.
     "fma": """
-        FADD FMUL FFMA FADD32I FMUL32I FFMA32I FADD2 FMUL2 FFMA2 FSWZADD
+        FADD FMUL FFMA FADD32I FMUL32I FFMA32I FADD2 FMUL2 FFMA2 FHADD FHFMA FSWZADD
         HADD2 HMUL2 HFMA2 HADD2_32I HMUL2_32I HFMA2_32I""",
     "imad": "IMAD IMUL IDP IDP4A",
     "fp64": "DADD DMUL DFMA DSETP DMNMX",

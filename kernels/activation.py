@@ -13,7 +13,7 @@ instructions and at most two special-function results (8 slots each) an element.
 import triton
 import triton.language as tl
 
-from .fastmath import exp2, reciprocal
+from .fastmath import add, exp2, fma, mul, negated, reciprocal
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 # gelu_tanh is v sigmoid(2u), u = sqrt(2/pi) (v + 0.044715 v^3), and exp(-2u) is exp2(v (C1 + C3 v^2)).
@@ -28,7 +28,7 @@ def _exp(v):
 
 @triton.jit
 def _sigmoid(v):
-    return reciprocal(1.0 + exp2(v * -LOG2_E))
+    return reciprocal(add(exp2(mul(v, -LOG2_E)), 1.0))
 
 
 @triton.jit
@@ -141,7 +141,7 @@ def forward(v, NAME: tl.constexpr, STORED: tl.constexpr):
     elif NAME == "gelu_tanh":
         return v * _gelu_tanh_gate(v)
     elif NAME == "silu":
-        return v * _sigmoid(v)
+        return mul(v, _sigmoid(v))
     elif NAME == "sigmoid":
         return _sigmoid(v)
     elif NAME == "tanh":
@@ -178,7 +178,7 @@ def backward(g, v, NAME: tl.constexpr, STORED: tl.constexpr):
         return g * s * (1.0 - (1.0 - s) * slope * 0.6931471805599453)
     elif NAME == "silu":
         s = _sigmoid(v)
-        return g * tl.fma(s, tl.fma(-v, s, v), s)  # s (1 + v (1 - s))
+        return mul(g, fma(s, fma(negated(v), s, v), s))  # s (1 + v (1 - s))
     elif NAME == "sigmoid":
         s = _sigmoid(v)
         return g * s * (1.0 - s)

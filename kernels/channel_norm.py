@@ -45,7 +45,7 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import packed, renamed, upcast
+from .fastmath import add, difference, fma, in_lanes, mul, packed, renamed, upcast
 
 # --- where a program works --------------------------------------------------------------------------------
 
@@ -171,6 +171,15 @@ def _gathered(tile, LAST: tl.constexpr, VECTOR: tl.constexpr):
         return tl.sum(tl.reshape(tile, [tile.shape[0], tile.shape[1] // VECTOR, VECTOR]), axis=2)
 
 
+@triton.jit
+def _accumulated(sums, products, a, b, LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """The sums of ``a`` and ``a b``, with those of one more tile."""
+    if LAST or VECTOR == 1:
+        return add(sums, a), fma(a, b, products)
+    else:
+        return sums + _gathered(a, LAST, VECTOR), products + _gathered(a * b, LAST, VECTOR)
+
+
 # --- values per line --------------------------------------------------------------------------------------
 
 
@@ -212,10 +221,16 @@ def _rstd(var, eps):
 
 
 @triton.jit
-def _statistics_of(mean_ptr, var_ptr, eps, unit, there):
+def _statistics_of(mean_ptr, var_ptr, eps, unit, there, UNITS: tl.constexpr):
     """Mean and 1 / sqrt(var + eps) of each line."""
-    mean = tl.load(mean_ptr + unit, mask=there, other=0.0)
-    return mean, _rstd(tl.load(var_ptr + unit, mask=there, other=1.0), eps)
+    if UNITS == 1:
+        # Loaded once, they are one value to the compiler, and one register.
+        own = tl.full([1], _unit_of_program(), tl.int32)
+        mean, rstd = in_lanes(tl.load(mean_ptr + own)), _rstd(tl.load(var_ptr + own), eps)
+        return tl.broadcast_to(mean, unit.shape), tl.broadcast_to(rstd, unit.shape)
+    else:
+        mean = tl.load(mean_ptr + unit, mask=there, other=0.0)
+        return mean, _rstd(tl.load(var_ptr + unit, mask=there, other=1.0), eps)
 
 
 @triton.jit
@@ -362,7 +377,7 @@ def _deviation(x_ptr, shift, tile, place, shape, EVEN, LAST, LINES, ALONG):
         d = d if EVEN else tl.where(inside, d, 0.0)
     else:
         other = _spread(shift, LAST).to(x_ptr.dtype.element_ty)
-        d = upcast(tl.load(x_ptr + first + offset, mask=inside, other=other)) - _spread(shift, LAST)
+        d = difference(tl.load(x_ptr + first + offset, mask=inside, other=other), _spread(shift, LAST))
     return d, shift, count
 
 
@@ -378,8 +393,8 @@ def _line_moments(
     tile = split + splits
     while tile < _tiles(shape, ALONG):
         d, _, n = _deviation(x_ptr, shift, tile, place, shape, EVEN, LAST, LINES, ALONG)
-        sums += d
-        squares = tl.fma(d, d, squares)
+        sums = add(sums, d)
+        squares = fma(d, d, squares)
         count += n
         tile += splits
     count = count.to(sums.dtype)
@@ -419,7 +434,7 @@ def _kept_moments(
     mean = _tile_unit_sum(sums, width, UNITS, LAST, LINES) / elements
     squares = tl.zeros_like(sums)
     for i in tl.static_range(PARTS * TILES):
-        d = upcast(kept[i]) - _spread(mean, LAST)
+        d = difference(kept[i], _spread(mean, LAST))
         if not (EVEN or i % TILES < FULL):
             _, _, inside, _ = _tile(
                 i % TILES, _part(place, i // TILES, PARTS, LINES), shape, EVEN, LAST, LINES, ALONG
@@ -430,12 +445,12 @@ def _kept_moments(
 
 
 @triton.jit
-def _preactivation(x, values, residual_ptr, first, offset, inside, LAST: tl.constexpr):
-    """(x - mean) scale + bias + residual."""
-    mean, scale, bias = values
-    v = (x - _spread(mean, LAST)) * _spread(scale, LAST) + _spread(bias, LAST)
+def _preactivation(d, values, residual_ptr, first, offset, inside, LAST: tl.constexpr):
+    """(x - mean) scale + bias + residual, from d = x - mean."""
+    _, scale, bias = values
+    v = fma(d, _spread(scale, LAST), _spread(bias, LAST))
     if residual_ptr is not None:
-        v += upcast(tl.load(residual_ptr + first + offset, mask=inside, other=0.0)).to(v.dtype)
+        v = add(v, upcast(tl.load(residual_ptr + first + offset, mask=inside, other=0.0)).to(v.dtype))
     return v
 
 
@@ -449,7 +464,9 @@ def _apply_tile(
     first, offset, inside, _ = _tile(tile, place, shape, EVEN, LAST, LINES, ALONG)
     if x is None:
         x = tl.load(x_ptr + first + offset, mask=inside, other=0.0)
-    v = _preactivation(upcast(x), values, residual_ptr, first, offset, inside, LAST)
+    mean, _, _ = values
+    d = difference(x, _spread(mean, LAST))
+    v = _preactivation(d, values, residual_ptr, first, offset, inside, LAST)
     if signs_ptr is not None:
         _store_signs(signs_ptr, v, tile, place, shape, EVEN, LAST)
     y = activation.forward(v, ACTIVATION, x.dtype)
@@ -665,7 +682,7 @@ def apply(
     shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
     place, split = _place(shape, block, splits)
     unit, channel, there = _indices(place, shape, channels, repeat, width, 0, LAST, LINES)
-    mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there)
+    mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there, 0)
     values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
     tensors = (x_ptr, residual_ptr, y_ptr, signs_ptr)
     _apply_tiles(tensors, values, place, split, splits, shape, ACTIVATION, EVEN, LAST, LINES, ALONG)
@@ -680,25 +697,26 @@ def apply(
 
 @triton.jit
 def _gradient(
-    x, tensors, values, tile, place, shape, ACTIVATION: tl.constexpr,
+    x, dy, tensors, values, tile, place, shape, ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile: g, x - mean, dy, and where it lies. g is 0 outside the tensor. x: the tile, or None to load it."""
+    """Of a tile: g, x - mean, and where it lies. g is 0 outside the tensor. x, dy: the tiles, or None to load them."""
     dy_ptr, x_ptr, residual_ptr, signs_ptr = tensors
     mean, _, _ = values
     first, offset, inside, _ = _tile(tile, place, shape, EVEN, LAST, LINES, ALONG)
     if x is None:
         x = tl.load(x_ptr + first + offset, mask=inside, other=0.0)
-    d = upcast(x) - _spread(mean, LAST)
-    dy = tl.load(dy_ptr + first + offset, mask=inside, other=0.0)
+    d = difference(x, _spread(mean, LAST))
+    if dy is None:
+        dy = tl.load(dy_ptr + first + offset, mask=inside, other=0.0)
     g = upcast(dy).to(d.dtype)
     if ACTIVATION is not None:
         if signs_ptr is not None:
             v = _load_signs(signs_ptr, tile, place, shape, d, EVEN, LAST, LINES, ALONG)
         else:
-            v = _preactivation(upcast(x), values, residual_ptr, first, offset, inside, LAST)
+            v = _preactivation(d, values, residual_ptr, first, offset, inside, LAST)
         g = activation.backward(g, v, ACTIVATION, x.dtype)
-    return g, d, dy, first + offset, inside
+    return g, d, first + offset, inside
 
 
 @triton.jit
@@ -713,23 +731,23 @@ def _line_gradient_sums(
     products = tl.zeros_like(sums)
     tile = split
     while tile < _tiles(shape, ALONG):
-        g, d, _dy, element, inside = _gradient(
-            None, tensors, values, tile, place, shape, ACTIVATION, EVEN, LAST, LINES, ALONG
+        g, d, element, inside = _gradient(
+            None, None, tensors, values, tile, place, shape, ACTIVATION, EVEN, LAST, LINES, ALONG
         )
         if dv_ptr is not None:
             tl.store(dv_ptr + element, g.to(dv_ptr.dtype.element_ty), mask=inside)
         if dx_ptr is not None:
-            dx = g * _spread(scale, LAST)
+            dx = mul(g, _spread(scale, LAST))
             tl.store(dx_ptr + element, dx.to(dx_ptr.dtype.element_ty), mask=inside)
-        sums += g
-        products = tl.fma(g, d, products)
+        sums = add(sums, g)
+        products = fma(g, d, products)
         tile += splits
     return _line_sum(sums, LAST), _line_sum(products, LAST)
 
 
 @triton.jit
 def _kept_gradient_sums(
-    x, tensors, dv_ptr, values, part, place, shape, ACTIVATION: tl.constexpr, TILES: tl.constexpr,
+    x, dy, tensors, dv_ptr, values, part, place, shape, ACTIVATION: tl.constexpr, REREAD: tl.constexpr, TILES: tl.constexpr,
     FULL: tl.constexpr, EVEN: tl.constexpr, LAST: tl.constexpr, VECTOR: tl.constexpr, LINES: tl.constexpr,
     ALONG: tl.constexpr,
 ):  # fmt: skip
@@ -739,34 +757,34 @@ def _kept_gradient_sums(
     products = tl.zeros_like(sums)
     kept = ()
     for tile in tl.static_range(TILES):
-        g, d, dy, element, inside = _gradient(
-            None if x is None else x[part * TILES + tile], tensors, values, tile, place, shape, ACTIVATION,
+        g, d, element, inside = _gradient(
+            x[tile if REREAD else part * TILES + tile], dy[part * TILES + tile], tensors, values, tile, place, shape, ACTIVATION,
             EVEN or tile < FULL, LAST, LINES, ALONG,
         )  # fmt: skip
         if dv_ptr is not None:
             tl.store(dv_ptr + element, g.to(dv_ptr.dtype.element_ty), mask=inside)
-        sums += _gathered(g, LAST, VECTOR)
-        products += _gathered(g * d, LAST, VECTOR)
-        kept = kept + (dy if ACTIVATION is None else packed(g, dy.dtype),)  # noqa: RUF005
+        sums, products = _accumulated(sums, products, g, d, LAST, VECTOR)
+        stored = dy[part * TILES + tile]
+        kept = kept + (stored if ACTIVATION is None else packed(g, stored, shape[1]),)  # noqa: RUF005
     return kept, _line_sum(sums, LAST), _line_sum(products, LAST)
 
 
 @triton.jit
 def _unit_gradient_means(b, w, rstd, count, width, UNITS: tl.constexpr, LINES: tl.constexpr):
-    """(rstd B, rstd^2 W), the two values of a unit that dx needs, at each of its lines.
+    """(-rstd B, -rstd^2 W), the two values of a unit that dx needs, at each of its lines.
 
     b, w: weight dbias and weight dweight of lines, 0 at those that are not there.
     """
     b = _unit_sum(b, width, UNITS, LINES)
     w = _unit_sum(w, width, UNITS, LINES)
-    return rstd * b / count, rstd * rstd * w / count
+    return -rstd * b / count, -rstd * rstd * w / count
 
 
 @triton.jit
 def _dx(g, d, values, means, LAST: tl.constexpr):
     _, scale, _ = values
     b, w = means
-    return g * _spread(scale, LAST) - (d * _spread(w, LAST) + _spread(b, LAST))
+    return fma(g, _spread(scale, LAST), fma(d, _spread(w, LAST), _spread(b, LAST)))
 
 
 @triton.jit
@@ -776,8 +794,8 @@ def _dx_tiles(
 ):  # fmt: skip
     tile = _tiles(shape, ALONG) - 1 - split
     while tile >= 0:
-        g, d, _dy, element, inside = _gradient(
-            None, tensors, values, tile, place, shape, ACTIVATION, EVEN, LAST, LINES, ALONG
+        g, d, element, inside = _gradient(
+            None, None, tensors, values, tile, place, shape, ACTIVATION, EVEN, LAST, LINES, ALONG
         )
         dx = _dx(g, d, values, means, LAST)
         tl.store(dx_ptr + element, dx.to(dx_ptr.dtype.element_ty), mask=inside)
@@ -826,10 +844,11 @@ def whole_backward(
     unit, _, there = _indices(
         _part(place, 0, PARTS, LINES), shape, channels, repeat, width, UNITS, LAST, LINES
     )
-    mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there)
+    mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there, UNITS)
     tensors = (dy_ptr, x_ptr, residual_ptr, signs_ptr)
     if TILES:
-        x = None if REREAD else _keep(x_ptr, place, shape, TILES, PARTS, FULL, EVEN, LAST, LINES, ALONG)
+        dy = _keep(dy_ptr, place, shape, TILES, PARTS, FULL, EVEN, LAST, LINES, ALONG)
+        x = _keep(x_ptr, place, shape, TILES, 1 if REREAD else PARTS, FULL, EVEN, LAST, LINES, ALONG)
         g = ()
     b = tl.zeros_like(mean)
     w = tl.zeros_like(mean)
@@ -838,8 +857,22 @@ def whole_backward(
         _, channel, there = _indices(own, shape, channels, repeat, width, UNITS, LAST, LINES)
         values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
         if TILES:
+            now = x
+            if REREAD and part + 1 < PARTS:
+                x = _keep(
+                    x_ptr,
+                    _part(place, part + 1, PARTS, LINES),
+                    shape,
+                    TILES,
+                    1,
+                    FULL,
+                    EVEN,
+                    LAST,
+                    LINES,
+                    ALONG,
+                )
             kept, dbias, dweight = _kept_gradient_sums(
-                x, tensors, dv_ptr, values, part, own, shape, ACTIVATION,
+                now, dy, tensors, dv_ptr, values, part, own, shape, ACTIVATION, REREAD,
                 TILES, FULL, EVEN, LAST, VECTOR, LINES, ALONG,
             )  # fmt: skip
             g = g + kept
@@ -860,18 +893,20 @@ def whole_backward(
     means = _unit_gradient_means(b, w, rstd, count, width, UNITS, LINES)
     if not REREAD:
         mean = renamed(mean)
+    else:
+        place = (renamed(place[0]), place[1], place[2])
     for part in tl.static_range(PARTS):
         own = _part(place, part, PARTS, LINES)
         _, channel, there = _indices(own, shape, channels, repeat, width, UNITS, LAST, LINES)
         values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
         if TILES:
+            if REREAD:
+                again = _keep(x_ptr, own, shape, TILES, 1, FULL, EVEN, LAST, LINES, ALONG)
             for tile in tl.static_range(TILES):
                 first, offset, inside, _ = _tile(tile, own, shape, EVEN or tile < FULL, LAST, LINES, ALONG)
-                if REREAD:
-                    again = tl.load(x_ptr + first + offset, mask=inside, other=0.0)
-                else:
-                    again = renamed(x[part * TILES + tile]) if ACTIVATION is None else x[part * TILES + tile]
-                d = upcast(again) - _spread(mean, LAST)
+                d = difference(
+                    again[tile] if REREAD else renamed(x[part * TILES + tile]), _spread(mean, LAST)
+                )
                 dx = _dx(upcast(g[part * TILES + tile]).to(d.dtype), d, values, means, LAST)
                 tl.store(dx_ptr + first + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         else:
@@ -916,7 +951,7 @@ def gradient_sums(
     shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
     place, split = _place(shape, block, splits)
     unit, channel, there = _indices(place, shape, channels, repeat, width, 0, LAST, LINES)
-    mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there)
+    mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there, 0)
     values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
     tensors = (dy_ptr, x_ptr, residual_ptr, signs_ptr)
     total, product = _line_gradient_sums(
@@ -1012,7 +1047,7 @@ def gradient_apply(
     shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
     place, split = _place(shape, block, splits)
     unit, channel, there = _indices(place, shape, channels, repeat, width, 0, LAST, LINES)
-    mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there)
+    mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there, 0)
     values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
     means = (
         tl.load(b_ptr + unit, mask=there, other=0.0),

@@ -54,6 +54,18 @@ def cos(x):
     return tl.cos(x) if INTERPRETED or x.dtype == tl.float64 else _special(x, "cos")
 
 
+@tl.core.builtin
+def _comes_in(x, number, _semantic=None):
+    """Whether assembly can take the elements of ``x`` so many at a time."""
+    return tl.constexpr(x.type.is_block() and x.numel.value % number.value == 0)
+
+
+@tl.core.builtin
+def _on_blackwell(_semantic=None):
+    """Of the target that the kernel is compiled for, which may be none that is at hand."""
+    return tl.constexpr(int(_semantic.builder.options.arch.removeprefix("sm")) >= 100)
+
+
 @triton.jit
 def bound(number):
     """A runtime number as the bound of a loop. Triton 3.6 interprets numbers as arrays of one element, which numpy 2.4
@@ -61,26 +73,46 @@ def bound(number):
     return (number + tl.zeros([1], tl.int32)).handle.data.item() if INTERPRETED else number
 
 
+# --- between 16 and 32 bits, two elements at a time -------------------------------------------------------
+
+
 @triton.jit
 def upcast(x):
     """fp16, bf16 and fp32 to fp32; fp64 stays. The first operation on every loaded value: the interpreter
-    computes on the bit patterns of bf16."""
+    computes on the bit patterns of bf16.
+
+    A pair of bf16 in a register is two instructions away from fp32. The compiler takes three.
+    """
     if x.dtype == tl.float64:
         return x
-    else:
+    elif INTERPRETED or x.dtype != tl.bfloat16 or not _comes_in(x, 2):
         return x.to(tl.float32)
+    else:
+        unpack: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
+        return tl.inline_asm_elementwise(unpack, "=r,=r,r", [x], tl.float32, True, 2)
 
 
 @triton.jit
-def packed(x, DTYPE: tl.constexpr):
-    """fp32 to a narrower dtype in which it stays for a while. Of values that are converted back later, LLVM would
-    convert each by itself, into a register of its own; the instruction here makes one of two."""
-    if INTERPRETED or x.dtype != tl.float32 or DTYPE.primitive_bitwidth > 16:
-        return x.to(DTYPE)
-    elif DTYPE == tl.bfloat16:
-        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.bfloat16, True, 2)
+def packed(x, like, positive):
+    """fp32 to the narrower dtype of ``like``, in which it stays for a while, in half the registers.
+
+    Of values that are converted back later, LLVM would convert each by itself, into a register of its own; and the
+    assembler would convert all of them at the last moment, and until then keep them in fp32. So eight are converted at
+    once, and used at once: by a store that never happens.
+
+    positive: an integer argument that is, which the assembler does not know.
+    """
+    if INTERPRETED or x.dtype != tl.float32 or like.dtype.primitive_bitwidth > 16 or not _comes_in(x, 8):
+        return x.to(like.dtype)
     else:
-        return tl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], tl.float16, True, 2)
+        CONVERT: tl.constexpr = "cvt.rn.bf16x2.f32 " if like.dtype == tl.bfloat16 else "cvt.rn.f16x2.f32 "
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred never; setp.lt.s32 never, $12, 0; "
+            + (CONVERT + "$0, $5, $4; ") + (CONVERT + "$1, $7, $6; ")
+            + (CONVERT + "$2, $9, $8; ") + (CONVERT + "$3, $11, $10; ")
+            + "@never st.shared.v4.b32 [$12], {$0, $1, $2, $3}; }",
+            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [x, positive], like.dtype, False, 8,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -93,5 +125,87 @@ def renamed(x):
         return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
     elif x.dtype == tl.bfloat16:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.bfloat16, True, 2)
+    elif x.dtype == tl.int32:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, True, 1)
     else:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.float16, True, 2)
+
+
+# --- arithmetic -------------------------------------------------------------------------------------------
+#
+# Blackwell (sm_100 and later) adds and multiplies two fp32 elements in one instruction, and takes a 16-bit operand
+# where the other is fp32. It has no more lanes for that: what is won are issue slots. Elsewhere these are the plain
+# operations.
+
+
+@triton.jit
+def add(a, b):
+    if INTERPRETED or a.dtype != tl.float32 or not _on_blackwell() or not _comes_in(a, 2):
+        return a + b
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 a, b; mov.b64 a, {$2, $3}; mov.b64 b, {$4, $5};"
+            " add.rn.f32x2 a, a, b; mov.b64 {$0, $1}, a; }",
+            "=f,=f,f,f,f,f", [a, b], tl.float32, True, 2,
+        )  # fmt: skip
+
+
+@triton.jit
+def mul(a, b):
+    if INTERPRETED or a.dtype != tl.float32 or not _on_blackwell() or not _comes_in(a, 2):
+        return a * b
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 a, b; mov.b64 a, {$2, $3}; mov.b64 b, {$4, $5};"
+            " mul.rn.f32x2 a, a, b; mov.b64 {$0, $1}, a; }",
+            "=f,=f,f,f,f,f", [a, b], tl.float32, True, 2,
+        )  # fmt: skip
+
+
+@triton.jit
+def fma(a, b, c):
+    """a b + c."""
+    if INTERPRETED or a.dtype != tl.float32 or not _on_blackwell() or not _comes_in(a, 2):
+        return tl.fma(a, b, c)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b64 a, b, c; mov.b64 a, {$2, $3}; mov.b64 b, {$4, $5}; mov.b64 c, {$6, $7};"
+            " fma.rn.f32x2 a, a, b, c; mov.b64 {$0, $1}, a; }",
+            "=f,=f,f,f,f,f,f,f", [a, b, c], tl.float32, True, 2,
+        )  # fmt: skip
+
+
+@triton.jit
+def negated(x):
+    """-x, as an operand. A sign is free but in an operation on pairs."""
+    if INTERPRETED or x.dtype != tl.float32 or not _on_blackwell():
+        return -x
+    else:
+        return mul(x, -1.0)
+
+
+@triton.jit
+def difference(x, y):
+    """x - y of a stored ``x`` and a computed ``y``."""
+    if INTERPRETED or x.dtype != tl.bfloat16 or not _on_blackwell() or not _comes_in(x, 2):
+        return upcast(x) - y
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 a, b; mov.b32 {a, b}, $2; sub.rn.f32.bf16 $0, a, $3; sub.rn.f32.bf16 $1, b, $4; }",
+            "=f,=f,r,f,f", [x, y], tl.float32, True, 2,
+        )  # fmt: skip
+
+
+@triton.jit
+def in_lanes(x):
+    if INTERPRETED or x.dtype != tl.float32 or not _on_blackwell():
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 t; mov.u32 t, %lanemask_lt; shr.u32 t, t, 31; or.b32 $0, $1, t; }",
+            "=r,r",
+            [x],
+            tl.float32,
+            True,
+            1,
+        )

@@ -268,7 +268,8 @@ def backward_launches(
     """From ``dy`` to ``out``: one launch, or three (two in evaluation)."""
     forward = forward_arguments(x, weight, bias, mean, var, form, seen)
     kept = {"dy_ptr": dy, "residual_ptr": residual, "signs_ptr": signs}
-    plan = whole_plan(seen, (x.element_size(), dy.element_size()), x.device) if training else None
+    sizes = x.element_size(), dy.element_size()
+    plan = whole_plan(seen, sizes, x.device, form.activation is not None) if training else None
     if plan is not None:
         arguments = {f"{name}_ptr": tensor for name, tensor in out._asdict().items()}
         arguments |= (

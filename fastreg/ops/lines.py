@@ -168,15 +168,18 @@ MOST_BATCHES = (1 << 16) - 1  # the second dimension of a CUDA grid
 MOST_PARTS = 8  # each is code of its own
 
 
-def whole_plan(seen: View, itemsizes: tuple[int, ...], device: torch.device) -> Plan | None:
+def whole_plan(
+    seen: View, itemsizes: tuple[int, ...], device: torch.device, activated: bool = False
+) -> Plan | None:
     """Whole units to each program, or None: where that would leave multiprocessors idle, or read memory twice.
 
-    itemsizes: of x, and of dy in the backward pass.
+    itemsizes: of x, and of dy in the backward pass. activated: whether that has an activation to go through.
     """
     if seen.batches > MOST_BATCHES:
         return None
     multiprocessors = backend.multiprocessors(device)
-    return _kept_plan(seen, itemsizes, multiprocessors) or _read_twice_plan(seen, itemsizes, multiprocessors)
+    kept = _kept_plan(seen, itemsizes, multiprocessors, activated)
+    return kept or _read_twice_plan(seen, itemsizes, multiprocessors)
 
 
 def _fills(seen: View, block: int, multiprocessors: int) -> bool:
@@ -185,11 +188,15 @@ def _fills(seen: View, block: int, multiprocessors: int) -> bool:
     return alone or seen.batches * ceil_div(seen.lines, block) >= multiprocessors
 
 
-def _kept_most(seen: View, tensors: int) -> tuple[int, int]:
+def _kept_most(seen: View, tensors: int, activated: bool) -> tuple[int, int]:
     """How many registers of the 128 of a thread kept tiles may take, and of how many elements, so that no thread
-    spills on any target. Channels last, a thread has several of all values that a line has one of."""
-    registers = (40, 28)[tensors - 1] if seen.last else 64
-    return registers, (80, 64)[tensors - 1]
+    spills on any target. Channels last, a thread has several of all values that a line has one of; and the derivative
+    of an activation is computed from one tile while the others wait."""
+    if seen.last:
+        registers = (40, 28)[tensors - 1]
+    else:
+        registers = 50 if activated and tensors == 2 else 64
+    return registers, 80
 
 
 def _parts(block: int, seen: View) -> int:
@@ -200,7 +207,7 @@ def _parts(block: int, seen: View) -> int:
 
 
 @functools.lru_cache(1024)
-def _kept_plan(seen: View, itemsizes: tuple[int, ...], multiprocessors: int) -> Plan | None:
+def _kept_plan(seen: View, itemsizes: tuple[int, ...], multiprocessors: int, activated: bool) -> Plan | None:
     """Whole units in the registers of each program, or None where they do not fit.
 
     Of all tiles that fit, those with the fewest predicted instructions an element: elements that are not there are
@@ -210,7 +217,7 @@ def _kept_plan(seen: View, itemsizes: tuple[int, ...], multiprocessors: int) -> 
     if seen.segments > 1 or max(itemsizes) > 4:
         return None
     vector = _vector(seen, itemsizes[0])
-    most_registers, most_elements = _kept_most(seen, len(itemsizes))
+    most_registers, most_elements = _kept_most(seen, len(itemsizes), activated)
     unit = math.lcm(seen.width, math.gcd(seen.lines, 8)) if seen.last else seen.width
     # A power of 2 of units, or all.
     blocks = [block for k in range(10) if (block := unit << k) < 2 * seen.lines]
