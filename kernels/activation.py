@@ -42,27 +42,27 @@ def _normal_tail(v, STORED: tl.constexpr):
     """
     a = tl.minimum(tl.abs(v), 16.0)
     if STORED.primitive_bitwidth > 16:
-        p = tl.fma(a, -1.87017601e-08, 5.88439832e-07)
-        p = tl.fma(a, p, -7.94592597e-06)
-        p = tl.fma(a, p, 5.80986816e-05)
-        p = tl.fma(a, p, -0.000213728476)
-        p = tl.fma(a, p, -0.000142537043)
-        p = tl.fma(a, p, 0.00712780515)
-        p = tl.fma(a, p, -0.052566722)
-        p = tl.fma(a, p, -0.459180146)
-        p = tl.fma(a, p, -1.15110838)
+        p = fma(a, -1.87017601e-08, 5.88439832e-07)
+        p = fma(a, p, -7.94592597e-06)
+        p = fma(a, p, 5.80986816e-05)
+        p = fma(a, p, -0.000213728476)
+        p = fma(a, p, -0.000142537043)
+        p = fma(a, p, 0.00712780515)
+        p = fma(a, p, -0.052566722)
+        p = fma(a, p, -0.459180146)
+        p = fma(a, p, -1.15110838)
     elif STORED == tl.float16:
-        p = tl.fma(a, 2.97347833e-05, -0.00071335031)
-        p = tl.fma(a, p, 0.00777515676)
-        p = tl.fma(a, p, -0.0526961721)
-        p = tl.fma(a, p, -0.459489226)
-        p = tl.fma(a, p, -1.15095747)
+        p = fma(a, 2.97347833e-05, -0.00071335031)
+        p = fma(a, p, 0.00777515676)
+        p = fma(a, p, -0.0526961721)
+        p = fma(a, p, -0.459489226)
+        p = fma(a, p, -1.15095747)
     else:
-        p = tl.fma(a, -0.00024119651, 0.00498826755)
-        p = tl.fma(a, p, -0.0452387556)
-        p = tl.fma(a, p, -0.468181193)
-        p = tl.fma(a, p, -1.14767551)
-    return a, exp2(tl.fma(a, p, -1.0))
+        p = fma(a, -0.00024119651, 0.00498826755)
+        p = fma(a, p, -0.0452387556)
+        p = fma(a, p, -0.468181193)
+        p = fma(a, p, -1.14767551)
+    return a, exp2(fma(a, p, -1.0))
 
 
 @triton.jit
@@ -76,18 +76,18 @@ def _gelu(v, STORED: tl.constexpr):
         return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
     else:
         a, tail = _normal_tail(v, STORED)
-        return tl.fma(-a, tail, _relu(v))
+        return fma(negated(a), tail, _relu(v))
 
 
 @triton.jit
 def _gelu_backward(g, v, STORED: tl.constexpr):
-    density = exp2(v * v * (-0.5 * LOG2_E) - 1.3257480647361593)  # log2 sqrt(2 pi)
+    density = exp2(fma(mul(v, v), -0.5 * LOG2_E, -1.3257480647361593))  # log2 sqrt(2 pi)
     if v.dtype == tl.float64:
         cumulative = 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
     else:
         _, tail = _normal_tail(v, STORED)
         cumulative = tl.where(v > 0, 1.0 - tail, tail)
-    return g * tl.fma(v, density, cumulative)
+    return mul(g, fma(v, density, cumulative))
 
 
 @triton.jit

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import upcast
+from .fastmath import add, fma, mul, upcast
 from .philox import lanes
 
 # Numbers that change from call to call: a kernel of its own for those that divide by 16 would gain nothing.
@@ -115,7 +115,7 @@ def _add_bias(v, bias_ptr, first_row, row, first_column, column, shape, limit, B
         bias = tl.load(bias_ptr + first_column + column, mask=first_column + column < limit, other=0.0)
     else:
         bias = tl.load(bias_ptr + (first_row + row) // bias_repeat % bias_size)
-    return v + upcast(bias).to(v.dtype)
+    return add(v, upcast(bias).to(v.dtype))
 
 
 @triton.jit
@@ -141,15 +141,15 @@ def _forward_tile(
         v = _add_bias(v, bias_ptr, first_row, row, first_column, column, shape, limit, BIAS)
     y = activation.forward(v, ACTIVATION, x.dtype)
     if SHIFTED:
-        kept = y * _constant(scale, y) + _constant(kept_shift, y)
+        kept = fma(y, _constant(scale, y), _constant(kept_shift, y))
         y = tl.where(keep, kept, _constant(dropped_value, y))
     else:
         if MASK is not None:
             # Selected before it is scaled: behind the product LLVM selects in 16 bits, which is twice the work.
             y = tl.where(keep, y, 0.0)
-        y *= _constant(scale, y)
+        y = mul(y, _constant(scale, y))
     if residual_ptr is not None:
-        y += upcast(tl.load(residual_ptr + first + element, mask=inside, other=0.0)).to(v.dtype)
+        y = add(y, upcast(tl.load(residual_ptr + first + element, mask=inside, other=0.0)).to(v.dtype))
     tl.store(y_ptr + first + element, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -230,7 +230,7 @@ def _backward_tile(
         dx = activation.backward(dx.to(v.dtype), v, ACTIVATION, x.dtype)
     if MASK is not None:
         dx = tl.where(keep, dx, 0.0)  # behind the activation: a dropped NaN has no gradient
-    dx *= _constant(scale, dx)
+    dx = mul(dx, _constant(scale, dx))
     tl.store(dx_ptr + first + element, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     return dx  # 0 outside the tensor, where dy was read as 0
 

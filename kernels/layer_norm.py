@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import INTERPRETED, upcast
+from .fastmath import INTERPRETED, add, difference, fma, mul, upcast
 from .philox import lanes
 
 # Numbers that change from call to call. The rows start on 16 bytes without a kernel of their own: columns are
@@ -63,9 +63,20 @@ def _tile(
 
 
 @triton.jit
-def _load(ptr, first, element, inside):
+def _stored(ptr, first, element, inside):
     """Activations, which are read once (or once more from the L2): they need not stay in the L1."""
-    return upcast(tl.load(ptr + first + element, mask=inside, other=0.0, eviction_policy="evict_first"))
+    return tl.load(ptr + first + element, mask=inside, other=0.0, eviction_policy="evict_first")
+
+
+@triton.jit
+def _load(ptr, first, element, inside):
+    return upcast(_stored(ptr, first, element, inside))
+
+
+@triton.jit
+def _normalized(ptr, first, element, inside, mean, rstd):
+    """xhat = (h - mean) rstd."""
+    return mul(difference(_stored(ptr, first, element, inside), mean), rstd)
 
 
 @triton.jit
@@ -105,7 +116,7 @@ def _dropout(
     drawn = tl.reshape(lanes(vector, seed, offset, VECTOR), [BLOCK_ROWS, BLOCK_COLUMNS])
     # Selected before it is scaled: behind the product LLVM selects in 16 bits, which is twice the work.
     v = tl.where(drawn >= (threshold.to(tl.uint32) << 16), v, 0.0)
-    return v * tl.full([1, 1], scale, v.dtype)
+    return mul(v, tl.full([1, 1], scale, v.dtype))
 
 
 @triton.jit
@@ -119,7 +130,7 @@ def _hidden(
     if DROP:
         h = _dropout(h, draw, first, shape, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR)
     if skip_ptr is not None:
-        h += _load(skip_ptr, first, element, inside)
+        h = add(h, _load(skip_ptr, first, element, inside))
     if h_ptr is not None:
         stored = h.to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + first + element, stored, mask=inside)
@@ -131,9 +142,9 @@ def _hidden(
 def _write_output(xhat, parameters, residual_ptr, y_ptr, first, element, inside, ACTIVATION: tl.constexpr):
     """y = f(xhat w + b + residual)."""
     weight, bias = parameters
-    v = xhat * weight + bias
+    v = fma(xhat, weight, bias)
     if residual_ptr is not None:
-        v += _load(residual_ptr, first, element, inside).to(v.dtype)
+        v = add(v, _load(residual_ptr, first, element, inside).to(v.dtype))
     _store(y_ptr, first, element, inside, activation.forward(v, ACTIVATION, y_ptr.dtype.element_ty))
 
 
@@ -191,14 +202,14 @@ def forward(
     )
     share = 1.0 / shape[1].to(h.dtype)
     mean = tl.sum(h, 1, keep_dims=True) * share
-    centred = h - mean
+    centred = add(h, -mean)
     if not EVEN_COLUMNS:
         centred = tl.where(in_columns, centred, 0.0)
     variance = tl.sum(centred * centred, 1, keep_dims=True) * share
     rstd = tl.rsqrt(variance + tl.full([1, 1], eps, h.dtype))
     _write_statistics(statistics_ptr, first_row, rows, in_rows, mean, rstd, BLOCK_ROWS)
     parameters = _parameters(weight_ptr, bias_ptr, 0, in_columns, statistics_ptr, BLOCK_COLUMNS)
-    _write_output(centred * rstd, parameters, residual_ptr, y_ptr, first, element, inside, ACTIVATION)
+    _write_output(mul(centred, rstd), parameters, residual_ptr, y_ptr, first, element, inside, ACTIVATION)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -247,13 +258,12 @@ def forward_long(
     first_column = tl.full([], 0, tl.int64 if WIDE else tl.int32)
     while first_column < columns:
         first, element, _, in_columns = _tile(row, first_column, shape, True, EVEN_COLUMNS, 1, BLOCK_COLUMNS)
-        h = _load(x_ptr if h_ptr is None else h_ptr, first, element, in_columns)
+        stored_ptr = x_ptr if h_ptr is None else h_ptr
+        xhat = _normalized(stored_ptr, first, element, in_columns, mean, rstd)
         parameters = _parameters(
             weight_ptr, bias_ptr, first_column, in_columns, statistics_ptr, BLOCK_COLUMNS
         )
-        _write_output(
-            (h - mean) * rstd, parameters, residual_ptr, y_ptr, first, element, in_columns, ACTIVATION
-        )
+        _write_output(xhat, parameters, residual_ptr, y_ptr, first, element, in_columns, ACTIVATION)
         first_column += BLOCK_COLUMNS
 
 
@@ -264,11 +274,18 @@ def _gradient(xhat, parameters, tensors, first, element, inside, ACTIVATION: tl.
     weight, bias = parameters
     g = _load(dy_ptr, first, element, inside).to(xhat.dtype)
     if ACTIVATION is not None:
-        v = xhat * weight + bias
+        v = fma(xhat, weight, bias)
         if residual_ptr is not None:
-            v += _load(residual_ptr, first, element, inside).to(v.dtype)
+            v = add(v, _load(residual_ptr, first, element, inside).to(v.dtype))
         g = activation.backward(g, v, ACTIVATION, dy_ptr.dtype.element_ty)
     return g
+
+
+@triton.jit
+def _centred_gradient(wg, xhat, mean_wg, mean_wg_xhat, rstd):
+    """dh = rstd (w g - mean(w g) - xhat mean(w g xhat))."""
+    # One instruction more than with rstd multiplied out, and a register less.
+    return mul(add(wg, fma(xhat, -mean_wg_xhat, -mean_wg)), rstd)
 
 
 @triton.jit
@@ -281,7 +298,7 @@ def _write_gradients(
     if dresidual_ptr is not None:
         _store(dresidual_ptr, first, element, inside, g)
     if dh_ptr is not None:
-        dh += _load(dh_ptr, first, element, inside).to(dh.dtype)
+        dh = add(dh, _load(dh_ptr, first, element, inside).to(dh.dtype))
     if dskip_ptr is not None:
         _store(dskip_ptr, first, element, inside, dh)
     if dx_ptr is not None:
@@ -307,19 +324,19 @@ def _backward_rows(
     )
     inside = in_rows & in_columns
     mean, rstd = _read_statistics(statistics_ptr, first_row, rows, in_rows, BLOCK_ROWS)
-    xhat = (_load(h_ptr, first, element, inside) - mean) * rstd
+    xhat = _normalized(h_ptr, first, element, inside, mean, rstd)
     g = _gradient(xhat, parameters, (dy_ptr, residual_ptr), first, element, inside, ACTIVATION)
     # Columns outside count nothing: g is 0 there.
-    wg = g * weight
+    wg = mul(g, weight)
     share = 1.0 / columns.to(wg.dtype)
     mean_wg = tl.sum(wg, 1, keep_dims=True) * share
     mean_wg_xhat = tl.sum(wg * xhat, 1, keep_dims=True) * share
-    dh = rstd * (wg - mean_wg - xhat * mean_wg_xhat)
+    dh = _centred_gradient(wg, xhat, mean_wg, mean_wg_xhat, rstd)
     _write_gradients(
         dh, g, (dh_ptr, dx_ptr, dskip_ptr, dresidual_ptr), draw, first, element, inside, shape,
         DROP, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR,
     )  # fmt: skip
-    return dweight + g * xhat, dbias + g
+    return fma(g, xhat, dweight), add(dbias, g)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
@@ -391,14 +408,14 @@ def backward_long(
     first_column = tl.full([], 0, tl.int64 if WIDE else tl.int32)
     while first_column < shape[1]:
         first, element, _, in_columns = _tile(row, first_column, shape, True, EVEN_COLUMNS, 1, BLOCK_COLUMNS)
-        xhat = (_load(h_ptr, first, element, in_columns) - mean) * rstd
+        xhat = _normalized(h_ptr, first, element, in_columns, mean, rstd)
         parameters = _parameters(
             weight_ptr, bias_ptr, first_column, in_columns, statistics_ptr, BLOCK_COLUMNS
         )
         g = _gradient(xhat, parameters, (dy_ptr, residual_ptr), first, element, in_columns, ACTIVATION)
-        wg = g * parameters[0]
-        sum_wg += wg
-        sum_wg_xhat += wg * xhat
+        wg = mul(g, parameters[0])
+        sum_wg = add(sum_wg, wg)
+        sum_wg_xhat = fma(wg, xhat, sum_wg_xhat)
         first_column += BLOCK_COLUMNS
 
     share = 1.0 / shape[1].to(sum_wg.dtype)
@@ -407,13 +424,13 @@ def backward_long(
     first_column = tl.full([], 0, tl.int64 if WIDE else tl.int32)
     while first_column < shape[1]:
         first, element, _, in_columns = _tile(row, first_column, shape, True, EVEN_COLUMNS, 1, BLOCK_COLUMNS)
-        xhat = (_load(h_ptr, first, element, in_columns) - mean) * rstd
+        xhat = _normalized(h_ptr, first, element, in_columns, mean, rstd)
         parameters = _parameters(
             weight_ptr, bias_ptr, first_column, in_columns, statistics_ptr, BLOCK_COLUMNS
         )
         g = _gradient(xhat, parameters, (dy_ptr, residual_ptr), first, element, in_columns, ACTIVATION)
-        wg = g * parameters[0]
-        dh = rstd * (wg - mean_wg - xhat * mean_wg_xhat)
+        wg = mul(g, parameters[0])
+        dh = _centred_gradient(wg, xhat, mean_wg, mean_wg_xhat, rstd)
         tensors = (dh_ptr, dx_ptr, dskip_ptr, dresidual_ptr)
         _write_gradients(
             dh, g, tensors, draw, first, element, in_columns, shape, DROP, 1, BLOCK_COLUMNS, VECTOR
@@ -441,10 +458,10 @@ def backward_columns(
         )
         inside = in_rows & in_columns
         mean, rstd = _read_statistics(statistics_ptr, first_row, rows, in_rows, BLOCK_ROWS)
-        xhat = (_load(h_ptr, first, element, inside) - mean) * rstd
+        xhat = _normalized(h_ptr, first, element, inside, mean, rstd)
         g = _gradient(xhat, parameters, (dy_ptr, residual_ptr), first, element, inside, ACTIVATION)
-        dweight += g * xhat
-        dbias += g
+        dweight = fma(g, xhat, dweight)
+        dbias = add(dbias, g)
         first_row += _index(tl.num_programs(0), WIDE) * BLOCK_ROWS
     column = first_column + tl.arange(0, BLOCK_COLUMNS)
     partial = tl.program_id(0).to(tl.int64) * shape[1] + column

@@ -124,6 +124,8 @@ def _arguments(rows: int, blocks: _Blocks, stream: Stream, form: _Form) -> dict:
         "VECTOR": blocks.vector,
         "WIDE": rows * form.columns >= 1 << 31,
         "num_warps": blocks.warps,
+        # Said, or the assembler may spill to fit more programs, which memory does not need.
+        "maxnreg": 128,
     }
 
 
@@ -159,9 +161,7 @@ def _backward_launches(tensors: dict, sums: _Sums, stream: Stream, form: _Form) 
     if any(tensors[name] is not None for name in _GRADIENTS):
         if long:
             blocks = _long_blocks(h, form.columns, 1, LONG_BLOCK)
-            # Said, or the assembler may spill to fit more programs, which memory does not need.
             arguments = _without(_arguments(rows, blocks, stream, form), "BLOCK_ROWS", "EVEN_ROWS")
-            arguments["maxnreg"] = 128
             launches.append(Launch(kernels.backward_long, (rows,), tensors | arguments))
         else:
             # 16 elements a thread, so that the sums have registers beside them, and 16 warps on a multiprocessor.
@@ -172,7 +172,6 @@ def _backward_launches(tensors: dict, sums: _Sums, stream: Stream, form: _Form) 
             most = backend.multiprocessors(h.device) * max(1, (8 if crowded else 16) // blocks.warps)
             programs = min(ceil_div(ceil_div(rows, blocks.rows), 4), most)
             partial = _partial(h, programs, form, sums if together else (None, None))
-            # As above.
             registers = 255 if crowded and blocks.warps <= 8 else 128
             arguments = _arguments(rows, blocks, stream, form) | {"maxnreg": registers}
             launches.append(Launch(kernels.backward, (programs,), tensors | partial | arguments))
