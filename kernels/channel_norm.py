@@ -62,16 +62,16 @@ def _line_sum(tile, LAST: tl.constexpr):
 
 
 @triton.jit
-def _shape(outer, inner_vectors, segments, block, VECTOR: tl.constexpr, LAST: tl.constexpr):
-    """(lines, elements of a line in a segment, segments), and the lines of a program.
+def _extents(outer, inner_vectors, block, VECTOR: tl.constexpr, LAST: tl.constexpr):
+    """Lines, elements of a line in a segment, and the lines of a program.
 
     Written as products, so that the compiler sees that a vector is inside as a whole or not at all, and aligned.
     """
     inner = inner_vectors * VECTOR
     if LAST:
-        return (inner, outer, segments), block * VECTOR
+        return inner, outer, block * VECTOR
     else:
-        return (outer, inner, segments), block
+        return outer, inner, block
 
 
 @triton.jit
@@ -519,7 +519,8 @@ def whole_forward(
     ALONG: tl.constexpr,
 ):
     """Everything, a block of whole units a program. Grid: (blocks of lines, batches)."""
-    shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
+    lines, along, block = _extents(outer, inner_vectors, block, VECTOR, LAST)
+    shape = (lines, along, segments)
     place = _whole_place(block)
     split = 0
     unit, _, there = _indices(
@@ -579,7 +580,8 @@ def statistics(
     ALONG: tl.constexpr,
 ):
     """Reads x once. Grid: (batches x splits x blocks of lines,)."""
-    shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
+    lines, along, block = _extents(outer, inner_vectors, block, VECTOR, LAST)
+    shape = (lines, along, segments)
     place, split = _place(shape, block, splits)
     batch, first_line, _ = place
     mean, var, count = _line_moments(x_ptr, place, split, splits, shape, EVEN, LAST, LINES, ALONG)
@@ -679,7 +681,8 @@ def apply(
 
     Grid: (batches x splits x blocks of lines,).
     """
-    shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
+    lines, along, block = _extents(outer, inner_vectors, block, VECTOR, LAST)
+    shape = (lines, along, segments)
     place, split = _place(shape, block, splits)
     unit, channel, there = _indices(place, shape, channels, repeat, width, 0, LAST, LINES)
     mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there, 0)
@@ -838,7 +841,8 @@ def whole_backward(
     ALONG: tl.constexpr,
 ):
     """Everything, a block of whole units a program. Arguments as in ``whole_forward``."""
-    shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
+    lines, along, block = _extents(outer, inner_vectors, block, VECTOR, LAST)
+    shape = (lines, along, segments)
     place = _whole_place(block)
     split = 0
     unit, _, there = _indices(
@@ -948,7 +952,8 @@ def gradient_sums(
     ALONG: tl.constexpr,
 ):
     """The first pass. Grid: (batches x splits x blocks of lines,)."""
-    shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
+    lines, along, block = _extents(outer, inner_vectors, block, VECTOR, LAST)
+    shape = (lines, along, segments)
     place, split = _place(shape, block, splits)
     unit, channel, there = _indices(place, shape, channels, repeat, width, 0, LAST, LINES)
     mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there, 0)
@@ -1044,7 +1049,8 @@ def gradient_apply(
     ALONG: tl.constexpr,
 ):
     """dx: the second pass. Grid: (batches x splits x blocks of lines,)."""
-    shape, block = _shape(outer, inner_vectors, segments, block, VECTOR, LAST)
+    lines, along, block = _extents(outer, inner_vectors, block, VECTOR, LAST)
+    shape = (lines, along, segments)
     place, split = _place(shape, block, splits)
     unit, channel, there = _indices(place, shape, channels, repeat, width, 0, LAST, LINES)
     mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there, 0)

@@ -262,7 +262,7 @@ def _tile(
         threshold = _number(row, THRESHOLD, COMPUTE)
         p = tl.where(tl.abs(p) < threshold, 0.0, p - tl.where(p < 0, -threshold, threshold))
     if PROJECTION != "none":
-        inside = p if mask is None else tl.where(mask, p, 0.0)
+        inside = tl.where(mask, p, 0.0)
         squared = tl.sum(inside * inside, 1 if PROJECTION == "rows" else 0)
         if PROJECTION == "rows":
             radius = _number(row, RADIUS, COMPUTE)

@@ -63,7 +63,7 @@ def _penalty_tile(
             penalty = 0.5 * l2 * (x * x)
         if L1:
             penalty += l1 * tl.abs(x)
-        value = tl.sum(penalty if mask is None else tl.where(mask, penalty, 0.0), 0)
+        value = tl.sum(tl.where(mask, penalty, 0.0), 0)
     return value
 
 
