@@ -172,12 +172,14 @@ def _gathered(tile, LAST: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _accumulated(sums, products, a, b, LAST: tl.constexpr, VECTOR: tl.constexpr):
-    """The sums of ``a`` and ``a b``, with those of one more tile."""
-    if LAST or VECTOR == 1:
-        return add(sums, a), fma(a, b, products)
-    else:
-        return sums + _gathered(a, LAST, VECTOR), products + _gathered(a * b, LAST, VECTOR)
+def _with(sums, tile, LAST: tl.constexpr, VECTOR: tl.constexpr):
+    """Sums of tiles (``_gathered``) with those of one more."""
+    return add(sums, tile) if LAST or VECTOR == 1 else sums + _gathered(tile, LAST, VECTOR)
+
+
+@triton.jit
+def _with_product(sums, a, b, LAST: tl.constexpr, VECTOR: tl.constexpr):
+    return fma(a, b, sums) if LAST or VECTOR == 1 else sums + _gathered(a * b, LAST, VECTOR)
 
 
 # --- values per line --------------------------------------------------------------------------------------
@@ -405,17 +407,14 @@ def _line_moments(
 
 @triton.jit
 def _keep(
-    ptr, place, shape, TILES: tl.constexpr, PARTS: tl.constexpr, FULL: tl.constexpr,
+    ptr, place, shape, TILES: tl.constexpr, FULL: tl.constexpr,
     EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
-    """All tiles of this program, as they are stored: 16-bit ones take half a register an element."""
+    """All tiles of a part, as they are stored: 16-bit ones take half a register an element."""
     kept = ()
-    for part in tl.static_range(PARTS):
-        for tile in tl.static_range(TILES):
-            first, offset, inside, _ = _tile(
-                tile, _part(place, part, PARTS, LINES), shape, EVEN or tile < FULL, LAST, LINES, ALONG
-            )
-            kept = kept + (tl.load(ptr + first + offset, mask=inside, other=0.0),)  # noqa: RUF005
+    for tile in tl.static_range(TILES):
+        first, offset, inside, _ = _tile(tile, place, shape, EVEN or tile < FULL, LAST, LINES, ALONG)
+        kept = kept + (tl.load(ptr + first + offset, mask=inside, other=0.0),)  # noqa: RUF005
     return kept
 
 
@@ -426,21 +425,22 @@ def _kept_moments(
 ):  # fmt: skip
     """At each line, mean and (biased) variance of its unit, one after the other; and the elements of a line."""
     _, along, segments = shape
-    sums = _gathered(upcast(kept[0]), LAST, VECTOR)
-    for i in tl.static_range(1, PARTS * TILES):
-        sums += _gathered(upcast(kept[i]), LAST, VECTOR)
+    sums = _gathered(upcast(kept[0][0]), LAST, VECTOR)
+    for part in tl.static_range(PARTS):
+        for tile in tl.static_range(0 if part else 1, TILES):
+            sums = _with(sums, upcast(kept[part][tile]), LAST, VECTOR)
     count = tl.full([1], along if segments is None else along * segments, tl.int32).to(sums.dtype)
     elements = count * width
     mean = _tile_unit_sum(sums, width, UNITS, LAST, LINES) / elements
     squares = tl.zeros_like(sums)
-    for i in tl.static_range(PARTS * TILES):
-        d = difference(kept[i], _spread(mean, LAST))
-        if not (EVEN or i % TILES < FULL):
-            _, _, inside, _ = _tile(
-                i % TILES, _part(place, i // TILES, PARTS, LINES), shape, EVEN, LAST, LINES, ALONG
-            )
-            d = tl.where(inside, d, 0.0)
-        squares += _gathered(d * d, LAST, VECTOR)
+    for part in tl.static_range(PARTS):
+        own = _part(place, part, PARTS, LINES)
+        for tile in tl.static_range(TILES):
+            d = difference(kept[part][tile], _spread(mean, LAST))
+            if not (EVEN or tile < FULL):
+                _, _, inside, _ = _tile(tile, own, shape, EVEN, LAST, LINES, ALONG)
+                d = tl.where(inside, d, 0.0)
+            squares = _with_product(squares, d, d, LAST, VECTOR)
     return mean, _tile_unit_sum(squares, width, UNITS, LAST, LINES) / elements, count
 
 
@@ -527,7 +527,10 @@ def whole_forward(
         _part(place, 0, PARTS, LINES), shape, channels, repeat, width, UNITS, LAST, LINES
     )
     if TILES:
-        kept = _keep(x_ptr, place, shape, TILES, PARTS, FULL, EVEN, LAST, LINES, ALONG)
+        kept = ()
+        for part in tl.static_range(PARTS):
+            own = _part(place, part, PARTS, LINES)
+            kept = kept + (_keep(x_ptr, own, shape, TILES, FULL, EVEN, LAST, LINES, ALONG),)  # noqa: RUF005
         mean, var, count = _kept_moments(
             kept, place, shape, width, UNITS, TILES, PARTS, FULL,
             EVEN, LAST, VECTOR if UNITS == 1 else 1, LINES, ALONG,
@@ -554,7 +557,7 @@ def whole_forward(
         if TILES:
             for tile in tl.static_range(TILES):
                 _apply_tile(
-                    kept[part * TILES + tile], tensors, values, tile, own, shape, ACTIVATION,
+                    kept[part][tile], tensors, values, tile, own, shape, ACTIVATION,
                     EVEN or tile < FULL, LAST, LINES, ALONG,
                 )  # fmt: skip
         else:
@@ -750,25 +753,25 @@ def _line_gradient_sums(
 
 @triton.jit
 def _kept_gradient_sums(
-    x, dy, tensors, dv_ptr, values, part, place, shape, ACTIVATION: tl.constexpr, REREAD: tl.constexpr, TILES: tl.constexpr,
-    FULL: tl.constexpr, EVEN: tl.constexpr, LAST: tl.constexpr, VECTOR: tl.constexpr, LINES: tl.constexpr,
-    ALONG: tl.constexpr,
+    x, dy, tensors, dv_ptr, values, place, shape, ACTIVATION: tl.constexpr, TILES: tl.constexpr, FULL: tl.constexpr,
+    EVEN: tl.constexpr, LAST: tl.constexpr, VECTOR: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
-    """The same of a part of kept tiles; and its tiles of g in the dtype of dy, to be kept."""
+    """The same of a part, from its tiles; and its tiles of g in the dtype of dy, to be kept."""
     mean, _, _ = values
     sums = _gathered(tl.zeros([ALONG, LINES] if LAST else [LINES, ALONG], mean.dtype), LAST, VECTOR)
     products = tl.zeros_like(sums)
     kept = ()
     for tile in tl.static_range(TILES):
         g, d, element, inside = _gradient(
-            x[tile if REREAD else part * TILES + tile], dy[part * TILES + tile], tensors, values, tile, place, shape, ACTIVATION,
+            x[tile], dy[tile], tensors, values, tile, place, shape, ACTIVATION,
             EVEN or tile < FULL, LAST, LINES, ALONG,
         )  # fmt: skip
         if dv_ptr is not None:
             tl.store(dv_ptr + element, g.to(dv_ptr.dtype.element_ty), mask=inside)
-        sums, products = _accumulated(sums, products, g, d, LAST, VECTOR)
-        stored = dy[part * TILES + tile]
-        kept = kept + (stored if ACTIVATION is None else packed(g, stored, shape[1]),)  # noqa: RUF005
+        sums = _with(sums, g, LAST, VECTOR)
+        products = _with_product(products, g, d, LAST, VECTOR)
+        g = dy[tile] if ACTIVATION is None else packed(g, dy[tile], shape[1])
+        kept = kept + (g,)  # noqa: RUF005
     return kept, _line_sum(sums, LAST), _line_sum(products, LAST)
 
 
@@ -850,10 +853,12 @@ def whole_backward(
     )
     mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there, UNITS)
     tensors = (dy_ptr, x_ptr, residual_ptr, signs_ptr)
-    if TILES:
-        dy = _keep(dy_ptr, place, shape, TILES, PARTS, FULL, EVEN, LAST, LINES, ALONG)
-        x = _keep(x_ptr, place, shape, TILES, 1 if REREAD else PARTS, FULL, EVEN, LAST, LINES, ALONG)
-        g = ()
+    dy, x, g = (), (), ()  # of each part, its tiles
+    for part in tl.static_range(PARTS if TILES else 0):
+        own = _part(place, part, PARTS, LINES)
+        dy = dy + (_keep(dy_ptr, own, shape, TILES, FULL, EVEN, LAST, LINES, ALONG),)  # noqa: RUF005
+        if part == 0 or not REREAD:
+            x = x + (_keep(x_ptr, own, shape, TILES, FULL, EVEN, LAST, LINES, ALONG),)  # noqa: RUF005
     b = tl.zeros_like(mean)
     w = tl.zeros_like(mean)
     for part in tl.static_range(PARTS):
@@ -861,25 +866,14 @@ def whole_backward(
         _, channel, there = _indices(own, shape, channels, repeat, width, UNITS, LAST, LINES)
         values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
         if TILES:
-            now = x
-            if REREAD and part + 1 < PARTS:
-                x = _keep(
-                    x_ptr,
-                    _part(place, part + 1, PARTS, LINES),
-                    shape,
-                    TILES,
-                    1,
-                    FULL,
-                    EVEN,
-                    LAST,
-                    LINES,
-                    ALONG,
-                )
+            if REREAD and part + 1 < PARTS:  # on their way while this part is summed
+                ahead = _part(place, part + 1, PARTS, LINES)
+                x = x + (_keep(x_ptr, ahead, shape, TILES, FULL, EVEN, LAST, LINES, ALONG),)  # noqa: RUF005
             kept, dbias, dweight = _kept_gradient_sums(
-                now, dy, tensors, dv_ptr, values, part, own, shape, ACTIVATION, REREAD,
+                x[part], dy[part], tensors, dv_ptr, values, own, shape, ACTIVATION,
                 TILES, FULL, EVEN, LAST, VECTOR, LINES, ALONG,
             )  # fmt: skip
-            g = g + kept
+            g = g + (kept,)  # noqa: RUF005
         else:
             dbias, dweight = _line_gradient_sums(
                 tensors, (dv_ptr, None), values, own, split, _one(), shape,
@@ -895,23 +889,21 @@ def whole_backward(
         w += tl.where(there, weight * dweight, 0.0)
     count = tl.full([1], count, mean.dtype)
     means = _unit_gradient_means(b, w, rstd, count, width, UNITS, LINES)
-    if not REREAD:
-        mean = renamed(mean)
-    else:
+    # What was computed from these would else be kept in registers until it is wanted again.
+    if REREAD:
         place = (renamed(place[0]), place[1], place[2])
+    else:
+        mean = renamed(mean)
     for part in tl.static_range(PARTS):
         own = _part(place, part, PARTS, LINES)
         _, channel, there = _indices(own, shape, channels, repeat, width, UNITS, LAST, LINES)
         values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
         if TILES:
-            if REREAD:
-                again = _keep(x_ptr, own, shape, TILES, 1, FULL, EVEN, LAST, LINES, ALONG)
+            again = _keep(x_ptr, own, shape, TILES, FULL, EVEN, LAST, LINES, ALONG) if REREAD else x[part]
             for tile in tl.static_range(TILES):
                 first, offset, inside, _ = _tile(tile, own, shape, EVEN or tile < FULL, LAST, LINES, ALONG)
-                d = difference(
-                    again[tile] if REREAD else renamed(x[part * TILES + tile]), _spread(mean, LAST)
-                )
-                dx = _dx(upcast(g[part * TILES + tile]).to(d.dtype), d, values, means, LAST)
+                d = difference(renamed(again[tile]), _spread(mean, LAST))
+                dx = _dx(upcast(g[part][tile]).to(d.dtype), d, values, means, LAST)
                 tl.store(dx_ptr + first + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         else:
             _dx_tiles(

@@ -188,15 +188,14 @@ def _fills(seen: View, block: int, multiprocessors: int) -> bool:
     return alone or seen.batches * ceil_div(seen.lines, block) >= multiprocessors
 
 
-def _kept_most(seen: View, tensors: int, activated: bool) -> tuple[int, int]:
+def _kept_most(seen: View, block: int, tensors: int, activated: bool) -> tuple[int, int]:
     """How many registers of the 128 of a thread kept tiles may take, and of how many elements, so that no thread
-    spills on any target. Channels last, a thread has several of all values that a line has one of; and the derivative
-    of an activation is computed from one tile while the others wait."""
-    if seen.last:
-        registers = (40, 28)[tensors - 1]
-    else:
-        registers = 50 if activated and tensors == 2 else 64
-    return registers, 80
+    spills on any target. Channels last, a thread has several of all values that a line has one of, and of those that a
+    unit has one of, too, if it has several units; and the derivative of an activation is computed from one tile while
+    the others wait."""
+    alone = 40 if seen.last else 64
+    both = (28 if block == seen.width else 20) if seen.last else 50 if activated else 64
+    return both if tensors == 2 else alone, 80
 
 
 def _parts(block: int, seen: View) -> int:
@@ -217,7 +216,6 @@ def _kept_plan(seen: View, itemsizes: tuple[int, ...], multiprocessors: int, act
     if seen.segments > 1 or max(itemsizes) > 4:
         return None
     vector = _vector(seen, itemsizes[0])
-    most_registers, most_elements = _kept_most(seen, len(itemsizes), activated)
     unit = math.lcm(seen.width, math.gcd(seen.lines, 8)) if seen.last else seen.width
     # A power of 2 of units, or all.
     blocks = [block for k in range(10) if (block := unit << k) < 2 * seen.lines]
@@ -232,6 +230,7 @@ def _kept_plan(seen: View, itemsizes: tuple[int, ...], multiprocessors: int, act
         long = run >= vector and (seen.last or run * itemsizes[0] >= 64 or run >= seen.along)
         if not (along and along <= _power_of_2(seen.along) and long and _fills(seen, block, multiprocessors)):
             continue
+        most_registers, most_elements = _kept_most(seen, block, len(itemsizes), activated)
         kept = ceil_div(seen.along, along)
         if seen.batched:
             # A kernel for each number of tiles is compiled, and a batch may have any size.
