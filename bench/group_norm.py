@@ -77,18 +77,10 @@ def kernels() -> list[Kernel]:
             show = {"headline": dtype == torch.bfloat16}
             found += variants(dtype, (32, 512, 28, 28), layout, 32, note="G=32", budget=BUDGET, **show)
             if dtype != torch.float16:
-                silu = SILU_LAST if layout == "NHWC" and dtype == torch.bfloat16 else BUDGET
-                found += variants(dtype, (32, 512, 28, 28), layout, 32, "silu", note="G=32", budget=silu)
+                found += variants(dtype, (32, 512, 28, 28), layout, 32, "silu", note="G=32", budget=BUDGET)
     for dtype in (torch.bfloat16, torch.float32):
         for layout in ("NCHW", "NHWC"):
             # Instance normalization; and the UNet of Stable Diffusion, whose groups of 10 no vector divides.
             found += variants(dtype, (64, 256, 56, 56), layout, 256, note="instance", budget=BUDGET)
-            found += variants(dtype, (8, 320, 64, 64), layout, 32, "silu", note="groups of 10", budget=TEN)
+            found += variants(dtype, (8, 320, 64, 64), layout, 32, "silu", note="groups of 10", budget=BUDGET)
     return found
-
-
-# A unit stays in registers, and the derivative of silu is computed once. Backward and channels last, each thread has
-# 8 lines to sum and scale besides, which on a B200 takes longer than the 3 accesses.
-SILU_LAST = Budget(min_headroom={80: 1, 90: 1, 100: 0.85}, **FEW_NARROW)
-# Backward, a group of 40,960 elements is too large for registers: it is read twice, and silu' is computed twice.
-TEN = Budget(min_headroom={80: 1, 90: 1, 100: 0.65}, **FEW_NARROW)

@@ -21,15 +21,16 @@ Two plans, with accesses of an activation-sized tensor in device memory (forward
 ``whole`` keeps its unit in registers, where it fits: all tiles are loaded, TILES of them a line and written out one by
 one, and stay as they are stored (two 16-bit elements a register), so that the mean comes first, then deviations from
 it, then the result. The backward pass keeps g, in the dtype of dy as eager PyTorch has it behind an activation, and
-computes the activation once; and x, or, where that is too much (REREAD), reads x again from the L2 cache. Only the last
-tile of a line needs masks. Units too large for registers are read twice, in loops, the second time from the cache.
+computes the activation once; and x, or, where that is too much (REREAD), reads x again from the L2 cache: a part at a
+time, and the first time while the part before is summed, so that loads are on their way behind all barriers. Only the
+last tile of a line needs masks. Units too large for registers are read twice, in loops, the second time from the cache.
 
 The lines of a unit are one tile; channels first, several PARTS if no power of 2 is near (10 channels are 5 times 2).
 
-Instructions are predicted to take less time than memory on an A100 and an H100 in all forms that are inspected, and on
-a B200, which reads a bf16 element in the time of 10 instructions, in all but these: silu backward, channels last or
-in groups too large for registers; planes that no vector divides; and statistics of planes that tiles do not divide
-(bench/group_norm.py and batch_norm.py have figures).
+Instructions are predicted to take less time than memory on an A100, an H100 and a B200 in all forms that are inspected,
+but for bf16 planes that no vector divides on a B200, which reads a bf16 element in the time of 10 instructions
+(bench/batch_norm.py has figures). Registers are the narrow place: what the two passes share, the compiler would keep in
+them (``renamed``), and what they hold in 16 bits, in 32 (``packed``).
 
 A residual is one more read forward and one more write backward (its gradient). Its activation needs the sign or the
 value of what it was applied to: relu and leaky_relu keep ONE BIT an element (``signs``), others read the residual

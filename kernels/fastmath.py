@@ -1,8 +1,11 @@
-"""Elementary functions at the hardware's own speed.
+"""Elementary functions, conversions and sums at the hardware's own speed.
 
-Each is one instruction of the special-function unit (16 results per clock and multiprocessor, an eighth of
+Functions are one instruction of the special-function unit (16 results per clock and multiprocessor, an eighth of
 the fp32 rate), flushing denormals. The plain Triton forms of exp2, log2, division, sin and cos wrap the same
 instruction in range handling of up to a hundred instructions that our arguments never need.
+
+Conversions between 16 and 32 bits, and on Blackwell sums and products, take two elements at a time: the compiler,
+which sees elements one by one, finds few of these pairs.
 
 fp64 tensors, and the interpreter (which has no inline assembly), take the plain form.
 
@@ -73,7 +76,7 @@ def bound(number):
     return (number + tl.zeros([1], tl.int32)).handle.data.item() if INTERPRETED else number
 
 
-# --- between 16 and 32 bits, two elements at a time -------------------------------------------------------
+# --- between 16 and 32 bits -------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -81,7 +84,7 @@ def upcast(x):
     """fp16, bf16 and fp32 to fp32; fp64 stays. The first operation on every loaded value: the interpreter
     computes on the bit patterns of bf16.
 
-    A pair of bf16 in a register is two instructions away from fp32. The compiler takes three.
+    Two bf16 in a register are one instruction each away from fp32. The compiler takes three for both.
     """
     if x.dtype == tl.float64:
         return x
@@ -133,9 +136,9 @@ def renamed(x):
 
 # --- arithmetic -------------------------------------------------------------------------------------------
 #
-# Blackwell (sm_100 and later) adds and multiplies two fp32 elements in one instruction, and takes a 16-bit operand
-# where the other is fp32. It has no more lanes for that: what is won are issue slots. Elsewhere these are the plain
-# operations.
+# Blackwell (sm_100 and later) adds and multiplies two fp32 elements in one instruction (PTX: add, mul and fma.f32x2),
+# and adds bf16 to fp32. It has no more lanes for that: what is won are issue slots. Elsewhere these are the plain
+# operations. Tiles, or tiles and numbers.
 
 
 @triton.jit
@@ -198,14 +201,12 @@ def difference(x, y):
 
 @triton.jit
 def in_lanes(x):
+    """``x``, the same in all lanes, in a register of each. The assembler would keep it in one of the warp, which no
+    operation above can read, and move it before each. (No lane has bit 31 of its mask of lower lanes.)"""
     if INTERPRETED or x.dtype != tl.float32 or not _on_blackwell():
         return x
     else:
         return tl.inline_asm_elementwise(
-            "{ .reg .b32 t; mov.u32 t, %lanemask_lt; shr.u32 t, t, 31; or.b32 $0, $1, t; }",
-            "=r,r",
-            [x],
-            tl.float32,
-            True,
-            1,
-        )
+            "{ .reg .b32 zero; mov.u32 zero, %lanemask_lt; shr.u32 zero, zero, 31; or.b32 $0, $1, zero; }",
+            "=r,r", [x], tl.float32, True, 1,
+        )  # fmt: skip
