@@ -7,9 +7,9 @@ import torch.nn.functional as torch_functional
 
 import fastreg.functional as fast
 
-from .batch_norm import BUDGET, FEW_NARROW, inputs, variants
+from .batch_norm import BUDGET, inputs, variants
 from .cases import Case, close_to, images
-from .sass import Budget, Kernel
+from .sass import Kernel
 
 
 def whole_groups(numel: int) -> tuple[int, int, int, int]:

@@ -190,12 +190,16 @@ def _fills(seen: View, block: int, multiprocessors: int) -> bool:
 
 def _kept_most(seen: View, block: int, tensors: int, activated: bool) -> tuple[int, int]:
     """How many registers of the 128 of a thread kept tiles may take, and of how many elements, so that no thread
-    spills on any target. Channels last, a thread has several of all values that a line has one of, and of those that a
-    unit has one of, too, if it has several units; and the derivative of an activation is computed from one tile while
+    spills on any target. Channels last, a thread has several of all values that a line has one of; of those that a unit
+    has one of, too, if there are several; and of masks. The derivative of an activation is computed from one tile while
     the others wait."""
-    alone = 40 if seen.last else 64
-    both = (28 if block == seen.width else 20) if seen.last else 50 if activated else 64
-    return both if tensors == 2 else alone, 80
+    if seen.last:
+        alone = 40
+        both = 28 if block == seen.width == _power_of_2(block) else 20
+    else:
+        alone = 64
+        both = 50 if activated else 64
+    return both if tensors == 2 else alone, 80 if block == seen.width else 64
 
 
 def _parts(block: int, seen: View) -> int:
