@@ -195,7 +195,7 @@ def _kept_most(seen: View, block: int, tensors: int, activated: bool) -> tuple[i
     the others wait."""
     if seen.last:
         alone = 40
-        both = 28 if block == seen.width == _power_of_2(block) else 20
+        both = 28 if block == seen.width == _power_of_2(block) else 16
     else:
         alone = 64
         both = 50 if activated else 64
