@@ -12,6 +12,11 @@ if not torch.cuda.is_available():
 from fastreg.ops import backend as _backend
 from fastreg.ops.fused import ACTIVATIONS
 
+if _backend.INTERPRETED:
+    import interpreter
+
+    interpreter.prepare()
+
 
 @pytest.fixture
 def device() -> torch.device:
