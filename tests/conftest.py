@@ -10,6 +10,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported: before fastreg is
 
 from fastreg.ops import backend as _backend
+from fastreg.ops import bulk
 from fastreg.ops.fused import ACTIVATIONS
 
 if _backend.INTERPRETED:
@@ -30,6 +31,7 @@ def device() -> torch.device:
 @pytest.fixture
 def aten(monkeypatch) -> None:
     """CPU tensors take ATen, as they do for users, and not the interpreter."""
+    bulk._compiled()  # what it finds is remembered, and the tests that follow want the loops in C
     monkeypatch.setattr(_backend, "INTERPRETED", False)
 
 
