@@ -10,7 +10,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported: before fastreg is
 
 from fastreg.ops import backend as _backend
+from fastreg.ops import bulk
 from fastreg.ops.fused import ACTIVATIONS
+
+if _backend.INTERPRETED:
+    import interpreter
+
+    interpreter.prepare()
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # small sums would wait for a second thread, whose core another worker has
 
 
 @pytest.fixture
@@ -22,6 +31,7 @@ def device() -> torch.device:
 @pytest.fixture
 def aten(monkeypatch) -> None:
     """CPU tensors take ATen, as they do for users, and not the interpreter."""
+    bulk._compiled()  # what it finds is remembered, and the tests that follow want the loops in C
     monkeypatch.setattr(_backend, "INTERPRETED", False)
 
 
@@ -87,6 +97,8 @@ def _same_start() -> None:
 # Thousands of cases, minutes on the interpreter: by default these run on ATen, and with ``-m slow`` on the kernels.
 # Tests marked ``sampled`` choose themselves which of their cases run on the kernels in every run.
 _SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py")
+# Tests of some ten seconds each, which compile or start processes: first, so that none is left for the end.
+_LONG = ("test_inspect.py", "test_training.py", "test_bench.py")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -96,3 +108,4 @@ def pytest_collection_modifyitems(items) -> None:
         swept = item.path.name in _SWEEPS and not item.get_closest_marker("sampled")
         if swept and interpreted and not torch.cuda.is_available():
             item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: item.path.name not in _LONG)

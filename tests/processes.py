@@ -23,7 +23,10 @@ SECONDS = 60  # a collective, and a job: what takes longer hangs
 
 def serve(rank: int, world: int, store: str, connection) -> None:
     torch.set_num_threads(1)
-    if not torch.cuda.is_available():
+    if backend.INTERPRETED:
+        import interpreter
+
+        interpreter.prepare()
         backend.multiprocessors = lambda device: 1  # fewer programs for the interpreter, each with more to do
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # looking up the name of the machine may take seconds
     timeout = datetime.timedelta(seconds=SECONDS)

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import itertools
 import json
 import os
@@ -416,7 +417,9 @@ def pretended_gpu(monkeypatch):
         }
 
     monkeypatch.setattr(harness, "provenance", pretended)
-    return calls
+    gc.freeze()  # a collection before every graph: of what the test makes, not of all that the tests before it left
+    yield calls
+    gc.unfreeze()
 
 
 def test_gpu_path_times_by_three_methods_and_compares_with_copies(tmp_path, pretended_gpu, monkeypatch):
