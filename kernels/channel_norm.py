@@ -27,10 +27,9 @@ last tile of a line needs masks. Units too large for registers are read twice, i
 
 The lines of a unit are one tile; channels first, several PARTS if no power of 2 is near (10 channels are 5 times 2).
 
-Instructions are predicted to take less time than memory on an A100, an H100 and a B200 in all forms that are inspected,
-but for bf16 planes that no vector divides on a B200, which reads a bf16 element in the time of 10 instructions
-(bench/batch_norm.py has figures). Registers are the narrow place: what the two passes share, the compiler would keep in
-them (``renamed``), and what they hold in 16 bits, in 32 (``packed``).
+Instructions are predicted to take less time than memory on an A100, an H100 and a B200 in all forms that are inspected.
+Registers are the narrow place: what the two passes share, the compiler would keep in them (``renamed``), what they hold
+in 16 bits, in 32 (``packed``), and the terms of sums until the last moment (``settled``).
 
 A residual is one more read forward and one more write backward (its gradient). Its activation needs the sign or the
 value of what it was applied to: relu and leaky_relu keep ONE BIT an element (``signs``), others read the residual
@@ -46,7 +45,7 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import add, difference, fma, in_lanes, mul, packed, renamed, upcast
+from .fastmath import add, difference, fma, in_lanes, mul, packed, renamed, settled, upcast
 
 # --- where a program works --------------------------------------------------------------------------------
 
@@ -127,7 +126,8 @@ def _lines(place, lines, LINES: tl.constexpr):
 def _tile(
     tile, place, shape, EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr
 ):
-    """Of a tile: index of its first element, offsets from there, which are inside, and how many along."""
+    """Of a tile: where the elements of the first one lie, how far behind them its own do, which are inside, and how
+    many along. In that order, what threads differ in is the same of all tiles."""
     lines, along, segments = shape
     batch, first_line, block = place
     if segments is None:
@@ -140,11 +140,11 @@ def _tile(
     line = _spread(tl.arange(0, LINES), LAST)
     step = _spread(tl.arange(0, ALONG), not LAST)
     if LAST:
-        first = (segment.to(tl.int64) * along + start) * lines + first_line
-        offset = step * lines + line
+        first = step * lines + line
+        offset = (segment.to(tl.int64) * along + start) * lines + first_line
     else:
-        first = (segment.to(tl.int64) * lines + first_line) * along + start
-        offset = line * along + step
+        first = line * along + step
+        offset = (segment.to(tl.int64) * lines + first_line) * along + start
     if EVEN:
         inside = tl.full([1, 1], True, tl.int1)
     else:
@@ -196,26 +196,48 @@ def _value(ptr, index, there, default, like):
 
 
 @triton.jit
-def _indices(
-    place, shape, channels, repeat, width, UNITS: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr
-):
-    """Unit and channel of each line, and whether it is there."""
+def _channels(place, shape, channels, UNITS: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr):
+    """The channel of each line, where each is of its own, and whether it is there."""
     lines, _, _ = shape
-    batch, first_line, _ = place
+    _, first_line, _ = place
     line, there = _lines(place, lines, LINES)
-    if UNITS == 1:
-        unit = tl.full([LINES], _unit_of_program(), tl.int32)
-    elif UNITS > 1:
-        unit = (batch * lines + first_line) // width + tl.arange(0, LINES) // width  # of whole units
-    else:
-        unit = (batch * lines + line) // width
     if LAST:
-        channel = line if repeat == 1 else unit
+        channel = line
     elif UNITS == 1:
         channel = first_line % channels + tl.arange(0, LINES)
     else:
         channel = line % channels
+    return channel, there
+
+
+@triton.jit
+def _indices(place, shape, channels, width, REPEATED: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr):
+    """Unit and channel of each line, and whether it is there."""
+    lines, _, _ = shape
+    batch, _, _ = place
+    line, there = _lines(place, lines, LINES)
+    unit = (batch * lines + line) // width
+    if REPEATED:
+        channel = unit
+    else:
+        channel, _ = _channels(place, shape, channels, 0, LAST, LINES)
     return unit, channel, there
+
+
+@triton.jit
+def _units(place, shape, width, UNITS: tl.constexpr, LINES: tl.constexpr):
+    """The units of a program with whole ones, and which of them are there."""
+    lines, _, _ = shape
+    batch, first_line, block = place
+    if UNITS == 1:
+        return _unit_of_program() + tl.arange(0, 1), tl.full([1], True, tl.int1)
+    elif UNITS == 0:
+        line, there = _lines(place, lines, LINES)
+        return batch * lines + line, there
+    else:
+        line = tl.arange(0, UNITS) * width
+        there = (line < block) & (first_line + line < lines)
+        return (batch * lines + first_line) // width + tl.arange(0, UNITS), there
 
 
 @triton.jit
@@ -225,15 +247,10 @@ def _rstd(var, eps):
 
 @triton.jit
 def _statistics_of(mean_ptr, var_ptr, eps, unit, there, UNITS: tl.constexpr):
-    """Mean and 1 / sqrt(var + eps) of each line."""
-    if UNITS == 1:
-        # Loaded once, they are one value to the compiler, and one register.
-        own = tl.full([1], _unit_of_program(), tl.int32)
-        mean, rstd = in_lanes(tl.load(mean_ptr + own)), _rstd(tl.load(var_ptr + own), eps)
-        return tl.broadcast_to(mean, unit.shape), tl.broadcast_to(rstd, unit.shape)
-    else:
-        mean = tl.load(mean_ptr + unit, mask=there, other=0.0)
-        return mean, _rstd(tl.load(var_ptr + unit, mask=there, other=1.0), eps)
+    """Mean and 1 / sqrt(var + eps) of units."""
+    mean = tl.load(mean_ptr + unit, mask=there, other=0.0)
+    rstd = _rstd(tl.load(var_ptr + unit, mask=there, other=1.0), eps)
+    return (in_lanes(mean) if UNITS == 1 else mean), rstd
 
 
 @triton.jit
@@ -243,43 +260,123 @@ def _affine(mean, rstd, weight_ptr, bias_ptr, channel, there):
     return mean, scale, _value(bias_ptr, channel, there, 0.0, mean)
 
 
+# A run is what a thread has of neighbouring lines, a vector (channels last), if units are wide enough for it to touch
+# no more than two of them. Threads sum the lines of a run by themselves, to two sums, before they exchange anything,
+# and get two values of a run, of which each of its lines has one.
+
+
 @triton.jit
-def _unit_sum(v, width, UNITS: tl.constexpr, LINES: tl.constexpr):
-    """At each line, the sum of ``v`` over the lines of its unit. ``v`` is 0 at lines that are not there."""
+def _runs(width, RUN: tl.constexpr, LINES: tl.constexpr):
+    """Of each run: the unit of its first line, and which of its lines are of that, not of the next [runs, RUN]."""
+    first = tl.arange(0, LINES // RUN) * RUN
+    unit = first // width
+    return unit, first[:, None] + tl.arange(0, RUN)[None, :] < ((unit + 1) * width)[:, None]
+
+
+@triton.jit
+def _unit_sums(tile, width, UNITS: tl.constexpr, RUN: tl.constexpr, TOUCHED: tl.constexpr):
+    """Sums of a tile [ALONG, LINES] over units [UNITS], which may have any width."""
+    ALONG: tl.constexpr = tile.shape[0]
+    LINES: tl.constexpr = tile.shape[1]
+    RUNS: tl.constexpr = LINES // RUN
+    SUMS: tl.constexpr = 1 if RUN == 1 else 2  # of a run
+    if RUN == 1:
+        sums = tile
+    else:
+        _, own = _runs(width, RUN, LINES)
+        own = own[None, :, :]
+        tile = tl.reshape(tile, [ALONG, RUNS, RUN])
+        sums = tl.join(tl.sum(tl.where(own, tile, 0.0), axis=2), tl.sum(tl.where(own, 0.0, tile), axis=2))
+    # The sums of the runs that a unit touches are gathered to a row: of one that begins before the unit, the second.
+    first = (tl.arange(0, UNITS) * width)[:, None, None]
+    run = first // RUN + tl.arange(0, TOUCHED)[None, None, :]
+    inside = (run * RUN < first + width) & (run < RUNS)
+    index = run * SUMS + (run * RUN < first).to(tl.int32)
+    index = tl.where(inside, index, 0) + tl.arange(0, ALONG)[None, :, None] * (RUNS * SUMS)
+    row = tl.gather(tl.reshape(sums, [ALONG * RUNS * SUMS]), tl.reshape(index, [UNITS * ALONG * TOUCHED]), 0)
+    row = tl.where(inside, tl.reshape(row, [UNITS, ALONG, TOUCHED]), 0.0)
+    return tl.sum(tl.reshape(row, [UNITS, ALONG * TOUCHED]), axis=1)
+
+
+@triton.jit
+def _at_lines(v, width, UNITS: tl.constexpr, RUN: tl.constexpr, LINES: tl.constexpr):
+    """Values of units at each of their lines."""
+    if UNITS <= 1:
+        return v
+    else:
+        unit, own = _runs(width, RUN, LINES)
+        if RUN == 1:
+            return tl.gather(v, tl.minimum(unit, UNITS - 1), 0)
+        else:
+            both = tl.minimum(unit[:, None] + tl.arange(0, 2)[None, :], UNITS - 1)
+            found = tl.gather(v, tl.reshape(both, [LINES // RUN * 2]), 0)
+            here, after = tl.split(tl.reshape(found, [LINES // RUN, 2]))
+            return tl.reshape(tl.where(own, here[:, None], after[:, None]), [LINES])
+
+
+@triton.jit
+def _line_unit_sums(v, width, UNITS: tl.constexpr, RUN: tl.constexpr, TOUCHED: tl.constexpr):
+    """Sums over units of values of lines, which are 0 at those that are not there."""
     if UNITS == 0:
         return v
     elif UNITS == 1:
-        return tl.full([LINES], tl.sum(v, axis=0), v.dtype)
+        return tl.full([1], tl.sum(v, axis=0), v.dtype)
     else:
-        # Units of any width: their lines are gathered to a row each, and the sums to the lines. LINES and UNITS are
-        # powers of 2, and the width less than twice their ratio.
-        WIDTH: tl.constexpr = 2 * LINES // UNITS
-        place = tl.arange(0, UNITS)[:, None] * width + tl.arange(0, WIDTH)[None, :]
-        inside = (tl.arange(0, WIDTH)[None, :] < width) & (place < LINES)
-        row = tl.gather(v, tl.reshape(tl.where(inside, place, 0), [UNITS * WIDTH]), 0)
-        sums = tl.sum(tl.where(inside, tl.reshape(row, [UNITS, WIDTH]), 0.0), axis=1)
-        return tl.gather(sums, tl.minimum(tl.arange(0, LINES) // width, UNITS - 1), 0)
+        return _unit_sums(v[None, :], width, UNITS, RUN, TOUCHED)
 
 
 @triton.jit
-def _tile_unit_sum(tile, width, UNITS: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr):
-    """At each line, the sum of a tile over its unit. Lines that are not there are 0."""
+def _tile_unit_sums(
+    tile, width, UNITS: tl.constexpr, RUN: tl.constexpr, TOUCHED: tl.constexpr, LAST: tl.constexpr
+):
+    """Sums over units of a tile, which is 0 at lines that are not there."""
     if UNITS == 1:
-        return tl.full([LINES], tl.sum(tile), tile.dtype)
+        return tl.full([1], tl.sum(tile), tile.dtype)
+    elif UNITS == 0 or not LAST:
+        return _line_unit_sums(_line_sum(tile, LAST), width, UNITS, RUN, TOUCHED)
     else:
-        return _unit_sum(_line_sum(tile, LAST), width, UNITS, LINES)
+        return _unit_sums(tile, width, UNITS, RUN, TOUCHED)
 
 
 @triton.jit
-def _unit_moments(mean, var, there, width, UNITS: tl.constexpr, LINES: tl.constexpr):
-    """Moments of lines of equal length merged to those of their unit."""
+def _unit_values(mean, rstd, weight_ptr, bias_ptr, unit, there, REPEATED: tl.constexpr):
+    """(mean, scale, bias) of units, where weight and bias are 1 and 0 if each of their lines has its own."""
+    if REPEATED:
+        return _affine(mean, rstd, weight_ptr, bias_ptr, unit, there)
+    else:
+        return mean, rstd, tl.zeros_like(mean)
+
+
+@triton.jit
+def _line_values(
+    values, weight_ptr, bias_ptr, place, shape, channels, width, REPEATED: tl.constexpr,
+    UNITS: tl.constexpr, RUN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """(mean, scale, bias) of each line, from what ``_unit_values`` gave."""
+    mean, scale, bias = values
+    mean = _at_lines(mean, width, UNITS, RUN, LINES)
+    scale = _at_lines(scale, width, UNITS, RUN, LINES)
+    if REPEATED:
+        return mean, scale, _at_lines(bias, width, UNITS, RUN, LINES)
+    else:
+        channel, there = _channels(place, shape, channels, UNITS, LAST, LINES)
+        return _affine(mean, scale, weight_ptr, bias_ptr, channel, there)
+
+
+@triton.jit
+def _unit_moments(
+    mean, var, there, width,
+    UNITS: tl.constexpr, RUN: tl.constexpr, TOUCHED: tl.constexpr, LINES: tl.constexpr,
+):  # fmt: skip
+    """Moments of lines of equal length merged to those of units."""
     if UNITS == 0:
         return mean, var
     else:
         share = 1.0 / width.to(mean.dtype)
-        unit_mean = _unit_sum(tl.where(there, mean, 0.0), width, UNITS, LINES) * share
-        d = mean - unit_mean
-        return unit_mean, _unit_sum(tl.where(there, var + d * d, 0.0), width, UNITS, LINES) * share
+        unit_mean = _line_unit_sums(tl.where(there, mean, 0.0), width, UNITS, RUN, TOUCHED) * share
+        d = mean - _at_lines(unit_mean, width, UNITS, RUN, LINES)
+        var = tl.where(there, var + d * d, 0.0)
+        return unit_mean, _line_unit_sums(var, width, UNITS, RUN, TOUCHED) * share
 
 
 @triton.jit
@@ -421,10 +518,11 @@ def _keep(
 
 @triton.jit
 def _kept_moments(
-    kept, place, shape, width, UNITS: tl.constexpr, TILES: tl.constexpr, PARTS: tl.constexpr, FULL: tl.constexpr,
+    kept, place, shape, width, UNITS: tl.constexpr, RUN: tl.constexpr, TOUCHED: tl.constexpr,
+    TILES: tl.constexpr, PARTS: tl.constexpr, FULL: tl.constexpr,
     EVEN: tl.constexpr, LAST: tl.constexpr, VECTOR: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
-    """At each line, mean and (biased) variance of its unit, one after the other; and the elements of a line."""
+    """Mean and (biased) variance of units, one after the other; and the elements of a line."""
     _, along, segments = shape
     sums = _gathered(upcast(kept[0][0]), LAST, VECTOR)
     for part in tl.static_range(PARTS):
@@ -432,17 +530,18 @@ def _kept_moments(
             sums = _with(sums, upcast(kept[part][tile]), LAST, VECTOR)
     count = tl.full([1], along if segments is None else along * segments, tl.int32).to(sums.dtype)
     elements = count * width
-    mean = _tile_unit_sum(sums, width, UNITS, LAST, LINES) / elements
+    mean = _tile_unit_sums(sums, width, UNITS, RUN, TOUCHED, LAST) / elements
+    center = _spread(_at_lines(mean, width, UNITS, RUN, LINES), LAST)
     squares = tl.zeros_like(sums)
     for part in tl.static_range(PARTS):
         own = _part(place, part, PARTS, LINES)
         for tile in tl.static_range(TILES):
-            d = difference(kept[part][tile], _spread(mean, LAST))
+            d = difference(kept[part][tile], center)
             if not (EVEN or tile < FULL):
                 _, _, inside, _ = _tile(tile, own, shape, EVEN, LAST, LINES, ALONG)
                 d = tl.where(inside, d, 0.0)
             squares = _with_product(squares, d, d, LAST, VECTOR)
-    return mean, _tile_unit_sum(squares, width, UNITS, LAST, LINES) / elements, count
+    return mean, _tile_unit_sums(squares, width, UNITS, RUN, TOUCHED, LAST) / elements, count
 
 
 @triton.jit
@@ -505,11 +604,13 @@ def whole_forward(
     inner_vectors,  # the innermost dimension of the view above, in vectors
     segments,  # None: one
     channels,
-    repeat,  # neighbouring lines that are of one channel: 1, or (LAST) the width
     width,  # lines of a unit
     block,  # lines of a program: whole units. LAST: in vectors
     ACTIVATION: tl.constexpr,
+    REPEATED: tl.constexpr,  # all lines of a unit are of one channel (LAST); else each is of its own
     UNITS: tl.constexpr,  # of a program, rounded up to a power of 2; 0: every line is one
+    RUN: tl.constexpr,  # neighbouring lines that touch no more than two units
+    TOUCHED: tl.constexpr,  # runs that a unit touches, rounded up to a power of 2
     TILES: tl.constexpr,  # of a line (of a part), all kept in registers; 0: tiles are read twice, in loops
     PARTS: tl.constexpr,  # into which the lines of a program are dealt; several: of its one unit
     FULL: tl.constexpr,  # so many tiles of a line in registers are full
@@ -524,16 +625,14 @@ def whole_forward(
     shape = (lines, along, segments)
     place = _whole_place(block)
     split = 0
-    unit, _, there = _indices(
-        _part(place, 0, PARTS, LINES), shape, channels, repeat, width, UNITS, LAST, LINES
-    )
+    unit, whole = _units(place, shape, width, UNITS, LINES)
     if TILES:
         kept = ()
         for part in tl.static_range(PARTS):
             own = _part(place, part, PARTS, LINES)
             kept = kept + (_keep(x_ptr, own, shape, TILES, FULL, EVEN, LAST, LINES, ALONG),)  # noqa: RUF005
         mean, var, count = _kept_moments(
-            kept, place, shape, width, UNITS, TILES, PARTS, FULL,
+            kept, place, shape, width, UNITS, RUN, TOUCHED, TILES, PARTS, FULL,
             EVEN, LAST, VECTOR if UNITS == 1 else 1, LINES, ALONG,
         )  # fmt: skip
     else:
@@ -543,18 +642,19 @@ def whole_forward(
             mean, var, count = _line_moments(x_ptr, own, split, _one(), shape, EVEN, LAST, LINES, ALONG)
             means, variances = means + (mean,), variances + (var,)  # noqa: RUF005
         mean, var = _merged_parts(means, variances, PARTS)
-        mean, var = _unit_moments(mean, var, there, width // PARTS, UNITS, LINES)
-    leads = there & (tl.arange(0, LINES) - tl.arange(0, LINES) // width * width == 0)
-    tl.store(mean_ptr + unit, mean, mask=leads)
-    tl.store(var_ptr + unit, var, mask=leads)
+        _, there = _lines(_part(place, 0, PARTS, LINES), shape[0], LINES)
+        mean, var = _unit_moments(mean, var, there, width // PARTS, UNITS, RUN, TOUCHED, LINES)
+    tl.store(mean_ptr + unit, mean, mask=whole)
+    tl.store(var_ptr + unit, var, mask=whole)
     running = (running_mean_ptr, running_var_ptr)
-    _update_running(running, (momentum_ptr, momentum), unit, leads, mean, var, count * width)
-    rstd = _rstd(var, eps)
+    _update_running(running, (momentum_ptr, momentum), unit, whole, mean, var, count * width)
+    of_units = _unit_values(mean, _rstd(var, eps), weight_ptr, bias_ptr, unit, whole, REPEATED)
     tensors = (x_ptr, residual_ptr, y_ptr, signs_ptr)
     for part in tl.static_range(PARTS):
         own = _part(place, part, PARTS, LINES)
-        _, channel, there = _indices(own, shape, channels, repeat, width, UNITS, LAST, LINES)
-        values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
+        values = _line_values(
+            of_units, weight_ptr, bias_ptr, own, shape, channels, width, REPEATED, UNITS, RUN, LAST, LINES
+        )
         if TILES:
             for tile in tl.static_range(TILES):
                 _apply_tile(
@@ -639,6 +739,7 @@ def merge_statistics(
     width,
     block,
     UNITS: tl.constexpr,
+    TOUCHED: tl.constexpr,
     LINES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
@@ -646,13 +747,12 @@ def merge_statistics(
     line, there = _lines((0, tl.program_id(0) * block, block), all_lines, LINES)
     partials = (partial_mean_ptr, partial_var_ptr, partial_count_ptr)
     mean, var, count = _merged_moments(partials, line, there, splits, all_lines, SPLITS, LINES)
-    mean, var = _unit_moments(mean, var, there, width, UNITS, LINES)
-    unit = line // width
-    leads = there & (line % width == 0)
-    tl.store(mean_ptr + unit, mean, mask=leads)
-    tl.store(var_ptr + unit, var, mask=leads)
+    mean, var = _unit_moments(mean, var, there, width, UNITS, 1, TOUCHED, LINES)
+    unit, whole = _units((0, tl.program_id(0) * block, block), (all_lines, None, None), width, UNITS, LINES)
+    tl.store(mean_ptr + unit, mean, mask=whole)
+    tl.store(var_ptr + unit, var, mask=whole)
     running = (running_mean_ptr, running_var_ptr)
-    _update_running(running, (momentum_ptr, momentum), unit, leads, mean, var, count * width)
+    _update_running(running, (momentum_ptr, momentum), unit, whole, mean, var, count * width)
 
 
 @triton.jit
@@ -670,10 +770,10 @@ def apply(
     inner_vectors,
     segments,
     channels,
-    repeat,
     width,
     block,
     splits,
+    REPEATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr,
     LAST: tl.constexpr,
@@ -688,7 +788,7 @@ def apply(
     lines, along, block = _extents(outer, inner_vectors, block, VECTOR, LAST)
     shape = (lines, along, segments)
     place, split = _place(shape, block, splits)
-    unit, channel, there = _indices(place, shape, channels, repeat, width, 0, LAST, LINES)
+    unit, channel, there = _indices(place, shape, channels, width, REPEATED, LAST, LINES)
     mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there, 0)
     values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
     tensors = (x_ptr, residual_ptr, y_ptr, signs_ptr)
@@ -731,7 +831,7 @@ def _line_gradient_sums(
     tensors, outputs, values, place, split, splits, shape, ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr, LAST: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
-    """Sums of g and g (x - mean) of each line [LINES] over this program's tiles. Writes what can be written then."""
+    """Sums of g and g (x - mean) over this program's tiles, as a tile. Writes what can be written then."""
     dv_ptr, dx_ptr = outputs
     mean, scale, _ = values
     sums = tl.zeros([ALONG, LINES] if LAST else [LINES, ALONG], mean.dtype)
@@ -749,7 +849,7 @@ def _line_gradient_sums(
         sums = add(sums, g)
         products = fma(g, d, products)
         tile += splits
-    return _line_sum(sums, LAST), _line_sum(products, LAST)
+    return sums, products
 
 
 @triton.jit
@@ -757,34 +857,38 @@ def _kept_gradient_sums(
     x, dy, tensors, dv_ptr, values, place, shape, ACTIVATION: tl.constexpr, TILES: tl.constexpr, FULL: tl.constexpr,
     EVEN: tl.constexpr, LAST: tl.constexpr, VECTOR: tl.constexpr, LINES: tl.constexpr, ALONG: tl.constexpr,
 ):  # fmt: skip
-    """The same of a part, from its tiles; and its tiles of g in the dtype of dy, to be kept."""
+    """The same of a part, from its tiles; and its tiles of g in the dtype of dy, to be kept.
+
+    x, dy: the tiles, or None where registers have room for one of each.
+    """
     mean, _, _ = values
+    dy_ptr, _, _, _ = tensors
+    of_dy = tl.zeros([1], dy_ptr.dtype.element_ty)
     sums = _gathered(tl.zeros([ALONG, LINES] if LAST else [LINES, ALONG], mean.dtype), LAST, VECTOR)
     products = tl.zeros_like(sums)
     kept = ()
     for tile in tl.static_range(TILES):
         g, d, element, inside = _gradient(
-            x[tile], dy[tile], tensors, values, tile, place, shape, ACTIVATION,
+            None if x is None else x[tile], None if dy is None else dy[tile], tensors, values, tile, place, shape,
+            ACTIVATION,
             EVEN or tile < FULL, LAST, LINES, ALONG,
         )  # fmt: skip
         if dv_ptr is not None:
             tl.store(dv_ptr + element, g.to(dv_ptr.dtype.element_ty), mask=inside)
         sums = _with(sums, g, LAST, VECTOR)
         products = _with_product(products, g, d, LAST, VECTOR)
-        g = dy[tile] if ACTIVATION is None else packed(g, dy[tile], shape[1])
+        g = dy[tile] if ACTIVATION is None else packed(g, of_dy, shape[1])
         kept = kept + (g,)  # noqa: RUF005
-    return kept, _line_sum(sums, LAST), _line_sum(products, LAST)
+        if dy is None:
+            products = settled(products, shape[1])
+            sums = settled(sums, shape[1])
+    return kept, sums, products
 
 
 @triton.jit
-def _unit_gradient_means(b, w, rstd, count, width, UNITS: tl.constexpr, LINES: tl.constexpr):
-    """(-rstd B, -rstd^2 W), the two values of a unit that dx needs, at each of its lines.
-
-    b, w: weight dbias and weight dweight of lines, 0 at those that are not there.
-    """
-    b = _unit_sum(b, width, UNITS, LINES)
-    w = _unit_sum(w, width, UNITS, LINES)
-    return -rstd * b / count, -rstd * rstd * w / count
+def _unit_gradient_means(b, w, rstd, count):
+    """(-rstd B, -rstd^2 W), the two values of a unit that dx needs, from sums of scale g and scale g xhat over it."""
+    return -b / count, -rstd * w / count
 
 
 @triton.jit
@@ -821,7 +925,7 @@ def whole_backward(
     var_ptr,
     weight_ptr,
     bias_ptr,
-    dweight_ptr,  # fp32 (fp64) [batches x lines]: sum g xhat of each line
+    dweight_ptr,  # fp32 (fp64) [batches x lines]: sum g xhat of each line; REPEATED: of each unit
     dbias_ptr,  # as dweight: sum g
     count: tl.float64,  # elements of a unit
     eps: tl.float64,
@@ -829,12 +933,14 @@ def whole_backward(
     inner_vectors,
     segments,
     channels,
-    repeat,
     width,
     block,
     ACTIVATION: tl.constexpr,
     REREAD: tl.constexpr,  # registers have no room but for g, and x is read twice
+    REPEATED: tl.constexpr,
     UNITS: tl.constexpr,
+    RUN: tl.constexpr,
+    TOUCHED: tl.constexpr,
     TILES: tl.constexpr,
     PARTS: tl.constexpr,
     FULL: tl.constexpr,
@@ -849,13 +955,14 @@ def whole_backward(
     shape = (lines, along, segments)
     place = _whole_place(block)
     split = 0
-    unit, _, there = _indices(
-        _part(place, 0, PARTS, LINES), shape, channels, repeat, width, UNITS, LAST, LINES
-    )
-    mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there, UNITS)
+    unit, whole = _units(place, shape, width, UNITS, LINES)
+    mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, whole, UNITS)
+    of_units = _unit_values(mean, rstd, weight_ptr, bias_ptr, unit, whole, REPEATED)
     tensors = (dy_ptr, x_ptr, residual_ptr, signs_ptr)
+    # Lines of several units leave no room for two tensors, if they also have an activation to go through.
+    TILEWISE: tl.constexpr = REREAD and UNITS > 1 and ACTIVATION is not None
     dy, x, g = (), (), ()  # of each part, its tiles
-    for part in tl.static_range(PARTS if TILES else 0):
+    for part in tl.static_range(PARTS if TILES and not TILEWISE else 0):
         own = _part(place, part, PARTS, LINES)
         dy = dy + (_keep(dy_ptr, own, shape, TILES, FULL, EVEN, LAST, LINES, ALONG),)  # noqa: RUF005
         if part == 0 or not REREAD:
@@ -864,46 +971,66 @@ def whole_backward(
     w = tl.zeros_like(mean)
     for part in tl.static_range(PARTS):
         own = _part(place, part, PARTS, LINES)
-        _, channel, there = _indices(own, shape, channels, repeat, width, UNITS, LAST, LINES)
-        values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
+        values = _line_values(
+            of_units, weight_ptr, bias_ptr, own, shape, channels, width, REPEATED, UNITS, RUN, LAST, LINES
+        )
         if TILES:
             if REREAD and part + 1 < PARTS:  # on their way while this part is summed
                 ahead = _part(place, part + 1, PARTS, LINES)
                 x = x + (_keep(x_ptr, ahead, shape, TILES, FULL, EVEN, LAST, LINES, ALONG),)  # noqa: RUF005
-            kept, dbias, dweight = _kept_gradient_sums(
-                x[part], dy[part], tensors, dv_ptr, values, own, shape, ACTIVATION,
+            kept, sums, products = _kept_gradient_sums(
+                None if TILEWISE else x[part], None if TILEWISE else dy[part],
+                tensors, dv_ptr, values, own, shape, ACTIVATION,
                 TILES, FULL, EVEN, LAST, VECTOR, LINES, ALONG,
             )  # fmt: skip
             g = g + (kept,)  # noqa: RUF005
         else:
-            dbias, dweight = _line_gradient_sums(
+            sums, products = _line_gradient_sums(
                 tensors, (dv_ptr, None), values, own, split, _one(), shape,
                 ACTIVATION, EVEN, LAST, LINES, ALONG,
             )  # fmt: skip
-        dweight *= rstd
-        batch, first_line, _ = own
-        index = batch * shape[0] + first_line + tl.arange(0, LINES)
+        if REPEATED:
+            dbias = _tile_unit_sums(sums, width, UNITS, RUN, TOUCHED, LAST)
+            dweight = _tile_unit_sums(products, width, UNITS, RUN, TOUCHED, LAST) * rstd
+            _, scale, _ = of_units
+            index, there = unit, whole
+        else:
+            line_rstd = _at_lines(rstd, width, UNITS, RUN, LINES)
+            dbias = _line_sum(sums, LAST)
+            dweight = _line_sum(products, LAST) * line_rstd
+            # The weight is read once more, as there is no register to keep the scale in on all targets.
+            channel, there = _channels(own, shape, channels, UNITS, LAST, LINES)
+            scale = _value(weight_ptr, channel, there, 1.0, mean) * line_rstd
+            batch, first_line, _ = own
+            index = batch * shape[0] + first_line + tl.arange(0, LINES)
         tl.store(dweight_ptr + index, dweight, mask=there)
         tl.store(dbias_ptr + index, dbias, mask=there)
-        weight = _value(weight_ptr, channel, there, 1.0, mean)
-        b += tl.where(there, weight * dbias, 0.0)
-        w += tl.where(there, weight * dweight, 0.0)
+        dbias = tl.where(there, scale * dbias, 0.0)
+        dweight = tl.where(there, scale * dweight, 0.0)
+        if REPEATED:
+            b, w = dbias, dweight
+        else:
+            b += _line_unit_sums(dbias, width, UNITS, RUN, TOUCHED)
+            w += _line_unit_sums(dweight, width, UNITS, RUN, TOUCHED)
     count = tl.full([1], count, mean.dtype)
-    means = _unit_gradient_means(b, w, rstd, count, width, UNITS, LINES)
+    b, w = _unit_gradient_means(b, w, rstd, count)
+    means = _at_lines(b, width, UNITS, RUN, LINES), _at_lines(w, width, UNITS, RUN, LINES)
     # What was computed from these would else be kept in registers until it is wanted again.
     if REREAD:
         place = (renamed(place[0]), place[1], place[2])
     else:
-        mean = renamed(mean)
+        of_units = renamed(mean), of_units[1], of_units[2]
     for part in tl.static_range(PARTS):
         own = _part(place, part, PARTS, LINES)
-        _, channel, there = _indices(own, shape, channels, repeat, width, UNITS, LAST, LINES)
-        values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
+        values = _line_values(
+            of_units, weight_ptr, bias_ptr, own, shape, channels, width, REPEATED, UNITS, RUN, LAST, LINES
+        )
+        center, _, _ = values
         if TILES:
             again = _keep(x_ptr, own, shape, TILES, FULL, EVEN, LAST, LINES, ALONG) if REREAD else x[part]
             for tile in tl.static_range(TILES):
                 first, offset, inside, _ = _tile(tile, own, shape, EVEN or tile < FULL, LAST, LINES, ALONG)
-                d = difference(renamed(again[tile]), _spread(mean, LAST))
+                d = difference(renamed(again[tile]), _spread(center, LAST))
                 dx = _dx(upcast(g[part][tile]).to(d.dtype), d, values, means, LAST)
                 tl.store(dx_ptr + first + offset, dx.to(dx_ptr.dtype.element_ty), mask=inside)
         else:
@@ -932,11 +1059,11 @@ def gradient_sums(
     inner_vectors,
     segments,
     channels,
-    repeat,
     width,
     batches,
     block,
     splits,
+    REPEATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr,
     LAST: tl.constexpr,
@@ -948,18 +1075,18 @@ def gradient_sums(
     lines, along, block = _extents(outer, inner_vectors, block, VECTOR, LAST)
     shape = (lines, along, segments)
     place, split = _place(shape, block, splits)
-    unit, channel, there = _indices(place, shape, channels, repeat, width, 0, LAST, LINES)
+    unit, channel, there = _indices(place, shape, channels, width, REPEATED, LAST, LINES)
     mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there, 0)
     values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
     tensors = (dy_ptr, x_ptr, residual_ptr, signs_ptr)
-    total, product = _line_gradient_sums(
+    sums, products = _line_gradient_sums(
         tensors, (dv_ptr, dx_ptr), values, place, split, splits, shape,
         ACTIVATION, EVEN, LAST, LINES, ALONG,
     )  # fmt: skip
     batch, first_line, _ = place
     index = split * (batches * shape[0]) + batch * shape[0] + first_line + tl.arange(0, LINES)
-    tl.store(sum_ptr + index, total, mask=there)
-    tl.store(product_ptr + index, product, mask=there)
+    tl.store(sum_ptr + index, _line_sum(sums, LAST), mask=there)
+    tl.store(product_ptr + index, _line_sum(products, LAST), mask=there)
 
 
 @triton.jit
@@ -978,19 +1105,21 @@ def merge_gradient_sums(
     all_lines,
     splits,
     channels,
-    repeat,
     width,
     block,
+    REPEATED: tl.constexpr,
     UNITS: tl.constexpr,
+    TOUCHED: tl.constexpr,
     LINES: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
     """From partial sums to the gradients of each line and what dx needs. Grid: (blocks of whole units,)."""
-    line, there = _lines((0, tl.program_id(0) * block, block), all_lines, LINES)
-    unit = line // width
-    rstd = _rstd(tl.load(var_ptr + unit, mask=there, other=1.0), eps)
-    dbias = tl.zeros_like(rstd)
-    dweight = tl.zeros_like(rstd)
+    place, shape = (0, tl.program_id(0) * block, block), (all_lines, None, None)
+    line, there = _lines(place, all_lines, LINES)
+    unit, whole = _units(place, shape, width, UNITS, LINES)
+    rstd = _rstd(tl.load(var_ptr + unit, mask=whole, other=1.0), eps)
+    dbias = tl.zeros([LINES], rstd.dtype)
+    dweight = tl.zeros([LINES], rstd.dtype)
     start = splits * 0
     while start < splits:
         split = start + tl.arange(0, SPLITS)
@@ -999,19 +1128,27 @@ def merge_gradient_sums(
         dbias += tl.sum(tl.load(sum_ptr + index, mask=inside, other=0.0), axis=0)
         dweight += tl.sum(tl.load(product_ptr + index, mask=inside, other=0.0), axis=0)
         start += SPLITS
-    dweight *= rstd
+    if REPEATED:
+        dbias = _line_unit_sums(dbias, width, UNITS, 1, TOUCHED)
+        dweight = _line_unit_sums(dweight, width, UNITS, 1, TOUCHED) * rstd
+        line, there = unit, whole
+    else:
+        dweight *= _at_lines(rstd, width, UNITS, 1, LINES)
     tl.store(dweight_ptr + line, dweight, mask=there)
     tl.store(dbias_ptr + line, dbias, mask=there)
     if b_ptr is not None:
         if count_ptr is not None:
             count = tl.load(count_ptr)
-        weight = _value(weight_ptr, line // repeat % channels, there, 1.0, rstd)
+        scale = _value(weight_ptr, line % channels, there, 1.0, rstd)
+        scale *= rstd if REPEATED else _at_lines(rstd, width, UNITS, 1, LINES)
         elements = tl.full(rstd.shape, count, rstd.dtype)
-        b, w = tl.where(there, weight * dbias, 0.0), tl.where(there, weight * dweight, 0.0)
-        b, w = _unit_gradient_means(b, w, rstd, elements, width, UNITS, LINES)
-        leads = there & (line % width == 0)
-        tl.store(b_ptr + unit, b, mask=leads)
-        tl.store(w_ptr + unit, w, mask=leads)
+        b, w = tl.where(there, scale * dbias, 0.0), tl.where(there, scale * dweight, 0.0)
+        if not REPEATED:
+            b = _line_unit_sums(b, width, UNITS, 1, TOUCHED)
+            w = _line_unit_sums(w, width, UNITS, 1, TOUCHED)
+        b, w = _unit_gradient_means(b, w, rstd, elements)
+        tl.store(b_ptr + unit, b, mask=whole)
+        tl.store(w_ptr + unit, w, mask=whole)
 
 
 @triton.jit
@@ -1030,10 +1167,10 @@ def gradient_apply(
     inner_vectors,
     segments,
     channels,
-    repeat,
     width,
     block,
     splits,
+    REPEATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     EVEN: tl.constexpr,
     LAST: tl.constexpr,
@@ -1045,7 +1182,7 @@ def gradient_apply(
     lines, along, block = _extents(outer, inner_vectors, block, VECTOR, LAST)
     shape = (lines, along, segments)
     place, split = _place(shape, block, splits)
-    unit, channel, there = _indices(place, shape, channels, repeat, width, 0, LAST, LINES)
+    unit, channel, there = _indices(place, shape, channels, width, REPEATED, LAST, LINES)
     mean, rstd = _statistics_of(mean_ptr, var_ptr, eps, unit, there, 0)
     values = _affine(mean, rstd, weight_ptr, bias_ptr, channel, there)
     means = (

@@ -119,6 +119,22 @@ def packed(x, like, positive):
 
 
 @triton.jit
+def settled(x, positive):
+    """``x``, computed by here. The assembler puts off sums of many terms, and until then keeps the terms; so they are
+    used at once, as in ``packed``."""
+    if INTERPRETED or x.dtype != tl.float32 or not _comes_in(x, 8):
+        return x
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .pred never; setp.lt.s32 never, $16, 0;"
+            " @never st.shared.v4.b32 [$16], {$8, $9, $10, $11}; @never st.shared.v4.b32 [$16], {$12, $13, $14, $15};"
+            " mov.b32 $0, $8; mov.b32 $1, $9; mov.b32 $2, $10; mov.b32 $3, $11;"
+            " mov.b32 $4, $12; mov.b32 $5, $13; mov.b32 $6, $14; mov.b32 $7, $15; }",
+            "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [x, positive], tl.float32, False, 8,
+        )  # fmt: skip
+
+
+@triton.jit
 def renamed(x):
     """``x`` behind a move that costs nothing. To the compiler these are other numbers: what it has computed from the
     first, and would keep in registers until it is wanted again, it computes anew."""

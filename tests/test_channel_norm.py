@@ -195,6 +195,58 @@ def test_x_read_again_where_registers_hold_the_gradient_alone(device, monkeypatc
     check(x.shape, group(2), exact(2), layout=layout, activation=activation, device=device)
 
 
+# Rows of 8 planes or more; the last are narrower than a vector, which then has lines of several channels.
+ODD_PLANES = [(20, 24, 7, 7), (10, 40, 3, 3), (33, 24, 5), (9, 24, 3)]
+
+
+@pytest.fixture(params=["kept", "x read again", "read twice"])
+def sixteen_planes(request, monkeypatch):
+    """Programs of 16 channels, of which the last has 8, in all forms: also those that few sizes would get."""
+
+    def plan(seen, itemsizes, *_):
+        block = 16 * seen.width
+        tiles = 0 if request.param == "read twice" else -(-seen.along // 4)
+        again = request.param == "x read again" and len(itemsizes) == 2
+        size = 1 << (block - 1).bit_length()
+        return lines.Plan(block, size, 4, lines._vector(seen, itemsizes[0]), 4, 16, 1, tiles, again)
+
+    monkeypatch.setattr(lines, "_kept_plan", plan)
+
+
+@pytest.mark.parametrize("shape", ODD_PLANES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_planes_that_no_vector_divides(sixteen_planes, device, shape, dtype, activation):
+    check(shape, batch, exact(None), dtype=dtype, activation=activation, mean=30.0, device=device)
+
+
+@pytest.mark.parametrize("shape", ODD_PLANES, ids=str)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_bad_value_spoils_no_other_plane(sixteen_planes, device, shape, bad):
+    x = torch.randn(shape)
+    x[1, 2, ..., -1] = bad
+    x = x.to(device).requires_grad_()
+    weight = torch.ones(shape[1], device=device, requires_grad=True)
+    y = batch(x, weight, None, activation="relu")
+    dx, dweight = torch.autograd.grad(y, (x, weight), torch.randn_like(y))
+    spoilt = torch.arange(shape[1]) == 2
+    for t in (y, dx, dweight[None]):
+        assert torch.equal(t.isnan().transpose(0, 1).flatten(1).any(1).cpu(), spoilt)
+
+
+def test_a_run_has_lines_of_two_units_at_most():
+    for width, vector in itertools.product(range(2, 70), (1, 2, 4, 8)):
+        seen = lines.View(True, 1, 16 * width, 32, 1, 16, width, width)
+        plan = lines.Plan(16 * width, 1 << (16 * width - 1).bit_length(), 4, vector, 4, 16)
+        run, touched = plan.run(seen), plan.touched(seen)
+        units = [line // width for line in range(16 * width)]
+        assert all(units[i + run - 1] - units[i] <= 1 for i in range(0, 16 * width - run, run))
+        for unit in range(16):
+            first, last = unit * width, (unit + 1) * width - 1
+            assert last // run - first // run < touched
+        assert run == vector or run <= width < 2 * run
+
+
 LAYOUTS = ["channels_last", "channels_outermost", "planes_turned", "samples_innermost", "gaps"]
 
 

@@ -59,7 +59,7 @@ def ternary(x_ptr, y_ptr, z_ptr, OPERATION: tl.constexpr, BLOCK: tl.constexpr):
 
 
 UNARY = {"upcast": ("bf16", "fp32"), "packed": ("fp32", "bf16"), "negated": ("fp32", "fp32")}
-TERNARY = {name: ("fp32", "fp32") for name in ("add", "mul", "fma", "add a number")} | {
+TERNARY = dict.fromkeys(("add", "mul", "fma", "add a number"), ("fp32", "fp32")) | {
     "difference": ("bf16", "fp32")
 }
 

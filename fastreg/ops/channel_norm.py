@@ -90,6 +90,8 @@ def _arguments(seen: View, plan: Plan) -> dict:
 def _whole_arguments(seen: View, plan: Plan) -> dict:
     return {
         "UNITS": plan.units,
+        "RUN": plan.run(seen),
+        "TOUCHED": plan.touched(seen),
         "TILES": plan.kept,
         "PARTS": plan.parts,
         "FULL": plan.full(seen),
@@ -152,7 +154,7 @@ def forward_launches(
         **_momentum(running),
         "eps": form.eps,
         "channels": seen.channels,
-        "repeat": seen.repeat,
+        "REPEATED": seen.repeat > 1,
         "width": seen.width,
         "ACTIVATION": form.activation,
         **_whole_arguments(seen, plan),
@@ -201,6 +203,7 @@ def merge_statistics_launch(
         "width": seen.width,
         "block": plan.block,
         "UNITS": plan.units,
+        "TOUCHED": plan.touched(seen),
         "LINES": plan.lines,
         "SPLITS": plan.along,
         "num_warps": plan.warps,
@@ -233,7 +236,7 @@ def apply_launch(
         "bias_ptr": bias,
         "eps": form.eps,
         "channels": seen.channels,
-        "repeat": seen.repeat,
+        "REPEATED": seen.repeat > 1,
         "width": seen.width,
         "splits": splits,
         "ACTIVATION": form.activation,
@@ -246,7 +249,7 @@ class Gradients(NamedTuple):
     """Where the backward pass writes."""
 
     dx: Tensor  # laid out as x
-    dweight: Tensor  # [batches, lines]: still to be summed over samples
+    dweight: Tensor  # [batches, lines], or [channels] where several lines are of one: still to be summed over samples
     dbias: Tensor
     dv: Tensor | None  # the residual's gradient, where an activation makes it another than dy
 
@@ -317,7 +320,7 @@ def forward_arguments(
         "bias_ptr": bias,
         "eps": form.eps,
         "channels": seen.channels,
-        "repeat": seen.repeat,
+        "REPEATED": seen.repeat > 1,
         "width": seen.width,
         "ACTIVATION": form.activation,
     }
@@ -375,10 +378,11 @@ def merge_gradients_launch(
         "all_lines": all_lines,
         "splits": sums.numel() // all_lines,
         "channels": seen.channels,
-        "repeat": seen.repeat,
+        "REPEATED": seen.repeat > 1,
         "width": seen.width,
         "block": plan.block,
         "UNITS": plan.units,
+        "TOUCHED": plan.touched(seen),
         "LINES": plan.lines,
         "SPLITS": plan.along,
         "num_warps": plan.warps,
@@ -481,14 +485,14 @@ def _run_backward(
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     mean, var = (t.to(sum_dtype(x.dtype)).contiguous() for t in (mean, var))
     dv = None if residual_dtype is None else torch.empty_like(x, dtype=residual_dtype)
-    dweight, dbias = mean.new_empty(2, seen.batches * seen.lines)
+    dweight, dbias = mean.new_empty(2, seen.batches * seen.lines // seen.repeat)
     out = Gradients(dx, dweight, dbias, dv)
     for launch in backward_launches(
         dy, x, weight, bias, residual, signs, mean, var, out, training, form, seen
     ):
         launch.run(x.device)
-    if dweight.numel() > seen.channels:  # lines of several samples, or several lines a channel
-        dweight, dbias = (t.view(-1, seen.channels, seen.repeat).sum((0, 2)) for t in (dweight, dbias))
+    if dweight.numel() > seen.channels:  # lines of several samples
+        dweight, dbias = (t.view(-1, seen.channels).sum(0) for t in (dweight, dbias))
     return result if dx is result else result.copy_(dx), dweight, dbias, dv
 
 

@@ -124,6 +124,14 @@ class Plan(NamedTuple):
     def even(self, seen: View) -> bool:
         return seen.along % self.along == 0 and self.filled(seen)
 
+    def run(self, seen: View) -> int:
+        """Neighbouring lines that a thread has, and that touch no more than two units."""
+        return min(self.vector, _power_below(seen.width)) if seen.last and self.units > 1 else 1
+
+    def touched(self, seen: View) -> int:
+        """How many runs a unit touches, rounded up to a power of 2."""
+        return _power_of_2(ceil_div(seen.width - 1, self.run(seen)) + 1) if self.units > 1 else 1
+
     def full(self, seen: View) -> int:
         """How many of the kept tiles of a line are known to be full. Not from the size of a batch, which may vary."""
         return min(self.kept, seen.along // self.along) if self.filled(seen) and not seen.batched else 0
@@ -192,8 +200,10 @@ def _kept_most(seen: View, block: int, tensors: int, activated: bool) -> tuple[i
     """How many registers of the 128 of a thread kept tiles may take, and of how many elements, so that no thread
     spills on any target. Channels last, a thread has several of all values that a line has one of; of those that a unit
     has one of, too, if there are several; and of masks. The derivative of an activation is computed from one tile while
-    the others wait."""
-    if seen.last:
+    the others wait, or, of planes, are still to be loaded."""
+    if seen.repeat > 1:
+        alone, both = 40, 32 if activated else 28
+    elif seen.last:
         alone = 40
         both = 28 if block == seen.width == _power_of_2(block) else 16
     else:
