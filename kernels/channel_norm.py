@@ -400,8 +400,7 @@ def _merged_parts(means, variances, PARTS: tl.constexpr):
 def _update_running(running, momentum, index, there, mean, var, count):
     """running = (1 - momentum) running + momentum new, with the unbiased variance.
 
-    there: for one line of each unit, as what several lines read and wrote in turn would be updated twice.
-    count: elements of a unit.
+    index, there: of units, each once: what is read and written in turn would be updated twice. count: elements of one.
     """
     running_mean_ptr, running_var_ptr = running
     momentum_ptr, momentum = momentum

@@ -423,7 +423,8 @@ def _plus_outer(dw, kept, example, dz_ptr, v_ptr, output, input, examples, outpu
     """dw + dz v where it is kept. A select, so that what is dropped adds nothing, not even a NaN."""
     row = tl.full([1], 0, tl.int64) + example
     known = row < examples
-    dz = upcast(tl.load(dz_ptr + row * outputs + output, mask=known & (output < outputs), other=0.0))
+    dz = tl.load(dz_ptr + row * outputs + output, mask=known & (output < outputs), other=0.0)
+    dz = dz.to(tl.float32)  # of a thread it is one element: no pair to unpack
     v = upcast(
         tl.load(v_ptr + row[:, None] * inputs + input, mask=known[:, None] & (input < inputs), other=0.0)
     )
