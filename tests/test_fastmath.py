@@ -33,6 +33,8 @@ def unary(x_ptr, y_ptr, n, OPERATION: tl.constexpr, BLOCK: tl.constexpr):
         z = fastmath.upcast(x)
     elif OPERATION == "packed":
         z = fastmath.packed(x, y, n)
+    elif OPERATION == "settled":
+        z = fastmath.settled(x, n)
     elif OPERATION == "negated":
         z = fastmath.negated(x)
     else:
@@ -58,7 +60,9 @@ def ternary(x_ptr, y_ptr, z_ptr, OPERATION: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(z_ptr + element, z)
 
 
-UNARY = {"upcast": ("bf16", "fp32"), "packed": ("fp32", "bf16"), "negated": ("fp32", "fp32")}
+UNARY = {"upcast": ("bf16", "fp32"), "packed": ("fp32", "bf16")} | dict.fromkeys(
+    ("settled", "negated"), ("fp32", "fp32")
+)
 TERNARY = dict.fromkeys(("add", "mul", "fma", "add a number"), ("fp32", "fp32")) | {
     "difference": ("bf16", "fp32")
 }
@@ -115,6 +119,17 @@ def test_a_pair_is_packed_by_one_instruction_and_used_at_once(code, cc):
     assert registers(store)[-1] == min(to for to, *_ in packs)
 
 
+@pytest.mark.parametrize("cc", [80, 90, 100])
+def test_what_is_settled_is_used_at_once(code, cc):
+    """By two stores, behind a condition that never holds: what was loaded is stored from where it was loaded to."""
+    instructions = code[f"settled {cc}"]
+    used = [registers(operands)[-1] for opcode, operands in instructions if opcode == "STS.128"]
+    loaded = [registers(operands)[0] for opcode, operands in instructions if opcode.startswith("LDG.E.128")]
+    stored = [registers(operands)[-1] for opcode, operands in instructions if opcode.startswith("STG.E.128")]
+    assert len(used) == 2
+    assert sorted(used) == sorted(loaded) == sorted(stored)
+
+
 @pytest.mark.parametrize(
     ("name", "single", "paired"),
     [("add", "FADD", "FADD2"), ("mul", "FMUL", "FMUL2"), ("fma", "FFMA", "FFMA2")],
@@ -161,6 +176,8 @@ def test_values(device):
     assert torch.equal(out, short.float())
     run(unary, x, out, 1, operation="negated")
     assert torch.equal(out, -x)
+    run(unary, x, out, 1, operation="settled")
+    assert torch.equal(out, x)
     packed = torch.empty_like(short)
     run(unary, x, packed, 1, operation="packed")
     torch.testing.assert_close(packed, short)  # the interpreter rounds towards zero
