@@ -76,7 +76,7 @@ def _gelu(v, STORED: tl.constexpr):
         return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
     else:
         a, tail = _normal_tail(v, STORED)
-        return fma(negated(a), tail, _relu(v))
+        return fma(a, negated(tail), _relu(v))
 
 
 @triton.jit

@@ -45,7 +45,7 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import add, difference, fma, in_lanes, mul, packed, renamed, settled, upcast
+from .fastmath import add, difference, fma, in_lanes, mul, packed, renamed, settled, total, upcast
 
 # --- where a program works --------------------------------------------------------------------------------
 
@@ -549,7 +549,7 @@ def _preactivation(d, values, residual_ptr, first, offset, inside, LAST: tl.cons
     _, scale, bias = values
     v = fma(d, _spread(scale, LAST), _spread(bias, LAST))
     if residual_ptr is not None:
-        v = add(v, upcast(tl.load(residual_ptr + first + offset, mask=inside, other=0.0)).to(v.dtype))
+        v = total(tl.load(residual_ptr + first + offset, mask=inside, other=0.0), v)
     return v
 
 

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import add, fma, mul, upcast
+from .fastmath import add, fma, mul, total, upcast
 from .philox import lanes
 
 # Numbers that change from call to call: a kernel of its own for those that divide by 16 would gain nothing.
@@ -149,7 +149,7 @@ def _forward_tile(
             y = tl.where(keep, y, 0.0)
         y = mul(y, _constant(scale, y))
     if residual_ptr is not None:
-        y = add(y, upcast(tl.load(residual_ptr + first + element, mask=inside, other=0.0)).to(v.dtype))
+        y = total(tl.load(residual_ptr + first + element, mask=inside, other=0.0), y)
     tl.store(y_ptr + first + element, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 

@@ -69,6 +69,13 @@ def _on_blackwell(_semantic=None):
     return tl.constexpr(int(_semantic.builder.options.arch.removeprefix("sm")) >= 100)
 
 
+@tl.core.builtin
+def _mixes(x, y, _semantic=None):
+    """Whether there is an operation on bf16 ``x`` and fp32 ``y``."""
+    types = x.dtype == tl.bfloat16 and y.dtype == tl.float32
+    return tl.constexpr(types and _on_blackwell(_semantic=_semantic).value and x.numel.value % 2 == 0)
+
+
 @triton.jit
 def bound(number):
     """A runtime number as the bound of a loop. Triton 3.6 interprets numbers as arrays of one element, which numpy 2.4
@@ -206,11 +213,23 @@ def negated(x):
 @triton.jit
 def difference(x, y):
     """x - y of a stored ``x`` and a computed ``y``."""
-    if INTERPRETED or x.dtype != tl.bfloat16 or not _on_blackwell() or not _comes_in(x, 2):
+    if INTERPRETED or not _mixes(x, y):
         return upcast(x) - y
     else:
         return tl.inline_asm_elementwise(
             "{ .reg .b16 a, b; mov.b32 {a, b}, $2; sub.rn.f32.bf16 $0, a, $3; sub.rn.f32.bf16 $1, b, $4; }",
+            "=f,=f,r,f,f", [x, y], tl.float32, True, 2,
+        )  # fmt: skip
+
+
+@triton.jit
+def total(x, y):
+    """x + y of a stored ``x`` and a computed ``y``, in the dtype of ``y``."""
+    if INTERPRETED or not _mixes(x, y):
+        return add(y, upcast(x).to(y.dtype))
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b16 a, b; mov.b32 {a, b}, $2; add.rn.f32.bf16 $0, a, $3; add.rn.f32.bf16 $1, b, $4; }",
             "=f,=f,r,f,f", [x, y], tl.float32, True, 2,
         )  # fmt: skip
 

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import INTERPRETED, add, difference, fma, mul, upcast
+from .fastmath import INTERPRETED, add, difference, fma, mul, total, upcast
 from .philox import lanes
 
 # Numbers that change from call to call. The rows start on 16 bytes without a kernel of their own: columns are
@@ -130,7 +130,7 @@ def _hidden(
     if DROP:
         h = _dropout(h, draw, first, shape, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR)
     if skip_ptr is not None:
-        h = add(h, _load(skip_ptr, first, element, inside))
+        h = total(_stored(skip_ptr, first, element, inside), h)
     if h_ptr is not None:
         stored = h.to(h_ptr.dtype.element_ty)
         tl.store(h_ptr + first + element, stored, mask=inside)
@@ -144,7 +144,7 @@ def _write_output(xhat, parameters, residual_ptr, y_ptr, first, element, inside,
     weight, bias = parameters
     v = fma(xhat, weight, bias)
     if residual_ptr is not None:
-        v = add(v, _load(residual_ptr, first, element, inside).to(v.dtype))
+        v = total(_stored(residual_ptr, first, element, inside), v)
     _store(y_ptr, first, element, inside, activation.forward(v, ACTIVATION, y_ptr.dtype.element_ty))
 
 
@@ -276,7 +276,7 @@ def _gradient(xhat, parameters, tensors, first, element, inside, ACTIVATION: tl.
     if ACTIVATION is not None:
         v = fma(xhat, weight, bias)
         if residual_ptr is not None:
-            v = add(v, _load(residual_ptr, first, element, inside).to(v.dtype))
+            v = total(_stored(residual_ptr, first, element, inside), v)
         g = activation.backward(g, v, ACTIVATION, dy_ptr.dtype.element_ty)
     return g
 
@@ -298,7 +298,7 @@ def _write_gradients(
     if dresidual_ptr is not None:
         _store(dresidual_ptr, first, element, inside, g)
     if dh_ptr is not None:
-        dh = add(dh, _load(dh_ptr, first, element, inside).to(dh.dtype))
+        dh = total(_stored(dh_ptr, first, element, inside), dh)
     if dskip_ptr is not None:
         _store(dskip_ptr, first, element, inside, dh)
     if dx_ptr is not None:

@@ -49,6 +49,8 @@ def ternary(x_ptr, y_ptr, z_ptr, OPERATION: tl.constexpr, BLOCK: tl.constexpr):
     y = tl.load(y_ptr + element)
     if OPERATION == "difference":
         z = fastmath.difference(x, y)
+    elif OPERATION == "total":
+        z = fastmath.total(x, y)
     elif OPERATION == "add":
         z = fastmath.add(x, y)
     elif OPERATION == "mul":
@@ -64,7 +66,7 @@ UNARY = {"upcast": ("bf16", "fp32"), "packed": ("fp32", "bf16")} | dict.fromkeys
     ("settled", "negated"), ("fp32", "fp32")
 )
 TERNARY = dict.fromkeys(("add", "mul", "fma", "add a number"), ("fp32", "fp32")) | {
-    "difference": ("bf16", "fp32")
+    name: ("bf16", "fp32") for name in ("difference", "total")
 }
 
 
@@ -146,12 +148,13 @@ def test_numbers_are_in_pairs_too(code):
     assert counts(code["add a number 100"])["FADD2"] == 4
 
 
-def test_blackwell_subtracts_from_bf16(code):
-    instructions = code["difference 100"]
-    assert counts(instructions)["FHADD"] == 8
-    assert sum(".H1" in operands for opcode, operands in instructions if opcode.startswith("FHADD")) == 4
-    assert all("-R" in operands for opcode, operands in instructions if opcode.startswith("FHADD"))
-    assert counts(code["difference 90"])["FADD"] == 8
+@pytest.mark.parametrize(("name", "negated"), [("difference", True), ("total", False)])
+def test_blackwell_adds_to_bf16(code, name, negated):
+    mixed = [operands for opcode, operands in code[f"{name} 100"] if opcode.startswith("FHADD")]
+    assert len(mixed) == 8
+    assert sum(".H1" in operands for operands in mixed) == 4
+    assert all(("-R" in operands) == negated for operands in mixed)
+    assert counts(code[f"{name} 90"])["FADD"] == 8
 
 
 def test_values(device):
@@ -166,10 +169,11 @@ def test_values(device):
         "fma": x * y + z,
         "add a number": x + 1.0,
         "difference": short.float() - y,
+        "total": short.float() + y,
     }
     for name, value in expected.items():
         out = z.clone()
-        run(ternary, short if name == "difference" else x, y, out, operation=name)
+        run(ternary, short if name in ("difference", "total") else x, y, out, operation=name)
         torch.testing.assert_close(out, value)
     out = torch.empty_like(x)
     run(unary, short, out, 1, operation="upcast")
