@@ -58,12 +58,11 @@ def _penalty_tile(
         write(g_address, element, slope, mask, G, ALIGNED)
     value = tl.zeros([], x.dtype)
     if VALUE:
-        penalty = tl.zeros_like(x)
+        x = tl.where(mask, x, 0.0)
         if L2:
-            penalty = 0.5 * l2 * (x * x)
+            value = 0.5 * l2 * tl.sum(x * x, 0)
         if L1:
-            penalty += l1 * tl.abs(x)
-        value = tl.sum(tl.where(mask, penalty, 0.0), 0)
+            value += l1 * tl.sum(tl.abs(x), 0)
     return value
 
 

@@ -65,7 +65,8 @@ def ternary(x_ptr, y_ptr, z_ptr, OPERATION: tl.constexpr, BLOCK: tl.constexpr):
 UNARY = {"upcast": ("bf16", "fp32"), "packed": ("fp32", "bf16")} | dict.fromkeys(
     ("settled", "negated"), ("fp32", "fp32")
 )
-TERNARY = dict.fromkeys(("add", "mul", "fma", "add a number"), ("fp32", "fp32")) | dict.fromkeys(("difference", "total"), ("bf16", "fp32"))
+TERNARY = dict.fromkeys(("add", "mul", "fma", "add a number"), ("fp32", "fp32"))
+TERNARY |= dict.fromkeys(("difference", "total"), ("bf16", "fp32"))
 
 
 def sample(name: str) -> Kernel:
