@@ -424,10 +424,8 @@ def _plus_outer(dw, kept, example, dz_ptr, v_ptr, output, input, examples, outpu
     row = tl.full([1], 0, tl.int64) + example
     known = row < examples
     dz = tl.load(dz_ptr + row * outputs + output, mask=known & (output < outputs), other=0.0)
-    dz = dz.to(tl.float32)  # of a thread it is one element: no pair to unpack
-    v = upcast(
-        tl.load(v_ptr + row[:, None] * inputs + input, mask=known[:, None] & (input < inputs), other=0.0)
-    )
+    v = tl.load(v_ptr + row[:, None] * inputs + input, mask=known[:, None] & (input < inputs), other=0.0)
+    dz, v = dz.to(tl.float32), v.to(tl.float32)  # few of each a thread: in pairs they take more registers
     return tl.where(
         kept, tl.fma(dz[:, None, None] + tl.zeros_like(dw), v[None, :, :] + tl.zeros_like(dw), dw), dw
     )
