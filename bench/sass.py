@@ -85,7 +85,7 @@ class Kernel:
             elif parameters[key].is_constexpr or value is None:
                 constants[key] = value
             elif not parameters[key].annotation_type:
-                if value == 1:
+                if value == 1 and not parameters[key].do_not_specialize:
                     constants[key] = 1
                 else:
                     arguments[key] = "i32" if value < 1 << 31 else "i64"
