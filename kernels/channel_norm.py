@@ -869,8 +869,7 @@ def _kept_gradient_sums(
     for tile in tl.static_range(TILES):
         g, d, element, inside = _gradient(
             None if x is None else x[tile], None if dy is None else dy[tile], tensors, values, tile, place, shape,
-            ACTIVATION,
-            EVEN or tile < FULL, LAST, LINES, ALONG,
+            ACTIVATION, EVEN or tile < FULL, LAST, LINES, ALONG,
         )  # fmt: skip
         if dv_ptr is not None:
             tl.store(dv_ptr + element, g.to(dv_ptr.dtype.element_ty), mask=inside)
