@@ -70,8 +70,15 @@ def _on_blackwell(_semantic=None):
 
 
 @tl.core.builtin
+def _in_pairs(x, _semantic=None):
+    """Whether there are operations on pairs of the elements of ``x``."""
+    fp32 = x.dtype == tl.float32 and x.type.is_block() and x.numel.value % 2 == 0
+    return tl.constexpr(fp32 and _on_blackwell(_semantic=_semantic).value)
+
+
+@tl.core.builtin
 def _mixes(x, y, _semantic=None):
-    """Whether there is an operation on bf16 ``x`` and fp32 ``y``."""
+    """Whether there are operations on bf16 ``x`` and fp32 ``y``."""
     types = x.dtype == tl.bfloat16 and y.dtype == tl.float32
     return tl.constexpr(types and _on_blackwell(_semantic=_semantic).value and x.numel.value % 2 == 0)
 
@@ -165,33 +172,28 @@ def renamed(x):
 
 
 @triton.jit
+def _of_pairs(a, b, NAME: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        "{ .reg .b64 a, b; mov.b64 a, {$2, $3}; mov.b64 b, {$4, $5}; "
+        + NAME + ".rn.f32x2 a, a, b; mov.b64 {$0, $1}, a; }",
+        "=f,=f,f,f,f,f", [a, b], tl.float32, True, 2,
+    )  # fmt: skip
+
+
+@triton.jit
 def add(a, b):
-    if INTERPRETED or a.dtype != tl.float32 or not _on_blackwell() or not _comes_in(a, 2):
-        return a + b
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b64 a, b; mov.b64 a, {$2, $3}; mov.b64 b, {$4, $5};"
-            " add.rn.f32x2 a, a, b; mov.b64 {$0, $1}, a; }",
-            "=f,=f,f,f,f,f", [a, b], tl.float32, True, 2,
-        )  # fmt: skip
+    return a + b if INTERPRETED or not _in_pairs(a) else _of_pairs(a, b, "add")
 
 
 @triton.jit
 def mul(a, b):
-    if INTERPRETED or a.dtype != tl.float32 or not _on_blackwell() or not _comes_in(a, 2):
-        return a * b
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b64 a, b; mov.b64 a, {$2, $3}; mov.b64 b, {$4, $5};"
-            " mul.rn.f32x2 a, a, b; mov.b64 {$0, $1}, a; }",
-            "=f,=f,f,f,f,f", [a, b], tl.float32, True, 2,
-        )  # fmt: skip
+    return a * b if INTERPRETED or not _in_pairs(a) else _of_pairs(a, b, "mul")
 
 
 @triton.jit
 def fma(a, b, c):
     """a b + c."""
-    if INTERPRETED or a.dtype != tl.float32 or not _on_blackwell() or not _comes_in(a, 2):
+    if INTERPRETED or not _in_pairs(a):
         return tl.fma(a, b, c)
     else:
         return tl.inline_asm_elementwise(
@@ -204,10 +206,7 @@ def fma(a, b, c):
 @triton.jit
 def negated(x):
     """-x, as an operand. A sign is free but in an operation on pairs."""
-    if INTERPRETED or x.dtype != tl.float32 or not _on_blackwell():
-        return -x
-    else:
-        return mul(x, -1.0)
+    return -x if INTERPRETED or not _in_pairs(x) else mul(x, -1.0)
 
 
 @triton.jit
