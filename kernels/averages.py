@@ -29,7 +29,8 @@ def _follow_tile(
     target, source, first, limit, weight,
     A: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    element, mask = elements(first, limit, BLOCK, VECTOR, ALIGNED)
+    element = elements(first, BLOCK, VECTOR, ALIGNED)
+    mask = None if ALIGNED else element < limit
     a = read(target, element, mask, A, ALIGNED)
     p = read(source, element, mask, P, ALIGNED)
     a = tl.where(a == p, a, a + weight * (p - a))

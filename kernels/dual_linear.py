@@ -108,9 +108,8 @@ def second_input(
     column = first + tl.arange(0, BLOCK)[None, :]
     place = row.to(tl.int64)[:, None] * columns + column
     inside = column < columns
-    x = tl.load(x_ptr + place, mask=inside, other=0.0)
-    # What is squared and rounded again at once, the compiler computes in 16 bits, if it sees how it came to 32.
-    x = x.to(tl.float32) if KIND == GAUSSIAN else upcast(x)
+    # Of what is squared and rounded again, the compiler makes operations on 16 bits, if it sees how it came to 32.
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
     if DERIVATIVE is not None:
         kept = upcast(tl.load(kept_ptr + place, mask=inside, other=0.0))
         x = activation.backward(x, kept, DERIVATIVE, kept_ptr.dtype.element_ty)
@@ -145,7 +144,7 @@ def _second_weights(
 ):  # fmt: skip
     """A tile of W' [OUTPUTS, INPUTS] from that of W: its squares, or W with signs."""
     if KIND == GAUSSIAN:
-        w = upcast(w)
+        w = w.to(tl.float32)  # as in ``second_input``
         return (w * w).to(SECOND)
     else:
         output = first_output + tl.arange(0, OUTPUTS)

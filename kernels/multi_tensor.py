@@ -48,12 +48,10 @@ def aligned(addresses):
 
 
 @triton.jit
-def elements(first, limit, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
-    """The elements of a tile, and which are below ``limit``. (What is known to be true, the compiler leaves out; a
-    function of Triton 3.6 cannot return None.)"""
-    # As a product, so that the compiler sees that it divides: a hint on an argument would be lost.
-    element = (first // VECTOR * VECTOR if ALIGNED else first) + tl.arange(0, BLOCK)
-    return element, tl.full([BLOCK], True, tl.int1) if ALIGNED else element < limit
+def elements(first, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr):
+    """The elements of a tile. A product, so that the compiler sees what divides it: a hint on an argument is lost.
+    (Its mask is the caller's, as a function of Triton 3.6 cannot return None.)"""
+    return (first // VECTOR * VECTOR if ALIGNED else first) + tl.arange(0, BLOCK)
 
 
 @triton.jit
@@ -64,8 +62,8 @@ def _pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 @triton.jit
 def read(address, element, mask, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, OTHER: tl.constexpr = None):
-    """The elements at the int64 offsets ``element``, fp32 (fp64 where they are). OTHER: what stands for those
-    outside the mask."""
+    """The elements at the int64 offsets ``element``, fp32 (fp64 where they are). mask: None where all are inside;
+    OTHER: what stands for the others."""
     return upcast(tl.load(_pointer(address, DTYPE, ALIGNED) + element, mask=mask, other=OTHER))
 
 

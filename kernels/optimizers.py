@@ -206,7 +206,8 @@ def _tile(
         mask = (start < limit) & (column < length)
         index = start // LANES + tl.arange(0, WIDTH // LANES if WIDTH > LANES else 1)[None, :]
     else:
-        element, mask = elements(first, limit, BLOCK, VECTOR, ALIGNED)
+        element = elements(first, BLOCK, VECTOR, ALIGNED)
+        mask = None if ALIGNED else element < limit
         index = first // LANES + tl.arange(0, BLOCK // LANES)
 
     g = read(entry(entries_ptr, tensors, tensor, GRADIENT), element, mask, G, ALIGNED).to(COMPUTE)
@@ -262,7 +263,7 @@ def _tile(
         threshold = _number(row, THRESHOLD, COMPUTE)
         p = tl.where(tl.abs(p) < threshold, 0.0, p - tl.where(p < 0, -threshold, threshold))
     if PROJECTION != "none":
-        inside = tl.where(mask, p, 0.0)
+        inside = p if mask is None else tl.where(mask, p, 0.0)
         squared = tl.sum(inside * inside, 1 if PROJECTION == "rows" else 0)
         if PROJECTION == "rows":
             radius = _number(row, RADIUS, COMPUTE)
@@ -362,7 +363,8 @@ def _square_tile(
     entries_ptr, tensors, tensor, first, limit,
     LIST: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    element, mask = elements(first, limit, BLOCK, VECTOR, ALIGNED)
+    element = elements(first, BLOCK, VECTOR, ALIGNED)
+    mask = None if ALIGNED else element < limit
     x = read(entry(entries_ptr, tensors, tensor, LIST), element, mask, DTYPE, ALIGNED)
     if not ALIGNED:
         x = tl.where(mask, x, 0.0)
@@ -426,7 +428,8 @@ def _project_tile(
     HAS_MASTER: tl.constexpr, HAS_AVERAGE: tl.constexpr, P: tl.constexpr, COMPUTE: tl.constexpr,
     BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    element, mask = elements(first, limit, BLOCK, VECTOR, ALIGNED)
+    element = elements(first, BLOCK, VECTOR, ALIGNED)
+    mask = None if ALIGNED else element < limit
     p_address = entry(entries_ptr, tensors, tensor, PARAMETER)
     if HAS_MASTER:
         master_address = entry(entries_ptr, tensors, tensor, MASTER)

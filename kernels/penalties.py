@@ -41,7 +41,8 @@ def _penalty_tile(
     P: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of one tile and returns its value, either if wanted."""
-    element, mask = elements(first, limit, BLOCK, VECTOR, ALIGNED)
+    element = elements(first, BLOCK, VECTOR, ALIGNED)
+    mask = None if ALIGNED else element < limit
     x = read(entry(entries_ptr, tensors, tensor, PARAMETER), element, mask, P, ALIGNED)
     if CENTRED:
         x -= mean
@@ -58,7 +59,8 @@ def _penalty_tile(
         write(g_address, element, slope, mask, G, ALIGNED)
     value = tl.zeros([], x.dtype)
     if VALUE:
-        x = tl.where(mask, x, 0.0)
+        if mask is not None:
+            x = tl.where(mask, x, 0.0)
         if L2:
             value = 0.5 * l2 * tl.sum(x * x, 0)
         if L1:
@@ -179,7 +181,8 @@ def _scaled_tile(
     address, first, limit, scale,
     P: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    element, mask = elements(first, limit, BLOCK, VECTOR, ALIGNED)
+    element = elements(first, BLOCK, VECTOR, ALIGNED)
+    mask = None if ALIGNED else element < limit
     x = read(address, element, mask, P, ALIGNED)
     write(address, element, x * scale, mask, P, ALIGNED)
 
