@@ -210,15 +210,18 @@ def negated(x):
 
 
 @triton.jit
+def _of_mixed_pairs(x, y, NAME: tl.constexpr):
+    return tl.inline_asm_elementwise(
+        "{ .reg .b16 a, b; mov.b32 {a, b}, $2; "
+        + NAME + ".rn.f32.bf16 $0, a, $3; " + NAME + ".rn.f32.bf16 $1, b, $4; }",
+        "=f,=f,r,f,f", [x, y], tl.float32, True, 2,
+    )  # fmt: skip
+
+
+@triton.jit
 def difference(x, y):
     """x - y of a stored ``x`` and a computed ``y``."""
-    if INTERPRETED or not _mixes(x, y):
-        return upcast(x) - y
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b16 a, b; mov.b32 {a, b}, $2; sub.rn.f32.bf16 $0, a, $3; sub.rn.f32.bf16 $1, b, $4; }",
-            "=f,=f,r,f,f", [x, y], tl.float32, True, 2,
-        )  # fmt: skip
+    return upcast(x) - y if INTERPRETED or not _mixes(x, y) else _of_mixed_pairs(x, y, "sub")
 
 
 @triton.jit
@@ -227,10 +230,7 @@ def total(x, y):
     if INTERPRETED or not _mixes(x, y):
         return add(y, upcast(x).to(y.dtype))
     else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b16 a, b; mov.b32 {a, b}, $2; add.rn.f32.bf16 $0, a, $3; add.rn.f32.bf16 $1, b, $4; }",
-            "=f,=f,r,f,f", [x, y], tl.float32, True, 2,
-        )  # fmt: skip
+        return _of_mixed_pairs(x, y, "add")
 
 
 @triton.jit
