@@ -13,7 +13,7 @@ from fastreg.ops import backend
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import activated, result_dtype, sum_dtype
 from fastreg.ops.layout import ceil_div, dense_strides, with_strides
-from fastreg.ops.lines import Plan, View, merge_plan, split_plan, view, viewed, whole_plan
+from fastreg.ops.lines import Plan, View, indexable, merge_plan, split_plan, view, viewed, whole_plan
 
 if backend.HAS_TRITON:
     from fastreg.kernels import channel_norm as kernels
@@ -110,7 +110,8 @@ def _few_splits(seen: View, plan: Plan, device: torch.device) -> int:
 
 def _many_splits(seen: View, plan: Plan, device: torch.device) -> int:
     """Where nothing is merged: four tiles a program, for which it reads the values of its lines once."""
-    return max(_few_splits(seen, plan, device), ceil_div(plan.tiles(seen), 4))
+    most = ((1 << 31) - 1) // plan.blocks(seen)  # a grid has no more programs
+    return max(_few_splits(seen, plan, device), min(ceil_div(plan.tiles(seen), 4), most))
 
 
 def _momentum(running: Running | None) -> dict:
@@ -695,16 +696,22 @@ def takes(
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: tuple[Tensor | None, Tensor | None],
+    groups: int,
     fused: bool,
 ) -> bool:
-    """Whether the kernels take it. All else, also whatever is wrong with it, is for ATen to do, or to refuse."""
+    """Whether the kernels take it. All else, also whatever is wrong with it, is for ATen to do, or to refuse.
+
+    groups: as in ``Form``. fused: something stands around the normalization.
+    """
     if not (backend.runs_kernels(input) and input.dim() >= 2 and input.numel() > 0):
         return False
     # ATen's group norm refuses parameters of another dtype on a GPU, so those are ours at any size.
     mixed = any(t is not None and t.dtype != input.dtype for t in (weight, bias))
-    eager = input.is_cuda and not torch.compiler.is_compiling()  # compiled, the size would be a guard
-    if eager and not (fused or mixed) and input.numel() < ATEN_BELOW:
-        return False
+    if not torch.compiler.is_compiling():  # compiled, the size would be a guard
+        if input.is_cuda and not (fused or mixed) and input.numel() < ATEN_BELOW:
+            return False
+        if not indexable(input, groups):
+            return False
     channels = input.shape[1]
     return (statistics[0] is None) == (statistics[1] is None) and all(
         t is None
