@@ -655,6 +655,7 @@ BAD_INPUT = {
     "strange device": (["--device", "meta"], "'meta' is not a device to train on"),
     "no such GPU": (["--device", "cuda:99"], "device 'cuda:99' is not there"),
     "file for a folder": (["--out", "cut/train-labels-idx1-ubyte/run"], "is not a folder"),
+    "folder that cannot be made": (["--out", "/proc/run"], "cannot write to /proc/run"),
 }
 
 
