@@ -5,9 +5,15 @@ from importlib import import_module
 
 # Where a command is defined, and what --help says of it without importing that, and torch with it.
 COMMANDS = {
-    "train": ("fastreg.training.command:train", "Train on images with and without regularization, and compare."),
+    "train": (
+        "fastreg.training.command:train",
+        "Train on images with and without regularization, and compare.",
+    ),
     "bench": ("fastreg.bench.__main__:app", "Benchmarks: run, steps, host, report, check."),
-    "inspect": ("fastreg.bench.inspect:inspect", "Read in the machine code how well the kernels are compiled."),
+    "inspect": (
+        "fastreg.bench.inspect:inspect",
+        "Read in the machine code how well the kernels are compiled.",
+    ),
     "doctor": ("fastreg.doctor:doctor", "Show what runs where on this machine, and what is missing."),
 }
 

@@ -30,7 +30,9 @@ class RunFolder:
     def check_usable(self) -> None:
         """Raises InputError where files cannot be written here. Leaves nothing behind."""
         try:
-            existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
+            existing = next(
+                folder for folder in (self.path, *self.path.absolute().parents) if folder.exists()
+            )
             if not existing.is_dir():
                 raise InputError(f"cannot write to {self.path}: {existing} is not a folder")
             with tempfile.TemporaryFile(dir=existing):
