@@ -631,7 +631,7 @@ def test_readme_without_gpu_shows_predictions_as_predictions(tmp_path):
 
 
 def test_predictions_are_drawn(tmp_path):
-    prediction = {"gpu": "H100", "memory_ps": 2, "issue_ps": 1}
+    prediction = {"gpu": "H100", "headroom": 2.0}
     kernels = [{"family": "dropout", "kernel": "a", "headline": True, "predictions": [prediction]}]
     report.draw_predictions({"reports": kernels}, tmp_path / "static.png")
     assert (tmp_path / "static.png").read_bytes().startswith(b"\x89PNG")
