@@ -637,6 +637,20 @@ def test_predictions_are_drawn(tmp_path):
     assert (tmp_path / "static.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_report_leaves_a_readme_alone_that_it_is_not_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "bench/results")
+    (tmp_path / "bench/results").mkdir(parents=True)
+    readme = tmp_path / "README.md"
+    text = f"{report.BEGIN}\nmine\n{report.END}\n"
+    readme.write_text(text)
+    runner = CliRunner()
+    assert runner.invoke(command.app, ["report", "--results", str(tmp_path / "bench/results")]).exit_code == 0
+    assert readme.read_text() == text
+    assert runner.invoke(command.app, ["report", "--readme", str(readme)]).exit_code == 0
+    assert "mine" not in readme.read_text()
+
+
 def test_readme_needs_its_markers():
     with pytest.raises(ValueError, match="bench:begin"):
         report.replace_section("no markers", "x")
