@@ -469,6 +469,8 @@ if backend.HAS_TRITON:
         local_response_norm.forward: check_local_response_norm,
         local_response_norm.backward: check_local_response_norm,
         noise.add_noise: check_noise,
+        expectation.integrate: check_average,
+        expectation.integrate_backward: check_average,
         expectation.average: check_average,
         expectation.average_backward: check_average,
         noisy_linear.row_noise: check_rows,
@@ -752,11 +754,11 @@ def test_products_of_noise(data):
     check_call(F.drop_connect_linear, *linear(data), mask=mask, **options)
 
 
-@reaches(expectation, "average average_backward")
+@reaches(expectation, "integrate integrate_backward average average_backward")
 @drawn(200, 2000)
 def test_inference_of_drop_connect(data):
     operands = linear(data)
-    samples = data.draw(st.integers(1, 9))
+    samples = data.draw(st.one_of(st.none(), st.integers(1, 9)))
     check_call(
         lambda *operands: F.drop_connect_linear(
             *operands, training=False, activation="tanh", samples=samples, seed=1
