@@ -103,12 +103,42 @@ class Watch:
         return self.lives and identities(objects, dicts) == self._identities
 
 
+class _Kinds:
+    """As torch's ``TensorGuards``, where they are not there."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._kinds = list(map(self._of, tensors))
+
+    def check(self, *tensors: Tensor) -> bool:
+        return list(map(self._of, tensors)) == self._kinds
+
+    @staticmethod
+    def _of(x: Tensor) -> tuple:
+        return type(x), x.dtype, x.device, x.shape, x.stride()
+
+
+def kinds_of(tensors: Sequence[Tensor]) -> Any:
+    """``check(*others)`` says of strided tensors whether others have their types, dtypes, devices, sizes and strides.
+
+    Of the guards of torch.compile, which are not public, for all of them in one call. A no of theirs needs not be one
+    of ours, as where a gradient can itself be differentiated.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        sizes, strides = ([list(ask(x)) for x in tensors] for ask in (Tensor.size, Tensor.stride))
+        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    except Exception:
+        return _Kinds(tensors)
+
+
 def remembered(build: Callable) -> Callable:
     """Of ``build(*lists, **options)`` of tensors: keeps the latest results while the same tensors lie where they lay.
 
-    A result follows from options and from the tensors' kinds, shapes and addresses, and holds no tensor.
+    A result follows from options and from the tensors' kinds, shapes and addresses, and holds no tensor. (The same
+    tensor may get another shape at the same address, by ``x.data = x.data.t()``.)
     """
-    kept: dict[tuple, tuple[Watch, np.ndarray, Any]] = {}
+    kept: dict[tuple, tuple[Watch, Any, np.ndarray, Any]] = {}
 
     @functools.wraps(build)
     def found(*lists: Sequence[Tensor], **options: Any) -> Any:
@@ -118,15 +148,16 @@ def remembered(build: Callable) -> Callable:
         key = *map(len, lists), *options.items(), identities(tensors)
         known = kept.pop(key, None)
         if known is not None:
-            watch, before, result = known
-            if watch.lives and np.array_equal(addresses(tensors, known=True), before):
+            watch, kinds, before, result = known
+            alike = watch.lives and kinds.check(*tensors)
+            if alike and np.array_equal(addresses(tensors, known=True), before):
                 kept[key] = known  # the latest comes last
                 return result
         result = build(*lists, **options)
         if all(type(x) in PLAIN and x.layout == torch.strided for x in tensors):
             while len(kept) >= REMEMBERED:
                 kept.pop(next(iter(kept)), None)
-            kept[key] = Watch(tensors), addresses(tensors), result
+            kept[key] = Watch(tensors), kinds_of(tensors), addresses(tensors), result
         return result
 
     return found

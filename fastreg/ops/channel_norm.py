@@ -609,7 +609,7 @@ def _(x, weight, bias, residual, mean, var, groups, eps, activation, dtype, diff
     form = Form(groups, eps, activation)
     signed = differentiated and _may_keep_signs(residual, form)
     if signed:  # only then: the view of odd planes depends on the number of samples, which would be a guard
-        seen = view(y, groups) or view(torch.empty(x.shape, device="meta"), groups)
+        seen = view(y, groups) or view(torch.empty(x.shape, dtype=x.dtype, device="meta"), groups)
         signed = _keeps_signs(residual, form, seen)
     units = x.shape[0] * groups if groups else x.shape[1]
     statistics = {"size": (units if mean is None else 0,), "dtype": sum_dtype(x.dtype), "device": x.device}

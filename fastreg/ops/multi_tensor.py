@@ -64,7 +64,7 @@ def deal_rows(
 
 def upload(numbers: np.ndarray | Sequence, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
     """A tensor on the device, without waiting for it."""
-    tensor = torch.as_tensor(np.asarray(numbers)).to(dtype)
+    tensor = torch.from_numpy(np.asarray(numbers)).to(dtype)
     if device.type != "cuda":
         return tensor.clone() if device.type == "cpu" else tensor.to(device)
     pinned = tensor.pin_memory()

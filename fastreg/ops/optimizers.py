@@ -164,10 +164,10 @@ def define(member: Member, rule: Rule, numbers: Numbers, gain: float = 1.0, shar
         update = s["size"] * (g + s["decay_2"] * m if rule.nesterov else m)
     else:
         update = s["size"] * g
-    keep = s["keep"]
+    decayed = value * s["keep"]
     if rule.cautious:
-        keep = torch.where(update * value >= 0, keep, 1.0)
-    value = value * keep - update
+        decayed = torch.where(update * value >= 0, decayed, value)
+    value = decayed - update
     value = _constrained(value, rule, s, shards)
     stored = value
     if rule.at_random:
@@ -208,7 +208,7 @@ def _constrained(value: Tensor, rule: Rule, s: dict[str, float], shards: Any) ->
 def _rounded_at_random(x: Tensor, key: int, count: int) -> Tensor:
     """fp32 to what bf16 can hold: 16 random bits are added, and the last 16 cut off."""
     order = x.permute(_memory_order(x))
-    element = torch.arange(x.numel(), device=x.device).view(order.shape)
+    element = torch.arange(x.numel(), dtype=torch.int64, device=x.device).view(order.shape)
     bits = random.lanes(element, Stream(key, count)).to(torch.int64)
     pattern = order.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     rounded = ((pattern + bits) & 0xFFFF0000).to(torch.int64)

@@ -61,6 +61,17 @@ def _is_ordinary(p: Tensor, g: Tensor) -> bool:
     return p.is_floating_point() and not p.is_meta and g.layout == torch.strided
 
 
+def _counter(count: float | Tensor, device: torch.device | None) -> Tensor:
+    """A counter of steps: fp32 [] on the device of a kernel, or else a tensor as torch's own, which lie on the CPU."""
+    if device is not None:
+        found = torch.as_tensor(count, dtype=torch.float32, device=device)
+        return found.reshape(()) if found.dim() else found
+    if isinstance(count, Tensor) and count.dtype in (torch.float32, torch.float64):
+        return count
+    wide = torch.get_default_dtype() == torch.float64
+    return torch.as_tensor(count, dtype=torch.float64 if wide else torch.float32, device="cpu")
+
+
 class Regularized(Optimizer):
     """Mixed into a class of torch, before it. What a class says for itself comes first."""
 
@@ -322,13 +333,8 @@ class Regularized(Optimizer):
             counter = counters.get("step")
             if counter is None or (fresh and "betas" not in group):
                 # torch's SGD counts no steps: where it has left a buffer, the first one is over
-                counter = torch.full((), 0.0 if fresh or "betas" in group or not moments else 1.0)
-            counter = torch.as_tensor(counter)
-            if kernels and (
-                counter.device != piece.device or counter.dtype != torch.float32 or counter.dim()
-            ):
-                counter = counter.to(piece.device, torch.float32).reshape(())
-            counters["step"] = counter
+                counter = 0.0 if fresh or "betas" in group or not moments else 1.0
+            counters["step"] = _counter(counter, piece.device if kernels else None)
         for key in moments:
             if state.get(key) is None:
                 state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
@@ -390,7 +396,7 @@ class Regularized(Optimizer):
                     batch.numbers_on_device(numbers),
                     mine,
                     norm,
-                    None if scale is None else torch.as_tensor(scale, dtype=torch.float32).to(device),
+                    None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=device),
                     None if found_inf is None else found_inf.to(device, torch.float32),
                 )
             )

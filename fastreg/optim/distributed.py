@@ -11,7 +11,7 @@ that hold the other pieces. Replicas hold the same values: nothing is summed ove
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,25 @@ def local(x: Tensor) -> Tensor:
         return x
     piece = x._local_tensor  # to_local() makes a new view of a parameter each time
     return piece.wait() if hasattr(piece, "wait") else piece  # a collective that is still under way
+
+
+def local_pairs(
+    targets: Sequence[Tensor], sources: Sequence[Tensor], names: Sequence[str] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The pieces of targets and sources, where those of a pair are the same pieces of two tensors.
+
+    Raises:
+        ValueError: the pieces of a pair are cut otherwise. names: of the pairs.
+    """
+    if {*map(type, targets), *map(type, sources)} <= {*PLAIN}:
+        return list(targets), list(sources)
+    for i, pair in enumerate(zip(targets, sources, strict=True)):
+        if all(map(is_distributed, pair)):
+            target, source = ((x.device_mesh, x.placements) for x in pair)
+            if target != source:
+                name = names[i] if names else f"tensor {i}"
+                raise ValueError(f"{name} is in the pieces {source}, but was in {target}")
+    return list(map(local, targets)), list(map(local, sources))
 
 
 @torch.no_grad()

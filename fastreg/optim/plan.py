@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastreg.ops import backend
-from fastreg.ops.bulk import Watch, addresses
+from fastreg.ops.bulk import Watch, addresses, kinds_of
 from fastreg.ops.multi_tensor import upload
 from fastreg.ops.optimizers import NUMBERS, WIDTH, Batch, Numbers, same_layout
 from fastreg.optim.distributed import is_distributed
@@ -66,7 +66,7 @@ class Plan:
             if not alike and not self._fit(grads, pieces):
                 return False
             if self._kinds is None:
-                self._kinds = _kinds_of(ours)
+                self._kinds = kinds_of(ours)
             known = alike and len(ours) == len(grads)
             # Who replaces gradients does so in every step (``zero_grad``): from now on their kind is asked at once.
             self._gradients = None
@@ -118,18 +118,3 @@ class Placed(Batch):
 
 def _fits(g: Tensor, piece: Tensor, dtype: torch.dtype) -> bool:
     return g.dtype == dtype and g.layout == torch.strided and backend.is_plain(g) and same_layout(g, piece)
-
-
-def _kinds_of(tensors: list[Tensor]) -> Any:
-    """What knows, for all of them in one call, whether others have their types, dtypes, devices, sizes and strides.
-
-    Of the guards of torch.compile, which are not public: None where they are not there. A no of theirs needs not be
-    one of ours, as where a gradient can itself be differentiated.
-    """
-    try:
-        from torch._C._dynamo.guards import TensorGuards
-
-        sizes, strides = ([list(ask(x)) for x in tensors] for ask in (Tensor.size, Tensor.stride))
-        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-    except Exception:
-        return None
