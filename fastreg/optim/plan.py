@@ -4,12 +4,11 @@ import weakref
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastreg.ops import backend
-from fastreg.ops.bulk import Watch, addresses, kinds_of
+from fastreg.ops.bulk import Watch, addresses, equal, kinds_of
 from fastreg.ops.multi_tensor import upload
 from fastreg.ops.optimizers import NUMBERS, WIDTH, Batch, Numbers, same_layout
 from fastreg.optim.distributed import is_distributed
@@ -70,10 +69,10 @@ class Plan:
             known = alike and len(ours) == len(grads)
             # Who replaces gradients does so in every step (``zero_grad``): from now on their kind is asked at once.
             self._gradients = None
-        if not np.array_equal(addresses(self._placed(pieces), not self.distributed), self._addresses):
+        if not equal(addresses(self._placed(pieces), not self.distributed), self._addresses):
             return False
         found = addresses(self._placed(grads), known)
-        if not np.array_equal(found, self._gradient_addresses):
+        if not equal(found, self._gradient_addresses):
             start = 0
             for batch in self.batches:
                 batch.move_gradients(found[start : start + batch.count])
