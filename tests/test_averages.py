@@ -581,9 +581,7 @@ def job_other_pieces(rank: int, world: int):
         kept = ExponentialMovingAverage(model, 0.5), BestWeights(model)
         before = [x.clone() for one in kept for x in one.tensors.values()]
         spread(model, 1)
-        for one, update in zip(
-            kept, (kept[0].update, lambda: kept[1].update(torch.tensor(True))), strict=True
-        ):
+        for update in (kept[0].update, partial(kept[1].update, torch.tensor(True))):
             try:
                 update()
             except ValueError as error:
