@@ -15,7 +15,8 @@ recorded raises CUDA's. ``graph.replay()`` does anew what was recorded.
 Triton. A driver for a GPU that is not there: ``kernel[grid](...)`` goes through Triton's own specialization and cache,
 and a launch is checked (``Launched.check``) and recorded, and does nothing. ``gpu.compiles = True``: the kernel is
 compiled to machine code as well, for ``gpu.capability``. This half needs a process with ``TRITON_INTERPRET=0``. In one
-with ``TRITON_INTERPRET=1`` the interpreter runs the kernels on the host's memory, with the host code of a GPU.
+with ``TRITON_INTERPRET=1`` the interpreter runs the kernels on the host's memory, graphs included, and the host code is
+that of a GPU.
 
 ``gpu.weightless = True``: new tensors have no memory, so that they may have any shape.
 
@@ -30,13 +31,14 @@ import contextlib
 import itertools
 import time
 import weakref
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 DEVICES = 2
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
@@ -67,7 +69,7 @@ class Launched(NamedTuple):
     options: dict[str, Any]
     stream: int
     graph: "Graph | None"  # that records it
-    values: dict[str, Any]  # of tensors of one element, when it was launched
+    values: dict[str, Any]  # of tensors of one element, at that moment
 
     def check(self, device: int) -> None:
         """Raises where CUDA or Triton's launcher would, or where a kernel would read what it cannot reach."""
@@ -411,7 +413,8 @@ class Gpu:
             if device is not None and works:
                 self._read(x, stream, name)
         with self.on_host():
-            result = function(*args, **kwargs)
+            called = function if stream.graph is None else _unwritten(function)
+            result = called(*args, **kwargs)
         stream.done += works
         given = {x.untyped_storage()._cdata for x, _ in found}
         made = [x for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
@@ -458,16 +461,45 @@ class Gpu:
 
     # --- launches
 
-    def launched(self, launch: Launched) -> None:
+    def launched(self, launch: Launched, again: Callable[[], Any] = lambda: None) -> None:
+        """again: what a graph's replay does beside saying so."""
         stream = self.streams[launch.stream]
         launch.check(self.current)
         for name, value in launch.arguments.items():
             if isinstance(value, torch.Tensor) and value.numel():
                 self._read(value, stream, f"{launch.name}({name})")
         stream.done += 1
-        self.launches.append(launch)
+        self.launches.append(launch._replace(values=_values(launch)))
+
+        def replay() -> None:
+            self.launches.append(launch._replace(graph=None, values=_values(launch)))
+            again()
+
         if stream.graph is not None:
-            stream.graph.work.append(lambda: self.launches.append(launch._replace(values=_values(launch))))
+            stream.graph.work.append(replay)
+
+
+def _unwritten(function) -> Callable:
+    """A call of ATen while a graph is recorded: it has a result, and changes nothing that was there before."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        originals = {}
+
+        def copied(x: torch.Tensor) -> torch.Tensor:
+            y = x.clone()
+            originals[id(y)] = y, x
+            return y
+
+        given = list(args), dict(kwargs)
+        for place, argument in enumerate(function._schema.arguments):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                where, key = (given[0], place) if place < len(args) else (given[1], argument.name)
+                if where is given[0] or key in kwargs:
+                    where[key] = tree_map_only(torch.Tensor, copied, where[key])
+        result = function(*given[0], **given[1])
+        return tree_map_only(torch.Tensor, lambda x: originals.get(id(x), (x, x))[1], result)
+
+    return call
 
 
 class _Again(NamedTuple):
@@ -708,6 +740,28 @@ def _triton(gpu: Gpu, patch: pytest.MonkeyPatch):
             kernel.device_caches.clear()
 
 
+def _interpreted(gpu: Gpu) -> Callable:
+    """In the place of ``Launch.run``, where the interpreter runs the kernels: now, or when a graph is replayed."""
+
+    def run(launch, device: torch.device) -> None:
+        def again() -> None:
+            launch.kernel[launch.grid](**launch.arguments)
+
+        grid = (*launch.grid, 1, 1)[:3]
+        pointers = {name: "*" for name, x in launch.arguments.items() if isinstance(x, torch.Tensor)}
+        with torch.cuda.device(device):
+            stream = gpu.stream()
+            if stream.graph is None:
+                again()
+            one = Launched(
+                launch.kernel.__name__, grid, launch.arguments, frozenset(), pointers, {},
+                stream.cuda_stream, stream.graph, {},
+            )  # fmt: skip
+            gpu.launched(one, again)
+
+    return run
+
+
 @contextlib.contextmanager
 def pretend(capability: tuple[int, int] = (9, 0)):
     """A GPU of this compute capability, until the end of the block."""
@@ -720,7 +774,9 @@ def pretend(capability: tuple[int, int] = (9, 0)):
         for owner, new in _replacements().items():
             for name, value in new.items():
                 patch.setattr(owner, name, value, raising=False)
-        if backend.HAS_TRITON and not backend.INTERPRETED:
+        if backend.INTERPRETED:
+            patch.setattr(backend.Launch, "run", _interpreted(gpu))
+        elif backend.HAS_TRITON:
             stack.enter_context(_triton(gpu, patch))
         caches = (backend._capable, backend.multiprocessors)
         for cached in caches:

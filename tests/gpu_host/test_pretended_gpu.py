@@ -135,6 +135,19 @@ def test_a_graph_replays_what_it_recorded(gpu):
     assert torch.cuda.default_generators[0].get_offset() == 8
 
 
+def test_recording_a_graph_runs_nothing(gpu):
+    x, out, graph = torch.zeros(3, device="cuda"), torch.zeros(3, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        assert x.add_(1) is x
+        torch._foreach_add_([x], 1.0)
+        assert torch.add(x, 1, out=out) is out
+    assert x.tolist() == out.tolist() == [0, 0, 0]
+    graph.replay()
+    graph.replay()
+    assert x.tolist() == [4, 4, 4]
+    assert out.tolist() == [5, 5, 5]
+
+
 def test_what_a_capture_forbids_raises(gpu):
     x, default = torch.ones(3, device="cuda"), torch.cuda.default_generators[0]
     forbidden = {
