@@ -40,6 +40,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fastreg.ops import backend
+
 DEVICES = 2
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
 CPU = torch.device("cpu")
@@ -48,6 +50,8 @@ CAPTURED = "CUDA error: operation not permitted when stream is capturing"
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim", "is_nonzero")
 # They take tensors of several devices.
 CROSSING = ("copy_", "_to_copy", "_copy_from")
+
+_numbers = itertools.count(1)  # of streams and of graphs, never twice in a process
 
 _host_device = torch._C.TensorBase.device.__get__
 _host_is_cuda = torch._C.TensorBase.is_cuda.__get__
@@ -125,7 +129,7 @@ class Stream:
 
     def __init__(self, device: Any = None, priority: int = 0, **ignored: Any):
         self.device = _gpu.device(device)
-        self.cuda_stream = next(_gpu.numbers)
+        self.cuda_stream = next(_numbers)
         self.graph: Graph | None = None
         self.done = 0  # pieces of work
         self.seen: dict[int, int] = {}  # of other streams
@@ -151,7 +155,7 @@ class Stream:
         return event
 
     def synchronize(self) -> None:
-        _gpu.wait("Stream.synchronize")
+        _gpu.wait("Stream.synchronize", self)
 
     def query(self) -> bool:
         return True
@@ -202,7 +206,7 @@ class Graph:
             raise RuntimeError("CUDA graphs must be captured on a non-default stream.")
         for generator in _gpu.generators:
             self.register_generator_state(generator)
-        self.number, self.origin, stream.graph = next(_gpu.numbers), stream, self
+        self.number, self.origin, stream.graph = next(_numbers), stream, self
 
     def capture_end(self) -> None:
         for stream in _gpu.streams.values():
@@ -315,7 +319,6 @@ class Gpu:
         self.compiled: list[Compiled] = []
         self.waits: list[str] = []  # what made the host wait
         self.races: list[str] = []  # what read, on one stream, what another may still be writing
-        self.numbers = itertools.count(1)
         # ATen hands over another object for the same generator.
         self.generators_by_address: weakref.WeakValueDictionary[int, Generator] = (
             weakref.WeakValueDictionary()
@@ -362,10 +365,13 @@ class Gpu:
             total_memory=80 * 2**30, L2_cache_size=50 * 2**20, warp_size=32,
         )  # fmt: skip
 
-    def wait(self, what: str) -> None:
+    def wait(self, what: str, *streams: Stream) -> None:
+        """The host waits, so that all that follows is behind the work of these streams."""
         if self.graph() is not None:
             raise RuntimeError(CAPTURED)
         self.waits.append(what)
+        for stream, other in itertools.product(self.streams.values(), streams):
+            stream.wait_stream(other)
 
     # --- tensors
 
@@ -403,9 +409,9 @@ class Gpu:
             raise RuntimeError(
                 f"Expected all tensors to be on the same device, but found at least two devices, {a} and {b}!"
             )
-        if name in WAITING:
-            self.wait(name)
         stream = self.stream(target or on_gpu[0])
+        if name in WAITING:
+            self.wait(name, stream)
         if torch.Tag.nondeterministic_seeded in function.tags:
             self._draw(kwargs.get("generator"), stream)
         works = "empty" not in name  # and does not only find memory
@@ -512,7 +518,7 @@ class _Again(NamedTuple):
     made: list
 
     def __call__(self) -> None:
-        with _disable_current_modes():
+        with _disable_current_modes(), torch.no_grad():
             again = self.function(*self.args, **self.kwargs)
             for x, y in zip(tree_leaves(self.result), tree_leaves(again), strict=True):
                 if any(x is one for one in self.made):
@@ -593,7 +599,7 @@ def _replacements() -> dict[Any, dict[str, Any]]:
         "get_device_capability": lambda device=None: _gpu.capability,
         "default_generators": _gpu.generators,
         "is_current_stream_capturing": lambda: _gpu.graph() is not None,
-        "synchronize": lambda device=None: _gpu.wait("synchronize"),
+        "synchronize": lambda device=None: _gpu.wait("synchronize", *_gpu.streams.values()),
         "empty_cache": lambda: None,
         "reset_peak_memory_stats": lambda device=None: None,
         "memory_allocated": lambda device=None: 100,
@@ -618,11 +624,13 @@ def _replacements() -> dict[Any, dict[str, Any]]:
         "pin_memory": lambda x, device=None: x.clone(),
         "is_pinned": lambda x, device=None: False,
     }
-    graphs = {"CUDAGraph": Graph, "graph_pool_handle": lambda: (0, next(_gpu.numbers))}
+    numbers = {"capture_id": lambda device: _gpu.stream(device).graph.number}
+    graphs = {"CUDAGraph": Graph, "graph_pool_handle": lambda: (0, next(_numbers))}
     return {
         torch: {"tensor": _tensor, "as_tensor": _as_tensor, "Generator": Generator},
         torch.Tensor: tensor,
         torch.cuda: cuda,
+        backend: numbers,
         torch.cuda.random: {"device_count": cuda["device_count"]},
         torch.cuda.graphs: graphs,
         torch.cuda.graph: {"default_capture_stream": None},
@@ -682,6 +690,8 @@ def _launcher(gpu: Gpu, source: Any, options: dict[str, Any]) -> Any:
     constants = frozenset(names) - frozenset(types)
 
     def launch(x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
+        if x * y * z == 0:
+            return
         found = dict(zip(names, arguments, strict=True))
         flat = {name: kind for name, kind in types.items() if isinstance(kind, str)}
         one = Launched(
@@ -766,8 +776,6 @@ def _interpreted(gpu: Gpu) -> Callable:
 def pretend(capability: tuple[int, int] = (9, 0)):
     """A GPU of this compute capability, until the end of the block."""
     global _gpu
-    from fastreg.ops import backend
-
     _gpu = gpu = Gpu(capability)
     gpu.begin()
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
@@ -812,7 +820,5 @@ def gpu():
 
 @pytest.fixture
 def needs_compiler() -> None:
-    from fastreg.ops import backend
-
     if backend.INTERPRETED or not backend.HAS_TRITON:
         pytest.skip("the interpreter specializes nothing: TRITON_INTERPRET=0")
