@@ -52,7 +52,7 @@ CALL = tl.constexpr(8)  # lanes of a call of Philox: neighbouring inputs
 REPAIRED = tl.constexpr(
     16
 )  # columns at a time: with more, the repair would take the registers of the loop it follows
-NOT_SPECIALIZED = ("seed", "offset", "keep")
+NOT_SPECIALIZED = ("seed_ptr", "seed", "offset", "keep")
 
 
 @triton.jit

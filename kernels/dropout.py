@@ -33,7 +33,7 @@ from .fastmath import add, fma, mul, total, upcast
 from .philox import lanes
 
 # Numbers that change from call to call: a kernel of its own for those that divide by 16 would gain nothing.
-NOT_SPECIALIZED = ("seed", "offset", "threshold", "tail")
+NOT_SPECIALIZED = ("seed_ptr", "seed", "offset", "threshold", "tail")
 
 
 @triton.jit

@@ -47,7 +47,7 @@ SLOPE = tl.constexpr(3)  # of ``second_input``: q of the Gaussian's gradients
 # (IN), or an example and an output (OUT); the signs S to an output and an input, with no further step.
 IN = tl.constexpr(1)
 OUT = tl.constexpr(2)
-NOT_SPECIALIZED = ("seed", "offset")
+NOT_SPECIALIZED = ("seed_ptr", "seed", "offset")
 
 
 @triton.jit

@@ -39,7 +39,7 @@ from .philox import lanes
 
 # Numbers that change from call to call. The rows start on 16 bytes without a kernel of their own: columns are
 # written as vectors * VECTOR.
-NOT_SPECIALIZED = ("seed", "offset", "threshold", "rows", "vectors")
+NOT_SPECIALIZED = ("seed_ptr", "seed", "offset", "threshold", "rows", "vectors")
 
 
 @triton.jit

@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported: before fastreg is
 
+from pretended_gpu import gpu, needs_compiler  # noqa: F401
+
 from fastreg.ops import backend as _backend
 from fastreg.ops import bulk
 from fastreg.ops.fused import ACTIVATIONS
@@ -98,7 +100,7 @@ def _same_start() -> None:
 # Tests marked ``sampled`` choose themselves which of their cases run on the kernels in every run.
 _SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py")
 # Tests of some ten seconds each, which compile or start processes: first, so that none is left for the end.
-_LONG = ("test_inspect.py", "test_training.py", "test_bench.py")
+_LONG = ("test_gpu_host.py", "test_inspect.py", "test_training.py", "test_bench.py")
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -1,6 +1,6 @@
 """Where an operation runs: on the Triton kernels, or on ATen."""
 
-import contextlib
+import ctypes
 import functools
 import importlib.util
 import os
@@ -66,11 +66,36 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+@functools.cache
+def _stream_capture_info() -> Any:
+    """The driver's function, which torch does not hand on, or None."""
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
+    except (OSError, AttributeError):
+        return None
+
+
+def capture_id(device: torch.device) -> int | None:
+    """CUDA's number of the graph that records the current stream of ``device``, or None where it cannot be asked."""
+    ask = _stream_capture_info()
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    if ask is None or ask(stream, ctypes.byref(status), ctypes.byref(number), None, None, None):
+        return None
+    return number.value
+
+
 def number(name: str, value: float | Tensor, absent: float) -> dict[str, Any]:
     """The two arguments of a number that may lie in memory: a pointer, or None and the number itself."""
     if isinstance(value, Tensor):
         return {f"{name}_ptr": value, name: absent}
     return {f"{name}_ptr": None, name: value}
+
+
+_NOWHERE = torch.empty(0, dtype=torch.int64, device="cpu")  # its address is 0
+
+_loaded: set[Any] = set()
+"""Variants of kernels whose other form of the seed is loaded, too."""
 
 
 class Launch(NamedTuple):
@@ -82,5 +107,19 @@ class Launch(NamedTuple):
 
     def run(self, device: torch.device) -> None:
         """Launches on the tensors' ``device``, which need not be the current one."""
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        if device.type != "cuda":
             self.kernel[self.grid](**self.arguments)
+            return
+        with torch.cuda.device(device):
+            variant = self.kernel[self.grid](**self.arguments)
+            if self.arguments.get("seed") and variant not in _loaded:
+                self._load_for_graphs()
+                _loaded.add(variant)
+
+    def _load_for_graphs(self) -> None:
+        """Loads, without a launch, the variant that takes the seed from memory.
+
+        A CUDA graph needs it, and while one is recorded nothing can be loaded. (One form for both would have to be the
+        one from memory, whose seed takes 16 registers a thread where a number takes none.)
+        """
+        self.kernel[(0,)](**self.arguments | number("seed", _NOWHERE, 0))
