@@ -66,6 +66,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def recording() -> bool:
+    """Whether a CUDA graph is being recorded: what is launched, and copied, is done at every replay, and not now."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def _stream_capture_info() -> Any:
     """The driver's function, which torch does not hand on, or None."""

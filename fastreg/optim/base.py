@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastreg.ops.backend import recording
 from fastreg.ops.bulk import gradients
 from fastreg.ops.optimizers import (
     DTYPES,
@@ -196,7 +197,11 @@ class Regularized(Optimizer):
         params = list(chain.from_iterable(group["params"] for group in groups))
         grads = gradients(params)
         structure = tuple(self._structure(group) for group in groups)
-        plan = self._plan
+        plan, recorded = self._plan, recording()
+        if recorded:
+            self._plan = (
+                None  # the graph takes it along: its replays read those tables, which no other step may write
+            )
         if plan is not None and not plan.knows(structure, params, self.state):
             plan = None
         pieces = params
@@ -205,7 +210,10 @@ class Regularized(Optimizer):
         if plan is None or not plan.follow(grads, pieces):
             if all(g is None for g in grads) and all(group["max_grad_norm"] is None for group in groups):
                 return
-            plan = self._plan = self._make(structure, params, grads, pieces)
+            plan = self._make(structure, params, grads, pieces)
+            self._plan = None if recorded else plan
+        if recorded:
+            plan.keep()
         self._run(plan, grads, pieces)
 
     def _structure(self, group: dict) -> tuple:

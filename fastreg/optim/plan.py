@@ -47,6 +47,12 @@ class Plan:
     def _placed(self, tensors: list) -> list:
         return tensors if self._whole else [tensors[i] for i in self._places]
 
+    def keep(self) -> None:
+        """Keeps the tables that a CUDA graph reads. Nobody says when it ends, so: while a parameter lives that it steps."""
+        if self.batches:
+            first = self.params[self.batches[0].places[0]]
+            weakref.finalize(first, tuple, self.batches).atexit = False
+
     def knows(self, structure: tuple, params: list[Tensor], state: dict) -> bool:
         """Whether parameters, options and state are those it was made for."""
         return structure == self.structure and self._kept.finds(params, state.values())
