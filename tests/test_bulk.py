@@ -55,6 +55,15 @@ def test_addresses(way):
     assert bulk.addresses([], True).tolist() == []
 
 
+def test_addresses_in_dicts_are_those_of_their_last_tensors(way):
+    x, y = torch.ones(5), nn.Parameter(torch.ones(4))
+    dicts = [{"a": y, "b": x, "c": 1.0}, {}, {"a": None}, 7, {"own": x.as_subclass(WithOwn)}, {"y": y}]
+    expected = [x.data_ptr(), -1, -1, -1, -1, y.data_ptr()]
+    for known in (False, True):
+        assert bulk.addresses([], known, dicts).tolist() == expected
+        assert bulk.addresses([y, None], known, iter(dicts)).tolist() == [y.data_ptr(), -1, *expected]
+
+
 def test_a_tensor_that_lies_nowhere_is_an_error(way):
     """And no end of the process, as in C: so the first question is Python's."""
     with pytest.raises(RuntimeError, match=r"data pointer|storage"):

@@ -386,3 +386,139 @@ def test_what_graphs_upload_is_kept_by_nobody_here(gpu):
             gc.collect()
             seen.append(sum(type(x) is Tensor for x in gc.get_objects()))
     assert len(set(seen)) == 1
+
+
+# --- tensors in other places ------------------------------------------------------------------------------
+
+
+def stepped(configuration: str, **more):
+    pair = Pair(configuration, **more)
+    pair.eager(1)
+    pair.eager(2)
+    return pair
+
+
+def everything(pair: Pair) -> list[Tensor]:
+    state = [x for p in pair.params for x in pair.optimizer.state[p].values()]
+    return [x.detach().cpu().clone() for x in (*pair.params, *state)]
+
+
+def assert_refused(pair: Pair, message: str) -> None:
+    """At once, and with nothing changed."""
+    before = everything(pair)
+    for p, g in zip(pair.params, tensors(pair.params[0].device, 3), strict=True):
+        p.grad = g
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=message):
+            pair.optimizer.step()
+    for x, y in zip(everything(pair), before, strict=True):
+        assert torch.equal(x, y)
+
+
+ELSEWHERE = {
+    "momentum_buffer": ("momentum", {}),
+    "exp_avg": ("adamw", {}),
+    "exp_avg_sq": ("adamw", {}),
+    "max_exp_avg_sq": ("adam", {}),
+    "ema": ("adamw", {"ema_decay": 0.9}),
+}
+
+
+@pytest.mark.parametrize("key", ELSEWHERE)
+@pytest.mark.parametrize("place", ["cpu", "cuda:1"])
+def test_state_on_another_device_is_refused_in_torchs_words(key, place, gpu):
+    configuration, more = ELSEWHERE[key]
+    pair = stepped(configuration, **more)
+    state = pair.optimizer.state[pair.params[1]]
+    state[key] = state[key].to(place)
+    assert_refused(pair, f"Expected all tensors to be on the same device.* cuda:0 and {place}.*{key}")
+
+
+def test_a_model_that_moves_after_its_state_was_loaded(gpu):
+    """load_state_dict puts state where the parameters are; model.cuda() then leaves it there."""
+    pair = stepped("adamw")
+    state = pair.optimizer.state_dict()
+    params = [nn.Parameter(p.detach().cpu()) for p in pair.params]
+    optimizer = optim.AdamW(params)
+    optimizer.load_state_dict(state)
+    for p in params:
+        p.data = p.data.cuda()
+        p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match="Expected all tensors to be on the same device"):
+        optimizer.step()
+    optimizer.load_state_dict(optimizer.state_dict())  # which moves it
+    optimizer.step()
+
+
+@pytest.mark.parametrize("moves", ["all", "one"])
+def test_a_gradient_on_another_device_is_refused_in_torchs_words(moves, gpu):
+    pair = stepped("momentum")
+    before = everything(pair)
+    for p in pair.params[: 1 if moves == "one" else None]:
+        p.data = p.data.to("cuda:1")  # .grad stays
+    with pytest.raises(
+        RuntimeError, match=r"Expected all tensors to be on the same device.*cuda:1 and cuda:0"
+    ):
+        pair.optimizer.step()
+    for x, y in zip(everything(pair), before, strict=True):
+        assert torch.equal(x, y)
+
+
+SHAPES_OF_STATE = [(5, 2), (5, 4), (3,), (1, 3), (5, 1), (), (5, 3, 1), (3, 5)]
+
+
+@pytest.mark.parametrize("shape", SHAPES_OF_STATE, ids=str)
+@pytest.mark.parametrize("key", ["momentum_buffer", "exp_avg_sq", "ema"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_state_of_another_shape_is_refused_in_torchs_words(key, shape, device, gpu):
+    configuration, more = ELSEWHERE[key]
+    pair = stepped(configuration, **more)
+    if device == "cpu":
+        pair.params, pair.optimizer = pair.twins, pair.twin
+    state = pair.optimizer.state[pair.params[0]]
+    state[key] = torch.ones(shape, device=state[key].device)
+    assert_refused(pair, rf"The size of tensor .* must match the size of tensor .*{key}")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_parameter_that_becomes_a_part_of_itself_is_refused(device, gpu):
+    """At the same address, with gradients of the new shape: tables and state are still those of the whole."""
+    pair = stepped("adamw")
+    if device == "cpu":
+        pair.params, pair.optimizer = pair.twins, pair.twin
+    p = pair.params[0]
+    p.grad, p.data = None, p.data[:3]
+    before = everything(pair)
+    for q in pair.params:
+        q.grad = torch.ones_like(q)
+    with pytest.raises(RuntimeError, match="The size of tensor"):
+        pair.optimizer.step()
+    for x, y in zip(everything(pair), before, strict=True):
+        assert torch.equal(x, y)
+
+
+@pytest.mark.parametrize("options", [*OURS, "plain"])
+@pytest.mark.parametrize("configuration", ["momentum", "adam"])
+def test_state_that_moves_in_place_is_found(configuration, options, gpu):
+    """As with who takes it off the GPU between two steps: the same objects, in other memory."""
+    pair = stepped(configuration, **OURS.get(options, {}))
+    for move in (lambda x: x.cpu().cuda(), torch.clone):
+        for p in pair.params:
+            for value in pair.optimizer.state[p].values():
+                value.data = move(value.data)
+        pair.eager(3)
+        pair.check()
+
+
+def test_penalties_do_not_accumulate_into_gradients_in_other_places(gpu):
+    for change, message in (
+        (lambda p: p.data.cuda(), "Expected all tensors to be on the same device.*cuda:0 and cpu"),
+        (lambda p: p.data[:3], "The size of tensor"),
+    ):
+        params = [nn.Parameter(torch.ones(5, 3)) for _ in range(2)]
+        for p in params:
+            p.grad = torch.ones_like(p)
+        params[1].data = change(params[1])
+        with pytest.raises(RuntimeError, match=message):
+            penalties.l2(params, 0.1, accumulate=True)
+        assert all((p.grad == 1).all() for p in params)

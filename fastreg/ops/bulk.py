@@ -51,19 +51,28 @@ def gradients(parameters: list[Tensor]) -> list[Tensor | None]:
     return [p.grad for p in parameters]
 
 
-def addresses(tensors: Sequence[Tensor | None], known: bool = False) -> np.ndarray:
+def addresses(
+    tensors: Sequence[Tensor | None], known: bool = False, dicts: Iterable[dict] = ()
+) -> np.ndarray:
     """int64: where the elements of each tensor lie. -1 where there is no tensor: empty ones may lie at 0.
 
     known: they have been asked before, or others of the same dispatch keys have. C does not survive the error of a
     tensor that lies nowhere, which Python raises.
+    dicts: of each the last plain tensor counts as well. (All of them take too long: each lies somewhere else.)
     """
-    compiled = _compiled() if known and _data_ptr() is not None else None
+    compiled, dicts = _compiled() if known and _data_ptr() is not None else None, list(dicts)
     if compiled is not None:
         try:
-            return np.frombuffer(compiled.addresses(list(tensors), _data_ptr(), PLAIN), np.int64)
+            return np.frombuffer(compiled.addresses(list(tensors), dicts, _data_ptr(), PLAIN), np.int64)
         except TypeError:  # of a subclass, which may have a ``data_ptr`` of its own
             pass
-    return np.array([-1 if x is None else x.data_ptr() for x in tensors], np.int64)
+    lasts = [_last_plain(x) for x in dicts]
+    return np.array([-1 if x is None else x.data_ptr() for x in chain(tensors, lasts)], np.int64)
+
+
+def _last_plain(found: dict) -> Tensor | None:
+    values = reversed(found.values()) if isinstance(found, dict) else ()
+    return next((x for x in values if type(x) in PLAIN), None)
 
 
 def equal(found: np.ndarray, before: np.ndarray) -> bool:
@@ -140,8 +149,8 @@ def kinds_of(tensors: Sequence[Tensor]) -> Any:
 def remembered(build: Callable) -> Callable:
     """Of ``build(*lists, **options)`` of tensors: keeps the latest results while the same tensors lie where they lay.
 
-    A result follows from options and from the tensors' kinds, shapes and addresses, and holds no tensor. (The same
-    tensor may get another shape at the same address, by ``x.data = x.data.t()``.)
+    A result follows from options and from the tensors' kinds, shapes and addresses, and holds no tensor. The tensors of
+    the last list are the user's, who may give them another shape at the same address, by ``x.data = x.data[:2]``.
     """
     kept: dict[tuple, tuple[Watch, Any, np.ndarray, Any]] = {}
 
@@ -154,7 +163,7 @@ def remembered(build: Callable) -> Callable:
         known = kept.pop(key, None)
         if known is not None:
             watch, kinds, before, result = known
-            alike = watch.lives and kinds.check(*tensors)
+            alike = watch.lives and kinds.check(*lists[-1])
             if alike and equal(addresses(tensors, known=True), before):
                 kept[key] = known  # the latest comes last
                 return result
@@ -162,7 +171,7 @@ def remembered(build: Callable) -> Callable:
         if all(type(x) in PLAIN and x.layout == torch.strided for x in tensors):
             while len(kept) >= REMEMBERED:
                 kept.pop(next(iter(kept)), None)
-            kept[key] = Watch(tensors), kinds_of(tensors), addresses(tensors), result
+            kept[key] = Watch(tensors), kinds_of(lists[-1]), addresses(tensors), result
         return result
 
     return found

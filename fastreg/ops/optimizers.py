@@ -415,11 +415,31 @@ def projection(parameter: Tensor, rule: Rule, shards: Any = None) -> tuple[str, 
     return "partial", 1
 
 
+def check_beside(parameter: Tensor, x: Tensor, name: str) -> None:
+    """Raises where ``x`` cannot be stepped together with the parameter, element by element, by its address.
+
+    name: what ``x`` is to the parameter.
+    """
+    if x.device != parameter.device:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"{parameter.device} and {x.device}! The first is that of a parameter, the second that of its {name}"
+        )
+    if x.shape != parameter.shape:
+        raise RuntimeError(
+            f"The size of tensor a {tuple(parameter.shape)} must match the size of tensor b {tuple(x.shape)}: "
+            f"a is a parameter, b its {name}"
+        )
+
+
+def same_strides(shape: Sequence[int], x: Sequence[int], y: Sequence[int]) -> bool:
+    """Whether tensors of one shape with these strides have the same order of elements. (One element has but one.)"""
+    return x == y or all(a == b or size == 1 for a, b, size in zip(x, y, shape, strict=True))
+
+
 def same_layout(x: Tensor, y: Tensor) -> bool:
-    """Whether the elements of two tensors of one shape lie in the same order. (Of one element there is but one.)"""
-    if x.stride() == y.stride():
-        return True
-    return all(a == b or size == 1 for a, b, size in zip(x.stride(), y.stride(), x.shape, strict=True))
+    """Whether two tensors have the same shape and the same order of elements in memory."""
+    return x.shape == y.shape and same_strides(x.shape, x.stride(), y.stride())
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:

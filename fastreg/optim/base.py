@@ -27,6 +27,7 @@ from fastreg.ops.optimizers import (
     Member,
     Numbers,
     Rule,
+    check_beside,
     clipped,
     compute_dtype,
     define,
@@ -233,7 +234,7 @@ class Regularized(Optimizer):
             if group["max_norm"] is not None:
                 check_max_norm(p, group["max_norm_dim"])
             if grads[i] is not None:
-                self._refuse(p, grads[i], group)
+                self._refuse(p, pieces[i], grads[i], group)
         batches: dict[tuple, tuple[list[Member], list[int]]] = {}
         for i, (p, piece, g) in enumerate(zip(params, pieces, grads, strict=True)):
             if g is None:
@@ -298,8 +299,14 @@ class Regularized(Optimizer):
             plan.walks[owner] = False
         plan.torch.setdefault(owner, []).append(i)
 
-    def _refuse(self, p: Tensor, g: Tensor, group: dict) -> None:
+    def _refuse(self, p: Tensor, piece: Tensor, g: Tensor, group: dict) -> None:
         """Raises for what no step can take, before anything has changed."""
+        check_beside(piece, g, "gradient")
+        rule, state = self._rule_of(p, group), self.state.get(p, {})
+        used = {**dict.fromkeys(self._moments(group), True), "master": rule.master, "ema": rule.average}
+        for key, is_used in used.items():
+            if is_used and state.get(key) is not None:
+                check_beside(piece, local(state[key]), key)
         if g.is_sparse and "betas" in self.defaults:
             raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
         if self._has_options(group) and (g.is_sparse or not p.is_floating_point() or p.is_meta):
