@@ -12,6 +12,7 @@ every step: gradients, the memory of parameters and of gradients, tensors of the
 kernel.
 """
 
+import sys
 import weakref
 from itertools import chain
 from typing import Any
@@ -77,7 +78,6 @@ def _counter(count: float | Tensor, device: torch.device | None) -> Tensor:
 class Regularized(Optimizer):
     """Mixed into a class of torch, before it. What a class says for itself comes first."""
 
-    _step_supports_amp_scaling = True  # of the class: what __init__ sets is lost in copies
     _theirs: type[Optimizer] | None  # the class of torch with this step, where there is one
     _plan: Plan | None = None
     _loading: dict[str, Any] | None = None
@@ -105,6 +105,21 @@ class Regularized(Optimizer):
         walks: by its fused one, which walks over memory.
         """
         raise NotImplementedError
+
+    # --- gradient scaling
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether the step takes the scale of gradients, and whether one is infinite, from ``torch.amp.GradScaler``.
+
+        To torch, which asks this in the scaler's step: yes. Others take a yes to say that gradients cannot be unscaled
+        before the step, and refuse to clip them (Lightning, without a scale as well): to them, no.
+        """
+        return sys._getframe(1).f_globals.get("__name__", "").startswith("torch.")
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """torch's ``__init__`` says it with ``fused=True``."""
 
     # --- options
 
