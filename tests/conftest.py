@@ -96,6 +96,12 @@ def _same_start() -> None:
     torch.manual_seed(0)
 
 
+def pytest_make_parametrize_id(config, val, argname) -> None:
+    """Names of tests are the same in every process, or pytest-xdist ends: bytes, as of gzip, may hold the time."""
+    if isinstance(val, bytes):
+        raise TypeError(f"{argname} is bytes, which may differ from process to process: give the test an id")
+
+
 # Thousands of cases, minutes on the interpreter: by default these run on ATen, and with ``-m slow`` on the kernels.
 # Tests marked ``sampled`` choose themselves which of their cases run on the kernels in every run.
 _SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py")
