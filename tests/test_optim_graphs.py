@@ -522,3 +522,50 @@ def test_penalties_do_not_accumulate_into_gradients_in_other_places(gpu):
         with pytest.raises(RuntimeError, match=message):
             penalties.l2(params, 0.1, accumulate=True)
         assert all((p.grad == 1).all() for p in params)
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+@pytest.mark.parametrize("configuration", ["adam", "adamw"])
+@pytest.mark.parametrize("capturable", [False, True])
+def test_counters_of_a_checkpoint_lie_where_torch_has_them(configuration, capturable, foreach, gpu):
+    """torch's step would wait for each of them on a GPU."""
+    pair = Pair(configuration, capturable=capturable)
+    pair.eager(1)
+    state = pair.optimizer.state_dict()
+    for p, found in zip(pair.params, state["state"].values(), strict=True):
+        kept = pair.optimizer.state[p]
+        assert kept["step"].is_cuda
+        assert found["step"].device.type == ("cuda" if capturable else "cpu")
+        assert (found["step"].item(), found["step"].dtype, found["step"].shape) == (1.0, torch.float32, ())
+        assert all(found[key] is kept[key] for key in kept if key != "step")
+        assert list(found) == list(kept)
+
+    name, arguments = CONFIGURATIONS[configuration]
+    arguments = {**arguments, "capturable": capturable, "foreach": foreach}
+    theirs = getattr(torch.optim, name)(pair.params, **arguments)
+    theirs.load_state_dict(state)
+    gpu.forget()
+    theirs.step()
+    assert capturable or not gpu.waits
+
+
+def test_counters_of_a_checkpoint_come_in_one_copy(gpu):
+    params = [nn.Parameter(torch.ones(2, device="cuda")) for _ in range(5)]
+    optimizer = optim.AdamW([{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.0}])
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    params[4].grad = None
+    optimizer.step()
+    gpu.forget()
+    state = optimizer.state_dict()
+    assert gpu.waits == ["copy to the host"]
+    assert [state["state"][i]["step"].item() for i in range(5)] == [2, 2, 2, 2, 1]
+    optimizer.step()
+    assert [state["state"][i]["step"].item() for i in range(5)] == [2, 2, 2, 2, 1]
+    optimizer.load_state_dict(state)
+    optimizer.step()
+    assert [optimizer.state[p]["step"].item() for p in params] == [3, 3, 3, 3, 1]

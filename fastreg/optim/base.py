@@ -157,6 +157,27 @@ class Regularized(Optimizer):
         if "state_dict" in loading:
             self._restore_dtypes(loading["state_dict"])
 
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, counters of steps included: on the CPU, as they are now, unless a group is capturable or fused.
+
+        The kernels count on the device, where torch's other steps would wait for each counter.
+        """
+        found = super().state_dict()
+        states = found["state"]
+        alike: dict[tuple, list[int]] = {}
+        for group in found["param_groups"]:
+            if group.get("capturable") or group.get("fused"):
+                continue
+            for i in group["params"]:
+                counter = states.get(i, {}).get("step")
+                if isinstance(counter, Tensor) and counter.is_cuda:
+                    alike.setdefault((counter.device, counter.dtype, counter.shape), []).append(i)
+        for places in alike.values():
+            counters = torch.stack([states[i]["step"] for i in places]).cpu()
+            for i, counter in zip(places, counters, strict=True):
+                states[i] = {**states[i], "step": counter.clone()}
+        return found
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but state keeps its dtype beside parameters of 16 bits, to which torch rounds it.
 
