@@ -569,3 +569,19 @@ def test_counters_of_a_checkpoint_come_in_one_copy(gpu):
     optimizer.load_state_dict(state)
     optimizer.step()
     assert [optimizer.state[p]["step"].item() for p in params] == [3, 3, 3, 3, 1]
+
+
+def test_first_steps_wait_for_nothing(gpu):
+    """Not for their counters either, so that a graph may hold the first step of all."""
+    for warm in (True, False):
+        pair = Pair("adamw", ema_decay=0.9, max_norm=0.8, max_norm_dim=0)
+        gpu.forget()
+        if warm:
+            for p, g in zip(pair.params, pair.static, strict=True):
+                p.grad = g
+            pair.optimizer.step()
+            assert not gpu.waits
+        else:
+            graph = pair.capture()
+            pair.replay(graph, 1)
+            pair.check()

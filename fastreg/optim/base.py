@@ -66,13 +66,15 @@ def _is_ordinary(p: Tensor, g: Tensor) -> bool:
 
 def _counter(count: float | Tensor, device: torch.device | None) -> Tensor:
     """A counter of steps: fp32 [] on the device of a kernel, or else a tensor as torch's own, which lie on the CPU."""
-    if device is not None:
-        found = torch.as_tensor(count, dtype=torch.float32, device=device)
-        return found.reshape(()) if found.dim() else found
-    if isinstance(count, Tensor) and count.dtype in (torch.float32, torch.float64):
-        return count
-    wide = torch.get_default_dtype() == torch.float64
-    return torch.as_tensor(count, dtype=torch.float64 if wide else torch.float32, device="cpu")
+    if isinstance(count, Tensor):
+        if device is not None:
+            count = count.to(device, torch.float32)
+            return count.reshape(()) if count.dim() else count
+        if count.dtype in (torch.float32, torch.float64):
+            return count
+        count = count.item()
+    wide = device is None and torch.get_default_dtype() == torch.float64
+    return torch.full((), count, dtype=torch.float64 if wide else torch.float32, device=device or "cpu")
 
 
 class Regularized(Optimizer):
