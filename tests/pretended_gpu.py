@@ -786,7 +786,7 @@ def pretend(capability: tuple[int, int] = (9, 0)):
             patch.setattr(backend.Launch, "run", _interpreted(gpu))
         elif backend.HAS_TRITON:
             stack.enter_context(_triton(gpu, patch))
-        caches = (backend._capable, backend.multiprocessors)
+        caches = (backend._capability, backend.multiprocessors)
         for cached in caches:
             cached.cache_clear()
         stack.callback(lambda: [cached.cache_clear() for cached in caches])
