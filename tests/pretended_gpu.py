@@ -614,6 +614,7 @@ def _replacements() -> dict[Any, dict[str, Any]]:
     }
     tensor = {
         "device": property(_device_of),
+        "is_meta": property(lambda x: _device_of(x).type == "meta"),
         "is_cuda": property(lambda x: _device_of(x).type == "cuda"),
         "get_device": lambda x: -1 if _device_of(x).index is None else _device_of(x).index,
         "to": _to,

@@ -95,6 +95,9 @@ def capture_id(device: torch.device) -> int | None:
     return number.value
 
 
+MOST_PROGRAMS = 2**31 - 1  # of a grid
+
+
 def number(name: str, value: float | Tensor, absent: float) -> dict[str, Any]:
     """The two arguments of a number that may lie in memory: a pointer, or None and the number itself."""
     if isinstance(value, Tensor):
