@@ -232,7 +232,7 @@ def kernel(label, launch, x, bytes_per_element, **show) -> Kernel:
         chunks = -(-x.shape[1] // arguments["BLOCK_COLUMNS"])
         trips = [chunks, chunks]
     elif name.startswith("backward"):
-        trips = x.shape[0] / arguments["BLOCK_ROWS"] / launch.grid[0]
+        trips = x.shape[0] / arguments["BLOCK_ROWS"] / launch.grid[-1]
     return Kernel.of(
         f"{name} {label}",
         launch,

@@ -614,6 +614,7 @@ def _replacements() -> dict[Any, dict[str, Any]]:
     }
     tensor = {
         "device": property(_device_of),
+        "is_meta": property(lambda x: _device_of(x).type == "meta"),
         "is_cuda": property(lambda x: _device_of(x).type == "cuda"),
         "get_device": lambda x: -1 if _device_of(x).index is None else _device_of(x).index,
         "to": _to,
@@ -786,7 +787,7 @@ def pretend(capability: tuple[int, int] = (9, 0)):
             patch.setattr(backend.Launch, "run", _interpreted(gpu))
         elif backend.HAS_TRITON:
             stack.enter_context(_triton(gpu, patch))
-        caches = (backend._capable, backend.multiprocessors)
+        caches = (backend._capability, backend.multiprocessors)
         for cached in caches:
             cached.cache_clear()
         stack.callback(lambda: [cached.cache_clear() for cached in caches])

@@ -42,11 +42,12 @@ def runs_kernels(x: Tensor) -> bool:
         return False
     if x.dtype not in _KERNEL_DTYPES or not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
         return False
+    if not (INTERPRETED or _capable(x.device.index)):
+        return False
     return compiling or (
         not torch._C._are_functorch_transforms_active()
         and not torch._C._functorch.is_legacy_batchedtensor(x)  # a backward pass with is_grads_batched=True
         and forward_ad._current_level < 0
-        and (INTERPRETED or _capable(x.device.index))
     )
 
 
@@ -56,8 +57,17 @@ def choose(x: Tensor) -> str:
 
 
 @functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    """Of a GPU that is not there, for which a graph is only traced, one that will do."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else OLDEST_CAPABILITY
+
+
 def _capable(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) >= OLDEST_CAPABILITY
+    return _capability(index) >= OLDEST_CAPABILITY
+
+
+# The mark of torch.compiler.assume_constant_result, which would import the compiler: three seconds.
+_capable._dynamo_marked_constant = True
 
 
 @functools.cache
@@ -88,6 +98,9 @@ def capture_id(device: torch.device) -> int | None:
     if ask is None or ask(stream, ctypes.byref(status), ctypes.byref(number), None, None, None):
         return None
     return number.value
+
+
+MOST_PROGRAMS = 2**31 - 1  # of a grid
 
 
 def number(name: str, value: float | Tensor, absent: float) -> dict[str, Any]:

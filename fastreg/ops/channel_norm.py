@@ -110,7 +110,8 @@ def _few_splits(seen: View, plan: Plan, device: torch.device) -> int:
 
 def _many_splits(seen: View, plan: Plan, device: torch.device) -> int:
     """Where nothing is merged: four tiles a program, for which it reads the values of its lines once."""
-    return max(_few_splits(seen, plan, device), ceil_div(plan.tiles(seen), 4))
+    wanted = max(_few_splits(seen, plan, device), ceil_div(plan.tiles(seen), 4))
+    return min(wanted, backend.MOST_PROGRAMS // plan.blocks(seen))
 
 
 def _momentum(running: Running | None) -> dict:
@@ -699,6 +700,8 @@ def takes(
 ) -> bool:
     """Whether the kernels take it. All else, also whatever is wrong with it, is for ATen to do, or to refuse."""
     if not (backend.runs_kernels(input) and input.dim() >= 2 and input.numel() > 0):
+        return False
+    if len(input) > backend.MOST_PROGRAMS:
         return False
     # ATen's group norm refuses parameters of another dtype on a GPU, so those are ours at any size.
     mixed = any(t is not None and t.dtype != input.dtype for t in (weight, bias))

@@ -209,7 +209,7 @@ def _backward_launch(
     for name in ("tail", "RAGGED", "BIAS", "bias_repeat"):
         del arguments[name]  # rows of whole vectors, and the bias along the columns
     arguments["num_warps"] = warps
-    return Launch(kernels.backward_bias_columns, (programs, column_blocks), tensors | arguments)
+    return Launch(kernels.backward_bias_columns, (column_blocks, programs), tensors | arguments)
 
 
 def _run_forward(

@@ -195,7 +195,7 @@ def _columns_launch(tensors: dict, sums: _Sums, stream: Stream, form: _Form) -> 
     arguments = _arguments(rows, blocks, stream, form)
     arguments = _without(arguments, "seed_ptr", "seed", "offset", "threshold", "scale", "DROP")
     tensors = _without(tensors, "dh_ptr", *_GRADIENTS) | _partial(h, programs, form, sums)
-    return Launch(kernels.backward_columns, (programs, column_blocks), tensors | arguments)
+    return Launch(kernels.backward_columns, (column_blocks, programs), tensors | arguments)
 
 
 def _partial(h: Tensor, programs: int, form: _Form, sums: _Sums) -> dict:
