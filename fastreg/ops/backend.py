@@ -100,6 +100,10 @@ def capture_id(device: torch.device) -> int | None:
     return number.value
 
 
+OPTIONS = {"enable_fp_fusion": True}
+"""What every kernel is compiled with. Said each time: whether products and sums are fused differs among versions of
+Triton."""
+
 MOST_PROGRAMS = 2**31 - 1  # of a grid
 
 
@@ -126,10 +130,10 @@ class Launch(NamedTuple):
     def run(self, device: torch.device) -> None:
         """Launches on the tensors' ``device``, which need not be the current one."""
         if device.type != "cuda":
-            self.kernel[self.grid](**self.arguments)
+            self.kernel[self.grid](**self.arguments, **OPTIONS)
             return
         with torch.cuda.device(device):
-            variant = self.kernel[self.grid](**self.arguments)
+            variant = self.kernel[self.grid](**self.arguments, **OPTIONS)
             if self.arguments.get("seed") and variant not in _loaded:
                 self._load_for_graphs()
                 _loaded.add(variant)
@@ -140,4 +144,4 @@ class Launch(NamedTuple):
         A CUDA graph needs it, and while one is recorded nothing can be loaded. (One form for both would have to be the
         one from memory, whose seed takes 16 registers a thread where a number takes none.)
         """
-        self.kernel[(0,)](**self.arguments | number("seed", _NOWHERE, 0))
+        self.kernel[(0,)](**self.arguments | number("seed", _NOWHERE, 0), **OPTIONS)
