@@ -6,6 +6,7 @@ The interpreter runs the kernels on the host's memory, and those of a graph when
 import copy
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.testing import assert_close
 
 from fastreg import BestWeights, ExponentialMovingAverage, optim, penalties
 from fastreg.ops import backend
+from fastreg.optim.distributed import Shards
 
 pytestmark = [
     pytest.mark.skipif(
@@ -585,3 +587,28 @@ def test_first_steps_wait_for_nothing(gpu):
             graph = pair.capture()
             pair.replay(graph, 1)
             pair.check()
+
+
+# --- several processes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["cuda:0", "cuda:1", "cpu"])
+def test_sums_over_processes_are_made_on_the_device_of_the_rank(place, gpu, monkeypatch):
+    """That of its tensors, which need not be the current one; of offloaded ones, the current one, as in FSDP."""
+    seen = []
+
+    def all_reduce(x, group):
+        seen.append((str(x.device), group))
+        x.mul_(2)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    mesh = SimpleNamespace(
+        device_type="cuda", get_coordinate=lambda: (0, 1), get_group=lambda dimension: dimension
+    )
+    sums = torch.full((), 3.0, dtype=torch.float64, device=place)
+    with torch.cuda.device(1 if place == "cpu" else 0):
+        found = Shards(mesh, (0, 1)).sum_(sums)
+    there = "cuda:1" if place == "cpu" else place
+    assert seen == [(there, 0), (there, 1)]
+    assert found is sums
+    assert (sums.item(), str(sums.device)) == (12.0, place)

@@ -89,7 +89,11 @@ class Shards(NamedTuple):
         """Sums the elements of ``sums`` over the processes, in place: a collective, for all of them to call."""
         if self.mesh.get_coordinate() is None:  # no piece is here
             return sums
-        there = sums.to(self.mesh.device_type)  # parameters may be offloaded from where processes communicate
+        there = sums
+        if (
+            sums.device.type != self.mesh.device_type
+        ):  # parameters may be offloaded from where processes communicate
+            there = sums.to(self.mesh.device_type)  # the current device, as in FSDP
         for dimension in self.dimensions:
             torch.distributed.all_reduce(there, group=self.mesh.get_group(dimension))
         return sums if there is sums else sums.copy_(there)
