@@ -247,6 +247,26 @@ def test_what_a_graph_reads_lives_as_long_as_the_parameters(options, gpu):
     assert not any(x() is not None for x in taken)
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["numbers", "tables"])
+def test_what_is_made_while_a_graph_is_recorded_ends_with_it(first, gpu):
+    """Its pool could not be given back otherwise. A second graph finds no tables to take along."""
+    pair = Pair("sgd")
+    pair.eager(1)
+    if not first:
+        pair.capture().reset()
+    set_lr(pair, 0.1)
+    before = tables(gpu.launches)
+    gpu.forget()
+    graph = pair.capture()
+    made = [weakref.ref(x) for x in tables(gpu.launches) - before]
+    assert made
+    del before
+    graph.reset()
+    gpu.forget()
+    gc.collect()
+    assert not any(x() is not None for x in made)
+
+
 def test_eager_steps_after_a_capture_find_their_tables_again(gpu):
     pair = Pair("adamw")
     pair.eager(1)

@@ -251,7 +251,7 @@ class Regularized(Optimizer):
                 return
             plan = self._make(structure, params, grads, pieces)
             self._plan = None if recorded else plan
-        if recorded:
+        elif recorded:
             plan.keep()
         self._run(plan, grads, pieces)
 

@@ -53,10 +53,13 @@ class Plan:
         return tensors if self._whole else [tensors[i] for i in self._places]
 
     def keep(self) -> None:
-        """Keeps the tables that a CUDA graph reads while a parameter lives that it steps: nobody says when it ends."""
+        """Keeps the tables that a CUDA graph reads while a parameter lives that it steps: nobody says when it ends.
+
+        What is made while it is recorded is in its own pool, and not to be kept.
+        """
         if self.batches:
             first = self.params[self.batches[0].places[0]]
-            weakref.finalize(first, tuple, self.batches).atexit = False
+            weakref.finalize(first, tuple, [{**vars(batch)} for batch in self.batches]).atexit = False
 
     def knows(self, structure: tuple, params: list[Tensor], state: dict) -> bool:
         """Whether parameters, options and state are those it was made for."""

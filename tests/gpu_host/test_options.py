@@ -2,8 +2,8 @@
 
 import pytest
 import torch
+import triton
 from torch import nn
-from triton.backends.nvidia.compiler import CUDABackend
 
 import fastreg.functional as F
 from fastreg import ExponentialMovingAverage, optim, penalties
@@ -12,10 +12,7 @@ from fastreg import ExponentialMovingAverage, optim, penalties
 @pytest.fixture
 def unfused(monkeypatch):
     """Triton as from 3.10 on, where a product and a sum are one instruction only if that is said."""
-    parse = CUDABackend.parse_options
-    monkeypatch.setattr(
-        CUDABackend, "parse_options", lambda self, given: parse(self, {"enable_fp_fusion": False, **given})
-    )
+    monkeypatch.setattr(triton.knobs.language, "default_fp_fusion", False)
 
 
 def work(x, w, model, optimizer, average):
