@@ -8,8 +8,8 @@ can be loaded here and taken back. Where a step runs:
     ATen       all the rest, tensor by tensor, by the definition
 
 Between two steps a plan is kept, with the tables of addresses (``plan.py``). What may have changed since is asked in
-every step: gradients, the memory of parameters and of gradients, tensors of the state, options that choose another
-kernel.
+every step: gradients, the memory of parameters, gradients and state, tensors of the state, options that choose another
+kernel. A step that a CUDA graph records takes the plan along: its replays read those tables.
 """
 
 import sys
