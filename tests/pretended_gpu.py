@@ -160,6 +160,9 @@ class Stream:
     def query(self) -> bool:
         return True
 
+    def is_capturing(self) -> bool:
+        return self.graph is not None
+
     def __enter__(self):
         self._within = torch.cuda.stream(self)
         return self._within.__enter__()
@@ -625,12 +628,17 @@ def _replacements() -> dict[Any, dict[str, Any]]:
         "pin_memory": lambda x, device=None: x.clone(),
         "is_pinned": lambda x, device=None: False,
     }
+    accelerator = {
+        "current_accelerator": lambda check_available=False: torch.device("cuda"),
+        "current_stream": cuda["current_stream"],
+    }
     numbers = {"capture_id": lambda device: _gpu.stream(device).graph.number}
     graphs = {"CUDAGraph": Graph, "graph_pool_handle": lambda: (0, next(_numbers))}
     return {
         torch: {"tensor": _tensor, "as_tensor": _as_tensor, "Generator": Generator},
         torch.Tensor: tensor,
         torch.cuda: cuda,
+        torch.accelerator: accelerator,
         backend: numbers,
         torch.cuda.random: {"device_count": cuda["device_count"]},
         torch.cuda.graphs: graphs,

@@ -134,6 +134,14 @@ def test_with_our_options(options, gpu):
         pair.check()
 
 
+def test_a_graph_needs_capturable_as_in_torch(gpu):
+    pair = Pair("adamw", capturable=False)
+    with pytest.raises(RuntimeError, match="capturable is False"):
+        pair.capture()
+    pair.eager(1)
+    pair.check()
+
+
 @configurations
 def test_graphs_do_not_share_either(configuration, gpu):
     """Several, one directly behind the other, and several steps in one."""
