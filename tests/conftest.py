@@ -102,6 +102,18 @@ def pytest_make_parametrize_id(config, val, argname) -> None:
         raise TypeError(f"{argname} is bytes, which may differ from process to process: give the test an id")
 
 
+@pytest.fixture(autouse=True)
+def _kernels_of_any_size(request, monkeypatch) -> None:
+    """On a GPU small plain tensors go to ATen, and tests of kernels, which are small, force them."""
+    if "as_users" not in request.fixturenames:
+        monkeypatch.setattr(_backend, "worth_a_launch", lambda x, least: True)
+
+
+@pytest.fixture
+def as_users() -> None:
+    """Dispatch as users have it."""
+
+
 # Thousands of cases, minutes on the interpreter: by default these run on ATen, and with ``-m slow`` on the kernels.
 # Tests marked ``sampled`` choose themselves which of their cases run on the kernels in every run.
 _SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py")

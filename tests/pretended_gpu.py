@@ -762,7 +762,13 @@ def _triton(gpu: Gpu, patch: pytest.MonkeyPatch):
 def _interpreted(gpu: Gpu) -> Callable:
     """In the place of ``Launch.run``, where the interpreter runs the kernels: now, or when a graph is replayed."""
 
+    real = backend.Launch.run
+
     def run(launch, device: torch.device) -> None:
+        if device.type == "cpu":
+            real(launch, device)
+            return
+
         def again() -> None:
             launch.kernel[launch.grid](**launch.arguments)
 

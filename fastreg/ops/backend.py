@@ -51,6 +51,14 @@ def runs_kernels(x: Tensor) -> bool:
     )
 
 
+def worth_a_launch(x: Tensor, least: int) -> bool:
+    """Whether a plain operation, which ATen has too, is worth a kernel of ours: on a GPU, from ``least`` elements on.
+
+    A compiled graph takes batches of any size, and on the CPU there is no launch.
+    """
+    return torch.compiler.is_compiling() or not x.is_cuda or x.numel() >= least
+
+
 def choose(x: Tensor) -> str:
     """The name of the backend for ``x``: "triton" or "aten"."""
     return "triton" if runs_kernels(x) else "aten"

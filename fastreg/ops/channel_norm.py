@@ -705,8 +705,7 @@ def takes(
         return False
     # ATen's group norm refuses parameters of another dtype on a GPU, so those are ours at any size.
     mixed = any(t is not None and t.dtype != input.dtype for t in (weight, bias))
-    eager = input.is_cuda and not torch.compiler.is_compiling()  # compiled, the size would be a guard
-    if eager and not (fused or mixed) and input.numel() < ATEN_BELOW:
+    if not (fused or mixed or backend.worth_a_launch(input, ATEN_BELOW)):
         return False
     channels = input.shape[1]
     return (statistics[0] is None) == (statistics[1] is None) and all(

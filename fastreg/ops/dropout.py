@@ -446,7 +446,13 @@ def _dropout(
     plain = bias is None and activation is None and residual is None
     ours = backend.runs_kernels(input)
     seeded = seed is not None or generator is not None
-    if plain and inverted and not seeded and p < 1 and not (ours and _worth_a_launch(input)):
+    if (
+        plain
+        and inverted
+        and not seeded
+        and p < 1
+        and not (ours and backend.worth_a_launch(input, ATEN_BELOW))
+    ):
         return aten(input, p, training, inplace)
 
     form = _form(p, training, inverted, alpha)._replace(mask_dims=mask_dims, activation=activation)
@@ -483,10 +489,6 @@ def _on_kernels(input, bias, residual, stream, form, inplace):
     seed = stream.seed_on(input.device)
     y = _dropout_op(input, bias, residual, seed, *form)
     return input.copy_(y) if inplace else y
-
-
-def _worth_a_launch(input: Tensor) -> bool:
-    return torch.compiler.is_compiling() or not input.is_cuda or input.numel() >= ATEN_BELOW
 
 
 def _form(p: float, training: bool, inverted: bool, alpha: bool) -> _Form:

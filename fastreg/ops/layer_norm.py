@@ -526,14 +526,6 @@ def _on_kernels(input, skip, weight, bias, residual, normalized_shape, stream, f
     return y, h
 
 
-def _worth_a_launch(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or not input.is_cuda or input.numel() >= ATEN_BELOW:
-        return True
-    return any(
-        t is not None and t.dtype != input.dtype for t in (weight, bias)
-    )  # which ATen refuses on a GPU
-
-
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -564,8 +556,11 @@ def layer_norm(
     """
     check_activation(activation)
     check_residual(input, residual)
+    # ATen has no activation and no residual, and refuses parameters of another dtype on a GPU.
+    more = activation is not None or residual is not None
+    more = more or any(t is not None and t.dtype != input.dtype for t in (weight, bias))
     ours = _runs_kernels(input, normalized_shape, (residual,), weight, bias)
-    if ours and (activation is not None or residual is not None or _worth_a_launch(input, weight, bias)):
+    if ours and (more or backend.worth_a_launch(input, ATEN_BELOW)):
         form = _Form(
             math.prod(normalized_shape),
             float(eps),
