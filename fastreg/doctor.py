@@ -165,9 +165,12 @@ def _backends(findings: Findings) -> None:
     from fastreg.ops import backend
 
     names = {"aten": "ATen", "triton": "Triton's interpreter" if backend.INTERPRETED else "Triton kernels"}
-    choices = {"CPU tensors": backend.choose(torch.zeros(1)), "CUDA tensors": None}
+    choices = {
+        "CPU tensors": backend.choose(torch.zeros(1, dtype=torch.float32, device="cpu")),
+        "CUDA tensors": None,
+    }
     if _cuda_available(torch):
-        choices["CUDA tensors"] = backend.choose(torch.zeros(1, device="cuda"))
+        choices["CUDA tensors"] = backend.choose(torch.zeros(1, dtype=torch.float32, device="cuda"))
     told = "; ".join(f"{where}: {names.get(choice, 'no usable GPU')}" for where, choice in choices.items())
     for family in FAMILIES:
         findings.add("What runs where", family, told)

@@ -23,7 +23,7 @@ from . import activation
 from .fastmath import bound, upcast
 from .philox import box_muller, philox
 
-NOT_SPECIALIZED = ("seed", "offset", "quads")
+NOT_SPECIALIZED = ("seed_ptr", "seed", "offset", "quads")
 FOUR_DRAWS = tl.constexpr(1 << 32)  # further on: the next offset
 
 

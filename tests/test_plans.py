@@ -49,7 +49,7 @@ if backend.HAS_TRITON:
     from fastreg.kernels import channel_norm as norms
 
 INT32 = 1 << 31
-GRID = (INT32 - 1, INT32 - 1, 65535)  # TEMPORARY
+GRID = (INT32 - 1, 65535, 65535)  # the most programs along each dimension
 
 
 # --- what is shown of an axis -----------------------------------------------------------------------------

@@ -110,6 +110,10 @@ def test_idx_files_are_read_plain_and_gzipped(tmp_path, pack):
         (gzip.compress(idx_bytes(IMAGES))[:-8], "truncated: expected 1216 bytes, found 1216 before its gzip"),
         (gzip.compress(idx_bytes(IMAGES))[:-8] + bytes(8), "cannot be read: CRC check failed"),
     ],
+    ids=[
+        *("short", "short header", "empty", "long", "labels", "no idx"),
+        *("gzip, short", "gzip, without its sum", "gzip, another sum"),
+    ],
 )
 def test_damaged_idx_files_are_named(tmp_path, content, message):
     path = tmp_path / "images"

@@ -1,6 +1,6 @@
 """Where an operation runs: on the Triton kernels, or on ATen."""
 
-import contextlib
+import ctypes
 import functools
 import importlib.util
 import os
@@ -42,12 +42,21 @@ def runs_kernels(x: Tensor) -> bool:
         return False
     if x.dtype not in _KERNEL_DTYPES or not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
         return False
+    if not (INTERPRETED or _capable(x.device.index)):
+        return False
     return compiling or (
         not torch._C._are_functorch_transforms_active()
         and not torch._C._functorch.is_legacy_batchedtensor(x)  # a backward pass with is_grads_batched=True
         and forward_ad._current_level < 0
-        and (INTERPRETED or _capable(x.device.index))
     )
+
+
+def worth_a_launch(x: Tensor, least: int) -> bool:
+    """Whether a plain operation, which ATen has too, is worth a kernel of ours: on a GPU, from ``least`` elements on.
+
+    A compiled graph takes batches of any size, and on the CPU there is no launch.
+    """
+    return torch.compiler.is_compiling() or not x.is_cuda or x.numel() >= least
 
 
 def choose(x: Tensor) -> str:
@@ -56,8 +65,17 @@ def choose(x: Tensor) -> str:
 
 
 @functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    """Of a GPU that is not there, for which a graph is only traced, one that will do."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else OLDEST_CAPABILITY
+
+
 def _capable(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) >= OLDEST_CAPABILITY
+    return _capability(index) >= OLDEST_CAPABILITY
+
+
+# The mark of torch.compiler.assume_constant_result, which would import the compiler: three seconds.
+_capable._dynamo_marked_constant = True
 
 
 @functools.cache
@@ -66,11 +84,48 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def recording() -> bool:
+    """Whether a CUDA graph is being recorded: what is launched, and copied, is done at every replay, and not now."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def _stream_capture_info() -> Any:
+    """The driver's function, which torch does not hand on, or None."""
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
+    except (OSError, AttributeError):
+        return None
+
+
+def capture_id(device: torch.device) -> int | None:
+    """CUDA's number of the graph that records the current stream of ``device``, or None where it cannot be asked."""
+    ask = _stream_capture_info()
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    if ask is None or ask(stream, ctypes.byref(status), ctypes.byref(number), None, None, None):
+        return None
+    return number.value
+
+
+OPTIONS = {"enable_fp_fusion": True}
+"""What every kernel is compiled with. Said each time: whether products and sums are fused differs among versions of
+Triton."""
+
+MOST_PROGRAMS = 2**31 - 1  # of a grid
+
+
 def number(name: str, value: float | Tensor, absent: float) -> dict[str, Any]:
     """The two arguments of a number that may lie in memory: a pointer, or None and the number itself."""
     if isinstance(value, Tensor):
         return {f"{name}_ptr": value, name: absent}
     return {f"{name}_ptr": None, name: value}
+
+
+_NOWHERE = torch.empty(0, dtype=torch.int64, device="cpu")  # its address is 0
+
+_loaded: set[Any] = set()
+"""Variants of kernels whose other form of the seed is loaded, too."""
 
 
 class Launch(NamedTuple):
@@ -82,5 +137,19 @@ class Launch(NamedTuple):
 
     def run(self, device: torch.device) -> None:
         """Launches on the tensors' ``device``, which need not be the current one."""
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.grid](**self.arguments)
+        if device.type != "cuda":
+            self.kernel[self.grid](**self.arguments, **OPTIONS)
+            return
+        with torch.cuda.device(device):
+            variant = self.kernel[self.grid](**self.arguments, **OPTIONS)
+            if self.arguments.get("seed") and variant not in _loaded:
+                self._load_for_graphs()
+                _loaded.add(variant)
+
+    def _load_for_graphs(self) -> None:
+        """Loads, without a launch, the variant that takes the seed from memory.
+
+        A CUDA graph needs it, and while one is recorded nothing can be loaded. (One form for both would have to be the
+        one from memory, whose seed takes 16 registers a thread where a number takes none.)
+        """
+        self.kernel[(0,)](**self.arguments | number("seed", _NOWHERE, 0), **OPTIONS)

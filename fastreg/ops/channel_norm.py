@@ -110,8 +110,8 @@ def _few_splits(seen: View, plan: Plan, device: torch.device) -> int:
 
 def _many_splits(seen: View, plan: Plan, device: torch.device) -> int:
     """Where nothing is merged: four tiles a program, for which it reads the values of its lines once."""
-    most = ((1 << 31) - 1) // plan.blocks(seen)  # a grid has no more programs
-    return max(_few_splits(seen, plan, device), min(ceil_div(plan.tiles(seen), 4), most))
+    wanted = max(_few_splits(seen, plan, device), ceil_div(plan.tiles(seen), 4))
+    return min(wanted, backend.MOST_PROGRAMS // plan.blocks(seen))
 
 
 def _momentum(running: Running | None) -> dict:
@@ -610,7 +610,7 @@ def _(x, weight, bias, residual, mean, var, groups, eps, activation, dtype, diff
     form = Form(groups, eps, activation)
     signed = differentiated and _may_keep_signs(residual, form)
     if signed:  # only then: the view of odd planes depends on the number of samples, which would be a guard
-        seen = view(y, groups) or view(torch.empty(x.shape, device="meta"), groups)
+        seen = view(y, groups) or view(torch.empty(x.shape, dtype=x.dtype, device="meta"), groups)
         signed = _keeps_signs(residual, form, seen)
     units = x.shape[0] * groups if groups else x.shape[1]
     statistics = {"size": (units if mean is None else 0,), "dtype": sum_dtype(x.dtype), "device": x.device}
@@ -707,11 +707,10 @@ def takes(
         return False
     # ATen's group norm refuses parameters of another dtype on a GPU, so those are ours at any size.
     mixed = any(t is not None and t.dtype != input.dtype for t in (weight, bias))
-    if not torch.compiler.is_compiling():  # compiled, the size would be a guard
-        if input.is_cuda and not (fused or mixed) and input.numel() < ATEN_BELOW:
-            return False
-        if not indexable(input, groups):
-            return False
+    if not (fused or mixed or backend.worth_a_launch(input, ATEN_BELOW)):
+        return False
+    if not (torch.compiler.is_compiling() or indexable(input, groups)):  # compiled, the size would be a guard
+        return False
     channels = input.shape[1]
     return (statistics[0] is None) == (statistics[1] is None) and all(
         t is None

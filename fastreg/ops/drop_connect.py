@@ -217,7 +217,7 @@ def product_launches(
     epilogue = {"bias_ptr": bias, "before_ptr": before, "scale": form.scale, "ACTIVATION": activation}
     main = Launch(
         kernels.product,
-        (parts * chunks, row_blocks, splits),
+        (parts * chunks * row_blocks, splits),
         {
             "u_ptr": u,
             "w_ptr": weight,
@@ -253,7 +253,7 @@ def product_launches(
         "splits": splits,
         "BLOCK": 1024,
     }
-    return [main, Launch(kernels.merge, (ceil_div(rows, 1024), examples), merge | epilogue)]
+    return [main, Launch(kernels.merge, (examples, ceil_div(rows, 1024)), merge | epilogue)]
 
 
 def _three(x: Tensor) -> bool:
@@ -285,7 +285,7 @@ def weight_gradient_launch(dz: Tensor, v: Tensor, dweight: Tensor, stream: Strea
     else:
         kernel, blocks = kernels.weight_gradient, BLOCK_GRADIENT
         arguments |= {"words": form.words(examples), "num_warps": 4}
-    grid = ceil_div(outputs, blocks[0]), ceil_div(inputs, blocks[1])
+    grid = (ceil_div(outputs, blocks[0]) * ceil_div(inputs, blocks[1]),)
     return Launch(kernel, grid, arguments | {"BLOCK_OUTPUTS": blocks[0], "BLOCK_INPUTS": blocks[1]})
 
 
@@ -304,7 +304,7 @@ def mask_launch(weight: Tensor, masked: Tensor, group: int, stream: Stream, form
         "num_warps": 4,
     }
     del arguments["scale"]
-    grid = ceil_div(outputs, BLOCK_MASK[0]), ceil_div(inputs, BLOCK_MASK[1])
+    grid = (ceil_div(outputs, BLOCK_MASK[0]) * ceil_div(inputs, BLOCK_MASK[1]),)
     return Launch(kernels.mask_weights, grid, arguments)
 
 

@@ -98,7 +98,7 @@ NODES, REACH = 48, 5.5
 def nodes(dtype: torch.dtype, device: torch.device) -> Tensor:
     """Standard normal values and their weights, which sum to 1: ``[2, NODES]``.
 
-    Errors of E f(u) are at most 2e-6 where the deviation of u is up to 3, 3e-4 up to 5 and 8e-3 up to 10 (tanh, the worst).
+    Errors of E f(u) are at most 2e-6 where the deviation of u is up to 3, 3e-4 up to 5, 8e-3 up to 10 (tanh, the worst).
     From there on they grow to those of 1,000 draws. As many nodes of Gauss and Hermite are further apart in the middle,
     and off by ten times as much.
 

@@ -195,7 +195,7 @@ def _columns_launch(tensors: dict, sums: _Sums, stream: Stream, form: _Form) -> 
     arguments = _arguments(rows, blocks, stream, form)
     arguments = _without(arguments, "seed_ptr", "seed", "offset", "threshold", "scale", "DROP")
     tensors = _without(tensors, "dh_ptr", *_GRADIENTS) | _partial(h, programs, form, sums)
-    return Launch(kernels.backward_columns, (programs, column_blocks), tensors | arguments)
+    return Launch(kernels.backward_columns, (column_blocks, programs), tensors | arguments)
 
 
 def _partial(h: Tensor, programs: int, form: _Form, sums: _Sums) -> dict:
@@ -527,14 +527,6 @@ def _on_kernels(input, skip, weight, bias, residual, normalized_shape, stream, f
     return y, h
 
 
-def _worth_a_launch(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or not input.is_cuda or input.numel() >= ATEN_BELOW:
-        return True
-    return any(
-        t is not None and t.dtype != input.dtype for t in (weight, bias)
-    )  # which ATen refuses on a GPU
-
-
 def layer_norm(
     input: Tensor,
     normalized_shape: Sequence[int],
@@ -565,8 +557,11 @@ def layer_norm(
     """
     check_activation(activation)
     check_residual(input, residual)
+    # ATen has no activation and no residual, and refuses parameters of another dtype on a GPU.
+    more = activation is not None or residual is not None
+    more = more or any(t is not None and t.dtype != input.dtype for t in (weight, bias))
     ours = _runs_kernels(input, normalized_shape, (residual,), weight, bias)
-    if ours and (activation is not None or residual is not None or _worth_a_launch(input, weight, bias)):
+    if ours and (more or backend.worth_a_launch(input, ATEN_BELOW)):
         form = _Form(
             math.prod(normalized_shape),
             float(eps),

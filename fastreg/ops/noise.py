@@ -209,12 +209,9 @@ def gaussian_noise(
     if inplace and input.requires_grad and input.is_leaf and torch.is_grad_enabled():
         raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
     multiplicative = mode == "multiplicative"
-    if seed is not None or generator is not None or (backend.runs_kernels(input) and _worth_a_launch(input)):
+    ours = backend.runs_kernels(input) and backend.worth_a_launch(input, ATEN_BELOW)
+    if seed is not None or generator is not None or ours:
         stream = random.stream(input.device, seed, generator)
         return _with_noise(input, stream, _Form(std, multiplicative, dense_strides(input)), inplace)
     y = _definition(input, torch.randn_like(input, dtype=_computed_in(input)), std, multiplicative)
     return input.copy_(y) if inplace else y
-
-
-def _worth_a_launch(input: Tensor) -> bool:
-    return torch.compiler.is_compiling() or not input.is_cuda or input.numel() >= ATEN_BELOW

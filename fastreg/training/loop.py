@@ -49,7 +49,7 @@ class Trial:
         self.best = {"validation_error": math.inf, "epoch": 0, "weights": {}}
 
         # The order of the examples is the same on every worker, the masks and the noise are not.
-        self.order = torch.Generator().manual_seed(seed_for(seed, "order"))
+        self.order = torch.Generator("cpu").manual_seed(seed_for(seed, "order"))
         torch.manual_seed(seed_for(seed, "layers", workers.rank))
 
     @property
@@ -105,8 +105,9 @@ class Trial:
     def _train_once_through(self, tell: Callable[[float], None]) -> Tensor:
         """One step for each batch of a new random order. Returns the epoch's mean loss, on the device."""
         examples = self.split.train
-        total_loss = torch.zeros((), device=self.workers.device)
-        order = torch.randperm(len(examples), generator=self.order).to(self.workers.device)
+        total_loss = torch.zeros((), dtype=torch.float32, device=self.workers.device)
+        order = torch.randperm(len(examples), generator=self.order, dtype=torch.int64, device="cpu")
+        order = order.to(self.workers.device)
         self.network.train()
         batches = self._batches(order)
         for step, batch in enumerate(batches, 1):
