@@ -37,7 +37,9 @@ OPERATIONS = {
     "drop_connect, batch": lambda: _linear(F.drop_connect_linear, mask="batch"),
     "drop_connect, flipout": lambda: _linear(F.drop_connect_linear, mask="flipout"),
     "drop_connect, gaussian": lambda: _linear(F.drop_connect_linear, mask="gaussian"),
-    "drop_connect, draws": lambda: _linear(F.drop_connect_linear, training=False, activation="tanh"),
+    "drop_connect, draws": lambda: _linear(
+        F.drop_connect_linear, training=False, activation="tanh", samples=8
+    ),
     "noisy, additive": lambda: _linear(F.noisy_linear),
     "noisy, multiplicative": lambda: _linear(F.noisy_linear, kind="multiplicative"),
     "noisy, factorised": lambda: _linear(F.noisy_linear, kind="factorised"),
