@@ -66,6 +66,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def allows_tf32() -> bool:
+    """Whether torch's products of fp32 matrices may take TF32, whichever of torch's switches says so."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises beside the newer switches
+
+
 def number(name: str, value: float | Tensor, absent: float) -> dict[str, Any]:
     """The two arguments of a number that may lie in memory: a pointer, or None and the number itself."""
     if isinstance(value, Tensor):

@@ -259,7 +259,7 @@ def product_launches(
 
 def _three(x: Tensor) -> bool:
     """Whether fp32 takes three products of TF32."""
-    return x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return x.dtype == torch.float32 and not backend.allows_tf32()
 
 
 def weight_gradient_launch(dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: _Form) -> Launch:

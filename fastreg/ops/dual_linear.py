@@ -122,7 +122,7 @@ def _draw(stream: Stream) -> dict:
 
 
 def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if backend.allows_tf32() else "tf32x3"
 
 
 def second_launch(
