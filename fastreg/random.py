@@ -25,6 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor
 
+from fastreg.ops import backend
+
 LANE_VALUES = 1 << 16
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -234,7 +236,7 @@ def stream(
         if generator is not None:
             raise ValueError("seed and generator exclude each other: give one of them")
         return Stream(_checked_seed(seed, device))
-    if device.type == "cuda" and not _must_stay_on_device():
+    if device.type == "cuda" and not _must_stay_on_device(device):
         # No kernel and no synchronization: CUDA generators are counter-based and count on the host.
         generator = generator or torch.cuda.default_generators[_index(device)]
         offset = generator.get_offset()
@@ -242,13 +244,17 @@ def stream(
         # torch's own kernels draw from Philox under the raw seed: another key keeps our streams apart from theirs.
         return Stream(_signed(generator.initial_seed() ^ 0x6661737472656721), offset)
     drawn = torch.randint(0, 2**63 - 1, (1,), generator=generator, device=device)
-    return Stream(drawn if _must_stay_on_device() else int(drawn))
+    return Stream(drawn if _must_stay_on_device(device) else int(drawn))
 
 
-def _must_stay_on_device() -> bool:
-    """Whether the seed has to be a tensor: a graph must draw a new one at every replay."""
-    return torch.compiler.is_compiling() or (
-        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def _must_stay_on_device(device: torch.device) -> bool:
+    """Whether the seed has to be a tensor: a graph must draw a new one at every replay, ``torch.func.vmap`` may have
+    one for each example, and without data there is no number."""
+    return (
+        torch.compiler.is_compiling()
+        or backend.watched()
+        or device.type == "meta"
+        or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
     )
 
 

@@ -41,6 +41,10 @@ class DropoutAddLayerNorm(FusedNorm, torch.nn.LayerNorm):
 
     stochastic = True  # for mc_dropout
 
+    # Of layers whose class was changed: __init__ did not run.
+    p = 0.5
+    prenorm = False
+
     def __init__(
         self,
         normalized_shape,

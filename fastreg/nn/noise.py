@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
+from fastreg.nn.layer import Layer
 from fastreg.ops.noise import check_noise, gaussian_noise
 
 
-class GaussianNoise(torch.nn.Module):
+class GaussianNoise(Layer, torch.nn.Module):
     """Adds normal noise in training, and is the identity otherwise. torch has no such layer.
 
     Args:

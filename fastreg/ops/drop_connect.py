@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.autograd import forward_ad
 
 from fastreg import random
 from fastreg.ops import backend, dual_linear, expectation
@@ -502,7 +501,7 @@ def _masked_linear(v, weight, bias, activation: str | None, stream: Stream, form
     if torch.compiler.is_compiling():
         seed, keep = stream.seed_on(v.device), needs_argument(activation) and differentiated(*tensors)
         return _drop_connect_op(*tensors, seed, stream.offset, *form, activation, keep)[0]
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if backend.watched():
         z = _definition(v, weight, stream, form)
         return z if bias is None else z + bias
     if _on_kernels(*tensors) and not differentiated(*tensors):
