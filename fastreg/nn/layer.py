@@ -15,8 +15,8 @@ class Layer:
         )
 
 
-# torch.fx keeps torch's own layers as nodes of its graphs, where they obey train() and eval() later on. It knows them by
-# the name of the module that defines their class, and so do we.
+# torch.fx keeps torch's own layers as nodes of its graphs, where they obey train() and eval() later on. It knows them
+# by the name of the module that defines their class, and so do we.
 _is_leaf_module = Tracer.is_leaf_module
 
 

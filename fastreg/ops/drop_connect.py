@@ -626,7 +626,7 @@ def check_arguments(
 def cast_by_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """What autocast does to the arguments of torch's linear."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which refuses to answer for "meta"
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [
