@@ -619,7 +619,7 @@ def _channel_dropout(input, p, training, inplace, aten, unbatched, expected, fus
         return aten(input, p, training, inplace)
     if not expected:
         # torch's own warning or error about the rank, from torch: on a tensor without data.
-        aten(torch.empty(input.shape, device="meta"), p, training)
+        aten(torch.empty(input.shape, device="meta"), p, False)
     if not unbatched:
         return _dropout(input, p, training, inplace, aten, mask_dims=2, alpha=alpha, **fused)
     if fused.get("residual") is not None:
@@ -673,5 +673,7 @@ def drop_path(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
 def _aten_drop_path(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
     if not training or p == 0:
         return input
-    keep = input.new_empty(input.shape[:1] + (1,) * (input.dim() - 1)).bernoulli_(1 - p).div_(1 - p)
+    # Not in place, which the vmap of a vmap refuses; in fp32, as 16 bits would round p.
+    drawn = torch.rand(input.shape[:1] + (1,) * (input.dim() - 1), device=input.device)
+    keep = (drawn >= p).to(input.dtype) / (1 - p)
     return input.mul_(keep) if inplace else input * keep
