@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastreg.ops.channel_norm import Form, Running, normalize, numbers, takes, update_running
+from fastreg.ops.channel_norm import Form, Running, by_torch, normalize, numbers, takes, update_running
 from fastreg.ops.fused import activated, check_activation, check_residual
 
 
@@ -61,9 +61,9 @@ def batch_norm(
 
 def _in_aten(input, statistics, weight, bias, training, momentum: float | Tensor, eps) -> Tensor:
     if not isinstance(momentum, Tensor) or not training:
-        return F.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
+        return by_torch(F.batch_norm, input, *statistics, weight, bias, training, momentum, eps)
     if not (momentum.is_cuda or torch.compiler.is_compiling()):
-        return F.batch_norm(input, *statistics, weight, bias, training, momentum.item(), eps)
+        return by_torch(F.batch_norm, input, *statistics, weight, bias, training, momentum.item(), eps)
     # torch would wait for the number.
     of_batch = [None if t is None else torch.zeros_like(t) for t in statistics]
     y = F.batch_norm(input, *of_batch, weight, bias, True, 1.0, eps)

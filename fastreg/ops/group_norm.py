@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastreg.ops.channel_norm import Form, Running, normalize, numbers, takes
+from fastreg.ops.channel_norm import Form, Running, by_torch, normalize, numbers, takes
 from fastreg.ops.fused import activated, autocast_dtype, check_activation, check_residual
 
 
@@ -73,7 +73,17 @@ def instance_norm(
     good = takes(input, weight, bias, statistics, fused) and numbers(momentum, eps)
     spatial = good and input.numel() // (input.shape[0] * input.shape[1])
     if not (good and spatial > 1 if use_input_stats else good and running_mean is not None):
-        y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        y = by_torch(
+            F.instance_norm,
+            input.contiguous(),  # as torch would make it
+            *statistics,
+            weight,
+            bias,
+            use_input_stats,
+            momentum,
+            eps,
+            one_sample=True,
+        )
         return activated(y, activation, residual)
     if not use_input_stats:  # fixed statistics of channels: batch normalization in evaluation
         return normalize(
