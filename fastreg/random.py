@@ -26,6 +26,7 @@ import torch
 from torch import Generator, Tensor
 
 from fastreg.ops import backend
+from fastreg.ops.arguments import is_integer, plain
 
 LANE_VALUES = 1 << 16
 
@@ -276,8 +277,10 @@ def _checked_seed(seed: int | Tensor, device: torch.device) -> int | Tensor:
                 f"but got {seed.dtype} with {seed.numel()} elements on {seed.device}"
             )
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    number = plain(seed)
+    if not is_integer(number):
         raise TypeError(f"seed has to be an int or an int64 tensor, but got {type(seed).__name__}")
+    seed = number
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed has to fit in 64 bits, but got {seed}")
     return _signed(seed)

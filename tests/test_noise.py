@@ -427,7 +427,8 @@ def test_inplace_is_refused_before_anything_changes(path, device, seed):
         ({"std": -0.1}, ValueError, "std has to be finite and not negative, but got -0.1"),
         ({"std": math.nan}, ValueError, "std has to be finite and not negative, but got nan"),
         ({"std": math.inf}, ValueError, "std has to be finite and not negative, but got inf"),
-        ({"std": torch.tensor(0.1)}, TypeError, "std has to be a number, but got a tensor"),
+        ({"std": torch.tensor(0.1, requires_grad=True)}, TypeError, "std has to be a number, but got Tensor"),
+        ({"std": torch.tensor([0.1])}, TypeError, "std has to be a number, but got Tensor"),
         ({"mode": "add"}, ValueError, "unknown mode 'add': choose one of additive, multiplicative"),
     ],
 )

@@ -54,7 +54,7 @@ class DropConnectLinear(Layer, torch.nn.Linear):
         device=None,
         dtype=None,
     ) -> None:
-        ops.check_arguments(p, mask, group_size, inference, samples, activation)
+        p, group_size, samples = ops.checked_arguments(p, mask, group_size, inference, samples, activation)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.p = p
         self.mask = mask
@@ -111,7 +111,7 @@ class DropConnectConv2d(Layer, torch.nn.Conv2d):
     activation: str | None = None
 
     def __init__(self, *arguments, p: float = 0.5, activation: str | None = None, **keywords) -> None:
-        ops.check_arguments(p, activation=activation)
+        p, _, _ = ops.checked_arguments(p, activation=activation)
         super().__init__(*arguments, **keywords)
         self.p = p
         self.activation = activation

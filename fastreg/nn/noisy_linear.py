@@ -51,7 +51,7 @@ class NoisyLinear(Layer, torch.nn.Linear):
         device=None,
         dtype=None,
     ) -> None:
-        ops.check_arguments(sigma, kind, None, activation)
+        sigma, _ = ops.checked_arguments(sigma, kind, None, activation)
         self.kind, self.activation = kind, activation
         self.initial_sigma = sigma
         super().__init__(in_features, out_features, bias, device, dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastreg.ops import backend
+from fastreg.ops.arguments import is_number, plain
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import activated, result_dtype, sum_dtype
 from fastreg.ops.layout import ceil_div, dense_strides, with_strides
@@ -750,9 +751,14 @@ def takes(
     )
 
 
-def numbers(*values) -> bool:
-    """Whether momentum and eps are what the kernels can take. Whatever else they are, torch refuses."""
-    return all(isinstance(value, (int, float, Tensor)) for value in values)
+def share(momentum: float | Tensor, x: Tensor) -> float | Tensor | None:
+    """``momentum`` as Python's number, or a tensor of one element beside ``x``. None if torch has to refuse it."""
+    if type(momentum) is float:
+        return momentum
+    if isinstance(momentum, Tensor) and momentum.device == x.device and momentum.is_floating_point():
+        return momentum if momentum.numel() == 1 and not momentum.requires_grad else None
+    momentum = plain(momentum)
+    return momentum if is_number(momentum) else None
 
 
 def normalize(

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from fastreg import random
-from fastreg.ops import backend, dual_linear, expectation
+from fastreg.ops import arguments, backend, dual_linear, expectation
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.dropout import activation_backward
 from fastreg.ops.fused import (
@@ -566,7 +566,7 @@ def drop_connect_linear(
 
     Source: Wan, Zeiler, Zhang, LeCun, Fergus 2013 (Regularization of neural networks using DropConnect, ICML).
     """
-    check_arguments(p, mask, group_size, inference, samples, activation)
+    p, group_size, samples = checked_arguments(p, mask, group_size, inference, samples, activation)
     if not training:
         return _inference(input, weight, bias, p, inverted, inference, samples, activation, seed, generator)
     if mask == "gaussian" and p == 1 and inverted:
@@ -596,14 +596,19 @@ def drop_connect_linear(
     return z.view(*input.shape[:-1], weight.shape[0])
 
 
-def check_arguments(
+def checked_arguments(
     p: float,
     mask: str = "example",
     group_size: int | None = None,
     inference: str = "gaussian",
     samples: int | None = None,
     activation: str | None = None,
-) -> None:
+) -> tuple[float, int | None, int | None]:
+    """p, group_size and samples as Python's numbers."""
+    if type(p) is not float:
+        p = arguments.number("p", p)
+    group_size = None if group_size is None else arguments.integer("group_size", group_size)
+    samples = None if samples is None else arguments.integer("samples", samples)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     for name, value, choices in (("mask", mask, MASKS), ("inference", inference, INFERENCE)):
@@ -621,6 +626,7 @@ def check_arguments(
         if value is not None and value < 1:
             raise ValueError(f"{name} has to be at least 1, but got {value}")
     check_activation(activation)
+    return p, group_size, samples
 
 
 def cast_by_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
