@@ -1,5 +1,6 @@
 """Group and instance normalization, fused with residual and activation: y = f(GN(x) + residual)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -44,6 +45,8 @@ def group_norm(
     good = good and takes(input, weight, bias, (None, None), groups, fused)
     # Where a channel has one value, and each group one channel, torch refuses.
     if not (good and input.shape[1] % groups == 0 and input.numel() > groups):
+        if weight is None and bias is not None and bias.shape == input.shape[1:2]:
+            weight = torch.ones_like(bias)  # up to 2.13 torch has no gradients of a bias alone
         return activated(F.group_norm(input, num_groups, weight, bias, eps), activation, residual)
     form = Form(groups, epsilon, activation)
     return normalize(input, weight, bias, residual, None, None, form, autocast_dtype(input))
