@@ -97,9 +97,10 @@ class DropConnectConv2d(Layer, torch.nn.Conv2d):
     """A convolution whose weights are dropped in training, with one mask a step for all examples and places.
 
     Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
+            in :class:`torch.nn.Conv2d`.
         p: probability of dropping a weight.
         activation: applied to the result.
-        The others: as of :class:`torch.nn.Conv2d`.
 
     In evaluation it is torch's convolution: kept weights are scaled by 1 / (1 - p) in training.
     """
@@ -110,9 +111,28 @@ class DropConnectConv2d(Layer, torch.nn.Conv2d):
     p = 0.5
     activation: str | None = None
 
-    def __init__(self, *arguments, p: float = 0.5, activation: str | None = None, **keywords) -> None:
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        p: float = 0.5,
+        activation: str | None = None,
+    ) -> None:
         p, _, _ = ops.checked_arguments(p, activation=activation)
-        super().__init__(*arguments, **keywords)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device, dtype,
+        )  # fmt: skip
         self.p = p
         self.activation = activation
 

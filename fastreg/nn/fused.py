@@ -14,9 +14,11 @@ class FusedNorm(Layer):
 
     activation: str | None = None  # of layers whose class was changed: ``__init__`` did not run
 
-    def __init__(self, *arguments, activation: str | None = None, **keywords) -> None:
+    def _make(self, *arguments, activation: str | None, bias: bool = True) -> None:
+        """The constructor, with torch's arguments as they are."""
         check_activation(activation)
-        super().__init__(*arguments, **keywords)
+        # torch 2.11 takes no such keyword, and refuses False.
+        super().__init__(*arguments, **({} if bias else {"bias": False}))
         self.activation = activation
 
     def extra_repr(self) -> str:

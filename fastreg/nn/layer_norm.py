@@ -1,5 +1,7 @@
 """Layer normalization, alone and behind a residual branch. What it adds to torch's: ``fastreg/nn/fused.py``."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -8,10 +10,29 @@ from fastreg.nn.fused import FusedNorm
 
 
 class LayerNorm(FusedNorm, torch.nn.LayerNorm):
-    """Layer normalization over the last dimensions. See :class:`torch.nn.LayerNorm`.
+    """Layer normalization over the last dimensions.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: as in :class:`torch.nn.LayerNorm`.
+        activation: applied to the result, in the same pass: a name of ``fastreg.ops.fused.ACTIVATIONS``.
+
+    ``forward(input, *, residual=None)`` is activation(norm(input) + residual), with a residual of the input's shape.
 
     Source: Ba, Kiros and Hinton 2016 (arXiv 1607.06450).
     """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        activation: str | None = None,
+    ) -> None:
+        self._make(normalized_shape, eps, elementwise_affine, bias, device, dtype, activation=activation)
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """activation(norm(input) + residual)."""
@@ -60,9 +81,7 @@ class DropoutAddLayerNorm(FusedNorm, torch.nn.LayerNorm):
     ) -> None:
         if p < 0.0 or p > 1.0:  # as in torch.nn.Dropout
             raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-        super().__init__(
-            normalized_shape, eps, elementwise_affine, bias, device, dtype, activation=activation
-        )
+        self._make(normalized_shape, eps, elementwise_affine, bias, device, dtype, activation=activation)
         self.p = p
         self.prenorm = prenorm
 
