@@ -56,6 +56,7 @@ _numbers = itertools.count(1)  # of streams and of graphs, never twice in a proc
 _host_device = torch._C.TensorBase.device.__get__
 _host_is_cuda = torch._C.TensorBase.is_cuda.__get__
 _host_to, _host_pin = torch._C.TensorBase.to, torch._C.TensorBase.pin_memory
+_host_grouped = torch._C._group_tensors_by_device_and_dtype
 _host_tensor, _host_as_tensor, _HostGenerator = torch.tensor, torch.as_tensor, torch.Generator
 
 
@@ -159,6 +160,9 @@ class Stream:
 
     def query(self) -> bool:
         return True
+
+    def is_capturing(self) -> bool:
+        return self.graph is not None
 
     def __enter__(self):
         self._within = torch.cuda.stream(self)
@@ -518,7 +522,7 @@ class _Again(NamedTuple):
     made: list
 
     def __call__(self) -> None:
-        with _disable_current_modes(), torch.no_grad():
+        with _disable_current_modes(), torch.no_grad(), _gpu.on_host():
             again = self.function(*self.args, **self.kwargs)
             for x, y in zip(tree_leaves(self.result), tree_leaves(again), strict=True):
                 if any(x is one for one in self.made):
@@ -571,6 +575,12 @@ def _as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor
 
 def _keep_requires_grad(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return y.requires_grad_(x.requires_grad)
+
+
+def _grouped(tensors: list, with_indices: bool = False) -> dict:
+    """Of one device, as torch's clipping and optimizers sort their tensors."""
+    found = _host_grouped(tensors, with_indices)
+    return {(lists[0][0].device, dtype): (lists, places) for (_, dtype), (lists, places) in found.items()}
 
 
 def _exchange(device: int) -> int:
@@ -626,16 +636,25 @@ def _replacements() -> dict[Any, dict[str, Any]]:
         "is_pinned": lambda x, device=None: False,
     }
     numbers = {"capture_id": lambda device: _gpu.stream(device).graph.number}
+    accelerator = {
+        "current_accelerator": lambda check_available=False: torch.device("cuda"),
+        "current_stream": cuda["current_stream"],
+    }
     graphs = {"CUDAGraph": Graph, "graph_pool_handle": lambda: (0, next(_numbers))}
     return {
         torch: {"tensor": _tensor, "as_tensor": _as_tensor, "Generator": Generator},
         torch.Tensor: tensor,
         torch.cuda: cuda,
+        torch.accelerator: accelerator,
         backend: numbers,
         torch.cuda.random: {"device_count": cuda["device_count"]},
         torch.cuda.graphs: graphs,
         torch.cuda.graph: {"default_capture_stream": None},
-        torch._C: {"_host_emptyCache": lambda: None, "_cuda_getDevice": lambda: _gpu.current},
+        torch._C: {
+            "_host_emptyCache": lambda: None,
+            "_cuda_getDevice": lambda: _gpu.current,
+            "_group_tensors_by_device_and_dtype": _grouped,
+        },
     }
 
 

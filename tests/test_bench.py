@@ -359,62 +359,32 @@ class Halved(networks.PlainNorm):
 
 
 @pytest.fixture
-def pretended_gpu(monkeypatch):
-    """Events, streams and graphs that run on the host: exercises the control flow, not the hardware."""
+def pretended_gpu(gpu, monkeypatch):
+    """The control flow on a GPU, and not the hardware: replays take 0.1 ms, and all else what it takes here."""
+    calls = {"replay": 0, "capture": 0, "sleep": []}
+    replay, begin = torch.cuda.CUDAGraph.replay, torch.cuda.CUDAGraph.capture_begin
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
+    def replayed(graph):
+        calls["replay"] += 1
+        time.sleep(1e-4)
+        replay(graph)
 
-        def record(self):
-            self.time = time.perf_counter()
-
-        def elapsed_time(self, end):
-            return (end.time - self.time) * 1e3
-
-    class Graph:
-        def replay(self):
-            calls["replay"] += 1
-            time.sleep(1e-4)
-
-    calls = {"replay": 0, "capture": 0}
-
-    @contextlib.contextmanager
-    def graph(graph, stream):
+    def begun(graph, *arguments, **options):
         calls["capture"] += 1
-        yield
+        begin(graph, *arguments, **options)
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    properties = SimpleNamespace(
-        name="NVIDIA H100 80GB HBM3", L2_cache_size=64, total_memory=80 * 2**30, multi_processor_count=132
-    )
-    fakes = {
-        "Event": Event,
-        "CUDAGraph": Graph,
-        "graph": graph,
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "synchronize": lambda: None,
-        "get_device_properties": lambda device: properties,
-        "reset_peak_memory_stats": lambda device: None,
-        "memory_allocated": lambda device: 100,
-        "max_memory_allocated": lambda device: 500,
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", replayed)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", begun)
+    monkeypatch.setattr(torch.cuda, "_sleep", calls["sleep"].append)
     monkeypatch.setattr(harness, "FLUSH", 2**10)
     monkeypatch.setattr(harness, "CEILING", 2**16)
+    monkeypatch.setattr(
+        gpu, "properties", lambda device=None: SimpleNamespace(**PROPERTIES, major=9, minor=0)
+    )
     original = provenance.provenance
 
     def pretended(device):
-        return original(torch.device("cpu")) | {
-            "device": "cuda",
-            "gpu": properties.name,
-            "slug": "h100",
-            "driver": "0",
-            "interpreted": False,
-        }
+        return original(device) | {"driver": "0", "interpreted": False}
 
     monkeypatch.setattr(harness, "provenance", pretended)
     gc.freeze()  # a collection before every graph: of what the test makes, not of all that the tests before it left
@@ -422,11 +392,20 @@ def pretended_gpu(monkeypatch):
     gc.unfreeze()
 
 
+PROPERTIES = {
+    "name": "NVIDIA H100 80GB HBM3",
+    "L2_cache_size": 64,
+    "total_memory": 80 * 2**30,
+    "multi_processor_count": 132,
+}
+CUDA = torch.device("cuda", 0)
+
+
 def test_gpu_path_times_by_three_methods_and_compares_with_copies(tmp_path, pretended_gpu, monkeypatch):
     monkeypatch.setattr(harness, "SMALL", 4096)
-    clock = harness.Cuda(torch.device("cpu"))
-    assert clock.flush.numel() == 2**10
-    _, document = sweep(tmp_path, OURS, TORCH, clock=clock)
+    clock = harness.Cuda(CUDA)
+    assert clock.flushed.nbytes == 2**10
+    _, document = sweep(tmp_path, OURS, TORCH, clock=clock, device=CUDA)
     methods = {(row["bytes"], row["method"]) for row in document["rows"]}
     assert methods == {(4096, "events"), (4096, "wall"), (4096, "graph"), (8192, "events")}
     assert pretended_gpu["capture"] > 0
@@ -442,8 +421,45 @@ def test_gpu_path_times_by_three_methods_and_compares_with_copies(tmp_path, pret
     assert twice["median_us"] == 2 * clock.copy(clock.ceiling, "events", 1e-3)["median_us"]
 
 
+def test_events_time_the_gpu_and_not_the_host(pretended_gpu, monkeypatch):
+    """Before the first event the GPU sleeps, at least as long as the host takes to launch the call."""
+    order = []
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append(("sleep", cycles)))
+    record = torch.cuda.Event.record
+
+    def record_of(event, *stream):
+        if not stream:
+            order.append("event")
+        record(event, *stream)
+
+    monkeypatch.setattr(torch.cuda.Event, "record", record_of)
+    clock = harness.Cuda(CUDA)
+    monkeypatch.setattr(clock, "flush", lambda: order.append("flush"))
+
+    def call():
+        order.append("call")
+        time.sleep(2e-3)
+
+    clock._timed(call, 2, before=clock.flush)
+    assert order[:3] == ["call"] * 3  # to see how long it takes
+    (_, cycles) = order[4]
+    assert 2e-3 < cycles / harness.FASTEST_CLOCK <= harness.LONGEST_SLEEP
+    assert order[3:] == 2 * ["flush", ("sleep", cycles), "event", "call", "event"]
+
+
+def test_the_cache_is_flushed_by_reading(gpu):
+    clock = harness.Cuda(CUDA)
+    gpu.forget()
+    before = clock.flushed._version
+    clock.flush()
+    assert clock.flushed.nbytes >= 2 * gpu.properties().L2_cache_size
+    assert [one.name for one in gpu.operations] == ["sum"]  # and writes one number
+    assert clock.flushed._version == before
+    assert gpu.waits == []
+
+
 def test_gpu_results_render(tmp_path, pretended_gpu):
-    sweep(tmp_path / "results" / "h100", OURS, TORCH, clock=harness.Cuda(torch.device("cpu")))
+    sweep(tmp_path / "results" / "h100", OURS, TORCH, clock=harness.Cuda(CUDA), device=CUDA)
     readme = tmp_path / "README.md"
     readme.write_text(f"top\n{report.BEGIN}\nold\n{report.END}\nbottom\n")
     written = report.report(tmp_path / "results", tmp_path / "RESULTS.md", readme)

@@ -556,11 +556,14 @@ def layer_norm(
     """
     check_activation(activation)
     check_residual(input, residual)
-    # ATen has no activation and no residual, and refuses parameters of another dtype on a GPU.
-    more = activation is not None or residual is not None
-    more = more or any(t is not None and t.dtype != input.dtype for t in (weight, bias))
     ours = _runs_kernels(input, normalized_shape, (residual,), weight, bias)
-    if ours and (more or backend.worth_a_launch(input, ATEN_BELOW)):
+    if ours and (
+        activation is not None
+        or residual is not None
+        or backend.worth_a_launch(input, ATEN_BELOW)
+        # which ATen refuses on a GPU
+        or any(t is not None and t.dtype != input.dtype for t in (weight, bias))
+    ):
         form = _Form(
             math.prod(normalized_shape),
             float(eps),
