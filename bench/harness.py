@@ -386,6 +386,7 @@ def run(
     versions: dict[str, str],
     folder: Path,
     quick: bool = False,
+    label: str = "",
     budget: float = 0.1,
     deadline: float = math.inf,
     limit: float = 120,
@@ -405,14 +406,15 @@ def run(
         "family": family,
         "dtype": dtype,
         "quick": quick,
+        "label": label,
         "complete": False,
         "provenance": origin,
         "peers": versions,
         "copy": [],
         "rows": [],
     }
-    name = f"{family}-{dtype}-{'quick-' if quick else ''}{origin['date'][:10]}-{origin['commit']}.json"
-    path = folder / name
+    words = [family, dtype, "quick" if quick else "", label, origin["date"][:10], origin["commit"]]
+    path = folder / f"{'-'.join(filter(None, words))}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:

@@ -578,6 +578,14 @@ def test_failures_are_listed_ours_first(tmp_path):
     assert "🔴 **not timed**" in page
 
 
+def test_a_labelled_sweep_stands_beside_the_others(tmp_path):
+    page = page_of(
+        tmp_path, a_document(a_row("fastreg", 1)), a_document(a_row("fastreg", 2)) | {"label": "compiled"}
+    )
+    assert "## toys, bf16, NVIDIA H100" in page
+    assert "## toys, bf16, compiled, NVIDIA H100" in page
+
+
 def test_newest_full_sweep_counts(tmp_path):
     documents = saved(
         tmp_path,
@@ -709,13 +717,76 @@ def test_a_stage_that_hangs_is_ended_and_its_output_kept(tmp_path):
 def test_stages_for_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: f"/opt/{name}")
     plan = {stage.name: stage for stage in stages(tmp_path, dry=False, tests=None)}
-    assert list(plan) == ["tests", "memcheck", "racecheck", "bench", "steps", "report"]
+    assert list(plan) == ["tests", "warm", "memcheck", "racecheck", "bench", "compiled", "steps", "report"]
     assert plan["tests"].environment["TRITON_INTERPRET"] is None  # the real kernels, natively
     assert plan["racecheck"].command[:3] == ["/opt/compute-sanitizer", "--tool", "racecheck"]
     assert "--device" not in plan["bench"].command
     monkeypatch.setattr("shutil.which", lambda name: None)
     missing = {stage.name: stage.skip for stage in stages(tmp_path, dry=False, tests=None)}
     assert missing["memcheck"] == "compute-sanitizer not found"
+
+
+def test_the_stages_fit_into_what_a_machine_is_lent_for(tmp_path):
+    """A command on a lent machine has ten minutes; its first process takes some of them."""
+    plan = stages(tmp_path, dry=False, tests=None)
+    assert {stage.name for stage in plan} == set(check.SHARES)
+    assert sum(check.SHARES.values()) == check.TOTAL <= 600 - 45
+
+
+def test_a_stage_that_stops_by_itself_is_told_when(tmp_path, monkeypatch):
+    say = "import sys; print('of', sys.argv[1:])"
+    plan = [
+        Stage("bench", [sys.executable, "-c", say], stops=True),
+        Stage("report", [sys.executable, "-c", say]),
+    ]
+    monkeypatch.setattr(check, "stages", lambda *arguments: plan)
+    (told, report), ok = check.check(tmp_path, dry=True)
+    seconds = int(told["command"].rpartition(" ")[2])
+    assert 0.5 * check.TOTAL < seconds < 0.8 * check.TOTAL
+    assert told["says"] == f"of ['--stop-after', '{seconds}']"
+    assert report["says"] == "of []"
+    assert ok
+
+
+def test_the_sanitizers_runs_take_turns_and_what_is_left_out_is_said(monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "once", lambda case, *shape: seen.append(case.name))
+    done = CliRunner().invoke(command.app, ["sanitize", "--device", "cpu"])
+    assert done.exit_code == 0
+    families = [len(command.cases_of(name, [])) for name in command.FAMILIES]
+    assert len(seen) == 2 * sum(families)
+    assert f"checked {len(seen)} of {len(seen)} runs" in done.output
+    first = {command.cases_of(name, [])[0].name for name in command.FAMILIES if command.cases_of(name, [])}
+    assert set(seen[: len(first)]) == first
+
+    seen.clear()
+    ticks = itertools.count()
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(ticks))
+    done = CliRunner().invoke(command.app, ["sanitize", "--device", "cpu", "--stop-after", "3"])
+    assert len(seen) == 3
+    assert f"checked 3 of {2 * sum(families)} runs; left out: " in done.output
+
+
+def test_a_wrong_case_fails_under_the_sanitizer(monkeypatch):
+    monkeypatch.setattr(command, "cases_of", lambda family, parts: [a_case(lambda x: x * 3)])
+    done = CliRunner().invoke(command.app, ["sanitize", "dropout", "--device", "cpu"])
+    assert done.exit_code == 1
+    assert "wrong: " in done.output
+
+
+def test_what_is_warmed_up_is_all_that_follows(monkeypatch):
+    """Each case in every shape that is timed or sanitized, each network once; every job in one of the processes."""
+    launched, steps_taken = [], []
+    monkeypatch.setattr(
+        command, "prepare", lambda direction, function, inputs: lambda: launched.append(inputs)
+    )
+    monkeypatch.setattr(command, "Step", lambda network, *rest: lambda: steps_taken.append(network.name))
+    monkeypatch.setattr(command, "in_turns", lambda names: [a_case()] * 3)
+    for part in range(4):
+        options = ["--part", str(part), "--processes", "4", "--device", "cpu"]
+        assert CliRunner().invoke(command.app, ["warm", *options]).exit_code == 0
+    assert len(launched) == 3 * (2 + 1)
+    assert sorted(steps_taken) == sorted(network.name for network in steps.SMALL_NETWORKS)
 
 
 @pytest.mark.skipif("FASTREG_CHECK" in os.environ, reason="runs within the check itself")
@@ -732,9 +803,11 @@ def test_check_makes_a_dry_run_end_to_end(tmp_path):
     statuses = {stage["stage"]: stage["status"] for stage in summary["stages"]}
     assert statuses == {
         "tests": "ok",
+        "warm": "ok",
         "memcheck": "ok",
         "racecheck": "skipped",
         "bench": "ok",
+        "compiled": "skipped",
         "steps": "ok",
         "report": "ok",
     }
