@@ -21,6 +21,7 @@ from rich.table import Table
 
 from . import FAMILIES
 from .cases import Case
+from .check import TOTAL
 from .check import check as check_all
 from .harness import (
     CPU_QUICK_SIZES,
@@ -237,10 +238,9 @@ def check(
     tests: Annotated[
         str | None, typer.Option(help='Arguments for pytest: a path, or "tests -k name".')
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Time for everything.")] = 600,
+    seconds: Annotated[float, typer.Option(help="Time for everything.")] = TOTAL,
 ) -> None:
-    """Tests, sanitizer, quick benchmarks and report in at most ten minutes: the command for a fresh GPU
-    machine."""
+    """Tests, sanitizer, quick benchmarks and report in nine minutes: the command for a fresh GPU machine."""
     dry = not torch.cuda.is_available() if dry_run is None else dry_run
     if not dry and not torch.cuda.is_available():
         raise typer.BadParameter("there is no GPU here: only a dry run is possible")
@@ -251,7 +251,9 @@ def check(
 
     def tell(result: dict) -> None:
         reason = f" ({result['reason']})" if "reason" in result else ""
-        console.print(f"{result['stage']}: {result['status']}{reason}, {result['seconds']} s", markup=False)
+        says = f": {result['says']}" if result.get("says") else ""
+        line = f"{result['stage']}: {result['status']}{reason}, {result['seconds']} s{says}"
+        console.print(line, markup=False)
 
     results, ok = check_all(out, dry=dry, tests=tests, total=seconds, tell=tell)
     table = Table(title="dry run" if dry else "check", title_justify="left")
