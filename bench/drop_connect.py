@@ -22,7 +22,7 @@ def inputs(features: int):
         outputs = 64 if device.type == "cpu" else features
         examples, columns = rows(numel, outputs)
         v = torch.randn(examples, columns, dtype=dtype, device=device)
-        weight = (torch.randn(outputs, columns, device=device) / columns**0.5).to(dtype)
+        weight = (torch.randn(outputs, columns, dtype=torch.float32, device=device) / columns**0.5).to(dtype)
         bias = torch.randn(outputs, dtype=dtype, device=device)
         return tuple(t.requires_grad_() for t in (v, weight, bias))
 
@@ -267,7 +267,7 @@ def masking(dtype, p):
 
 def sampling(activation, samples=1000):
     """Of a draw: inference at (256, 4096)."""
-    tensors = [torch.empty(256, 4096, device="meta") for _ in range(5)]
+    tensors = [torch.empty(256, 4096, dtype=torch.float32, device="meta") for _ in range(5)]
     mean, deviation, y, dmean, ddeviation = tensors
     stream = Stream(1)
     forward = expectation.average_launch(mean, deviation, y, stream, activation, samples)

@@ -81,6 +81,10 @@ def philox4x32(counter, key, rounds: int = 10) -> tuple[Tensor, Tensor, Tensor, 
     return c0, c1, c2, c3
 
 
+def _places(count: int, device) -> Tensor:
+    return torch.arange(count, dtype=torch.int64, device=device)
+
+
 def words(block: Tensor, stream: Stream) -> Tensor:
     """The four random words of each block: int64 ``[*block.shape, 4]`` with values in [0, 2^32)."""
     seed, offset = stream
@@ -104,7 +108,7 @@ def threshold(p: float) -> int:
 def keep_mask(size, p: float, stream: Stream, device=None) -> Tensor:
     """The dropout mask of a contiguous tensor: bool, True where an element is kept (probability 1 - p)."""
     count = math.prod(size)
-    first_block = torch.arange((count + 7) // 8, device=device)
+    first_block = _places((count + 7) // 8, device)
     bits = words(first_block, stream)
     drawn = torch.stack((bits & 0xFFFF, bits >> 16), dim=-1).flatten()[:count]
     return (drawn >= threshold(p)).view(size)
@@ -147,9 +151,7 @@ def connection_lanes(
     that of keeping (and).
     """
     seed, offset = stream
-    block = torch.arange(outputs, device=device)[:, None] << 32 | torch.arange(
-        (inputs + 7) // 8, device=device
-    )
+    block = _places(outputs, device)[:, None] << 32 | _places((inputs + 7) // 8, device)
     for digit in range(chance.digits):
         bits = words(block, Stream(seed, offset + (word + (digit << 28) << 32)))
         if digit == 0:
@@ -176,7 +178,7 @@ def connection_mask(example: Tensor, outputs: int, inputs: int, chance: Chance, 
 def normal(size, stream: Stream, *, dtype: torch.dtype = torch.float32, device=None) -> Tensor:
     """Standard normals by the transform of Box and Muller (1958), computed in fp64 and rounded to ``dtype``."""
     count = math.prod(size)
-    bits = words(torch.arange((count + 3) // 4, device=device), stream)
+    bits = words(_places((count + 3) // 4, device), stream)
     return _box_muller(bits).flatten()[:count].view(size).to(dtype)
 
 
@@ -191,8 +193,8 @@ def _box_muller(bits: Tensor) -> Tensor:
 
 def _blocks_of_rows(rows: int, columns: int, stream: Stream, width: int, device) -> Tensor:
     """The words of the blocks (column // width, row), for what has to start anew in each row."""
-    block = torch.arange((columns + width - 1) // width, device=device)
-    return words(torch.arange(rows, device=device)[:, None] << 32 | block, stream)
+    block = _places((columns + width - 1) // width, device)
+    return words(_places(rows, device)[:, None] << 32 | block, stream)
 
 
 def row_normals(
@@ -265,7 +267,7 @@ def stream(
 
 def _drawn(device: torch.device, generator: Generator | None) -> Tensor:
     """A seed in memory, which an operator of a graph draws."""
-    return torch.randint(0, 2**63 - 1, (1,), generator=generator, device=device)
+    return torch.randint(0, 2**63 - 1, (1,), generator=generator, dtype=torch.int64, device=device)
 
 
 _seeds: dict[tuple, tuple[Tensor, Iterator[int]]] = {}

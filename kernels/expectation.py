@@ -1,17 +1,19 @@
-"""The mean of an activation of normal variables, by sampling: the inference of DropConnect (Wan et al. 2013).
+"""The mean of an activation of normal variables: the inference of DropConnect (Wan et al. 2013).
 
-    y[i]    = 1/Z sum_d f(v)                  v = mean[i] + deviation[i] eps[i, d],  d = 0 .. Z - 1
-    dmean   = dy[i]/Z sum_d f'(v)             ddeviation = dy[i]/Z sum_d f'(v) eps[i, d]
+    y[i]    = sum_d w[d] f(v)                 v = mean[i] + deviation[i] eps[i, d]
+    dmean   = dy[i] sum_d w[d] f'(v)          ddeviation = dy[i] sum_d w[d] f'(v) eps[i, d]
 
-eps[i, d] is value d % 4 of Philox block i under an offset whose upper half is increased by d // 4: the normals of a
-tensor [elements, 4], with a stream of its own for every four draws (``fastreg.random.draws``). None is stored.
+By nodes (``integrate``): the trapezoidal rule, whose eps[d] and w[d] are the same for all elements, in a small table.
+By draws (``average``), as in the paper: w[d] is 1/Z, and every element has normal numbers eps[i, d] of its own: value
+d % 4 of Philox block i under an offset whose upper half is increased by d // 4, the normals of a tensor [elements, 4]
+with a stream of its own for every four draws (``fastreg.random.draws``). None is stored.
 
-Cost: mean, deviation and y once, whatever Z is, and Z draws of 27 (sigmoid) to 35 (tanh) instructions an element
-(sm_90): Philox takes 13 of them at four normals a call, Box and Muller 7, the activation the rest. The bound are the
-special functions, two a normal and two for the activation, 8 issue slots each; with tanh as much the issue. So a thread
-has one element, whose narrow accesses do not count, and a small layer still fills the GPU; four would take 5
-instructions less, and as long.
-The sum is fp32, in the order of the draws.
+Cost: mean, deviation and y once, however many terms there are. A term is the activation and one FMA before and behind
+it; a draw also takes 20 instructions for its number, 13 for Philox at four normals a call and 7 for Box and Muller: 27
+(sigmoid) to 35 (tanh) all together (sm_90). The bound are the special functions, two a normal and two for the
+activation, 8 issue slots each; with tanh as much the issue. So a thread has one element, whose narrow accesses do not
+count, and a small layer still fills the GPU; four would take 5 instructions of a draw less, and as long.
+The sum is fp32, in the order of the terms.
 """
 
 import triton
@@ -46,7 +48,58 @@ def _tile(mean_ptr, deviation_ptr, elements, BLOCK: tl.constexpr, WIDE: tl.const
 
 @triton.jit
 def _values(mean, deviation, e, NAME: tl.constexpr, STORED: tl.constexpr):
-    return activation.forward(tl.fma(deviation, e, mean), NAME, STORED)
+    return activation.forward(tl.fma(deviation, e + tl.zeros_like(mean), mean), NAME, STORED)
+
+
+@triton.jit
+def integrate(
+    mean_ptr,  # fp32, fp16 or bf16 [elements]
+    deviation_ptr,  # any of those [elements]
+    y_ptr,  # any of those [elements]
+    nodes_ptr,  # fp32 [2, NODES]: eps, and its weight
+    elements,
+    NODES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,  # 64-bit indices, for 2^31 elements and more
+):
+    """One block of elements a program; grid: (blocks,)."""
+    element, inside, mean, deviation = _tile(mean_ptr, deviation_ptr, elements, BLOCK, WIDE)
+    total = tl.zeros([BLOCK], tl.float32)
+    for node in range(NODES):
+        e, weight = tl.load(nodes_ptr + node), tl.load(nodes_ptr + NODES + node)
+        total += weight * _values(mean, deviation, e, ACTIVATION, y_ptr.dtype.element_ty)
+    tl.store(y_ptr + element, total.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def integrate_backward(
+    dy_ptr,  # fp32, fp16 or bf16 [elements]
+    mean_ptr,
+    deviation_ptr,
+    dmean_ptr,  # as mean
+    ddeviation_ptr,  # as deviation
+    nodes_ptr,
+    elements,
+    NODES: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    BLOCK: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Arguments and grid as in ``integrate``."""
+    element, inside, mean, deviation = _tile(mean_ptr, deviation_ptr, elements, BLOCK, WIDE)
+    dy = upcast(tl.load(dy_ptr + element, mask=inside, other=0.0))
+    by_mean = tl.zeros([BLOCK], tl.float32)
+    by_deviation = tl.zeros([BLOCK], tl.float32)
+    for node in range(NODES):
+        e, weight = tl.load(nodes_ptr + node), tl.load(nodes_ptr + NODES + node)
+        slope = activation.backward(
+            weight * dy, tl.fma(deviation, e + tl.zeros_like(mean), mean), ACTIVATION, dy_ptr.dtype.element_ty
+        )
+        by_mean += slope
+        by_deviation += slope * e
+    tl.store(dmean_ptr + element, by_mean.to(dmean_ptr.dtype.element_ty), mask=inside)
+    tl.store(ddeviation_ptr + element, by_deviation.to(ddeviation_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)

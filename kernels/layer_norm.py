@@ -480,10 +480,11 @@ def sum_partials(
     columns,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,  # 64-bit indices, for 2^31 partial sums and more
 ):
     """In a fixed order, and written in the dtype of the parameter. Grid: (column blocks, 1 or 2)."""
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
-    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    column = _index(tl.program_id(0), WIDE) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    row = _index(tl.arange(0, BLOCK_ROWS)[:, None], WIDE)
     partial_ptr += tl.program_id(1).to(tl.int64) * programs * columns
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], partial_ptr.dtype.element_ty)
     first_row = tl.full([], 0, tl.int32)

@@ -24,7 +24,7 @@ _refused: list[str] = []
 
 def _front_end(kernel: Kernel) -> None:
     compiler = make_backend(TARGET)
-    options = compiler.parse_options({"num_warps": kernel.num_warps})
+    options = compiler.parse_options({**backend.OPTIONS, "num_warps": kernel.num_warps})
     context = ir.context()
     ir.load_dialects(context)
     compiler.load_dialects(context)

@@ -96,6 +96,12 @@ def _same_start() -> None:
     torch.manual_seed(0)
 
 
+def pytest_make_parametrize_id(config, val, argname) -> None:
+    """Names of tests are the same in every process, or pytest-xdist ends: bytes, as of gzip, may hold the time."""
+    if isinstance(val, bytes):
+        raise TypeError(f"{argname} is bytes, which may differ from process to process: give the test an id")
+
+
 @pytest.fixture(autouse=True)
 def _kernels_of_any_size(request, monkeypatch) -> None:
     """On a GPU small plain tensors go to ATen, and tests of kernels, which are small, force them."""

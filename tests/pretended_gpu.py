@@ -630,6 +630,10 @@ def _replacements() -> dict[Any, dict[str, Any]]:
         "pin_memory": lambda x, device=None: x.clone(),
         "is_pinned": lambda x, device=None: False,
     }
+    accelerator = {
+        "current_accelerator": lambda check_available=False: torch.device("cuda"),
+        "current_stream": cuda["current_stream"],
+    }
     numbers = {"capture_id": lambda device: _gpu.stream(device).graph.number}
     accelerator = {
         "current_accelerator": lambda check_available=False: torch.device("cuda"),

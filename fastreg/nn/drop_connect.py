@@ -18,7 +18,7 @@ class DropConnectLinear(torch.nn.Linear):
             "gaussian".
         inverted: False scales by 1 - p in evaluation instead of 1 / (1 - p) in training.
         inference: in evaluation, "gaussian" (the paper's), "mean", or "probit" (approximate, sigmoid alone).
-        samples: draws of the Gaussian where ``activation`` has no closed form.
+        samples: draws of the Gaussian where ``activation`` has no closed form; None: quadrature, which draws nothing.
         activation: applied to the sum. The Gaussian inference needs to know it, so give it here, not to a layer behind.
 
     Shape: ``[*, in_features]`` to ``[*, out_features]``.

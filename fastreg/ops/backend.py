@@ -84,6 +84,11 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def recording() -> bool:
+    """Whether a CUDA graph is being recorded: what is launched, and copied, is done at every replay, and not now."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 @functools.cache
 def _stream_capture_info() -> Any:
     """The driver's function, which torch does not hand on, or None."""
@@ -102,6 +107,10 @@ def capture_id(device: torch.device) -> int | None:
         return None
     return number.value
 
+
+OPTIONS = {"enable_fp_fusion": True}
+"""What every kernel is compiled with. Said each time: whether products and sums are fused differs among versions of
+Triton."""
 
 MOST_PROGRAMS = 2**31 - 1  # of a grid
 
@@ -129,10 +138,10 @@ class Launch(NamedTuple):
     def run(self, device: torch.device) -> None:
         """Launches on the tensors' ``device``, which need not be the current one."""
         if device.type != "cuda":
-            self.kernel[self.grid](**self.arguments)
+            self.kernel[self.grid](**self.arguments, **OPTIONS)
             return
         with torch.cuda.device(device):
-            variant = self.kernel[self.grid](**self.arguments)
+            variant = self.kernel[self.grid](**self.arguments, **OPTIONS)
             if self.arguments.get("seed") and variant not in _loaded:
                 self._load_for_graphs()
                 _loaded.add(variant)
@@ -143,4 +152,4 @@ class Launch(NamedTuple):
         A CUDA graph needs it, and while one is recorded nothing can be loaded. (One form for both would have to be the
         one from memory, whose seed takes 16 registers a thread where a number takes none.)
         """
-        self.kernel[(0,)](**self.arguments | number("seed", _NOWHERE, 0))
+        self.kernel[(0,)](**self.arguments | number("seed", _NOWHERE, 0), **OPTIONS)

@@ -48,7 +48,7 @@ def batch_norm(
     check_residual(input, residual)
     fused = activation is not None or residual is not None
     statistics = (running_mean, running_var)
-    good = takes(input, weight, bias, statistics, fused) and numbers(momentum, eps) and eps > 0
+    good = takes(input, weight, bias, statistics, 0, fused) and numbers(momentum, eps) and eps > 0
     if not (good and (input.numel() > input.shape[1] if training else running_mean is not None)):
         y = _in_aten(input, statistics, weight, bias, training, momentum, eps)
         return activated(y, activation, residual)

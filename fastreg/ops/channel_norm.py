@@ -13,7 +13,7 @@ from fastreg.ops import backend
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import activated, result_dtype, sum_dtype
 from fastreg.ops.layout import ceil_div, dense_strides, with_strides
-from fastreg.ops.lines import Plan, View, merge_plan, split_plan, view, viewed, whole_plan
+from fastreg.ops.lines import Plan, View, indexable, merge_plan, split_plan, view, viewed, whole_plan
 
 if backend.HAS_TRITON:
     from fastreg.kernels import channel_norm as kernels
@@ -610,7 +610,7 @@ def _(x, weight, bias, residual, mean, var, groups, eps, activation, dtype, diff
     form = Form(groups, eps, activation)
     signed = differentiated and _may_keep_signs(residual, form)
     if signed:  # only then: the view of odd planes depends on the number of samples, which would be a guard
-        seen = view(y, groups) or view(torch.empty(x.shape, device="meta"), groups)
+        seen = view(y, groups) or view(torch.empty(x.shape, dtype=x.dtype, device="meta"), groups)
         signed = _keeps_signs(residual, form, seen)
     units = x.shape[0] * groups if groups else x.shape[1]
     statistics = {"size": (units if mean is None else 0,), "dtype": sum_dtype(x.dtype), "device": x.device}
@@ -696,16 +696,20 @@ def takes(
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: tuple[Tensor | None, Tensor | None],
+    groups: int,
     fused: bool,
 ) -> bool:
-    """Whether the kernels take it. All else, also whatever is wrong with it, is for ATen to do, or to refuse."""
+    """Whether the kernels take it. All else, also whatever is wrong with it, is for ATen to do, or to refuse.
+
+    groups: as in ``Form``. fused: something stands around the normalization.
+    """
     if not (backend.runs_kernels(input) and input.dim() >= 2 and input.numel() > 0):
-        return False
-    if len(input) > backend.MOST_PROGRAMS:
         return False
     # ATen's group norm refuses parameters of another dtype on a GPU, so those are ours at any size.
     mixed = any(t is not None and t.dtype != input.dtype for t in (weight, bias))
     if not (fused or mixed or backend.worth_a_launch(input, ATEN_BELOW)):
+        return False
+    if not (torch.compiler.is_compiling() or indexable(input, groups)):  # compiled, the size would be a guard
         return False
     channels = input.shape[1]
     return (statistics[0] is None) == (statistics[1] is None) and all(

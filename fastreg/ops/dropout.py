@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.overrides import has_torch_function_unary
 
 from fastreg import random
 from fastreg.ops import backend
@@ -64,11 +63,12 @@ def _before_mask(x: Tensor, bias: Tensor | None, activation: str | None) -> Tens
 
 def _mask(size: torch.Size, stride: tuple[int, ...], form: _Form, stream: Stream, device) -> Tensor:
     """The keep mask of a tensor with these dense strides, broadcast to it: elements count in memory order."""
+    drawn_size = size[: form.mask_dims] if form.mask_dims else size
+    drawn = random.lanes(torch.arange(drawn_size.numel(), dtype=torch.int64, device=device), stream)
     if form.mask_dims:
-        drawn = random.lanes(torch.arange(size[: form.mask_dims].numel(), device=device), stream)
-        drawn = drawn.view(*size[: form.mask_dims], *[1] * (len(size) - form.mask_dims))
+        drawn = drawn.view(*drawn_size, *[1] * (len(size) - form.mask_dims))
     else:
-        drawn = random.lanes(torch.arange(size.numel(), device=device), stream).as_strided(size, stride)
+        drawn = drawn.as_strided(size, stride)
     return drawn >= form.threshold
 
 
@@ -617,11 +617,11 @@ def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
 
 def _channel_dropout(input, p, training, inplace, aten, unbatched, expected, fused, alpha=False):
     plain = all(value is None for value in fused.values())
-    if plain and (has_torch_function_unary(input) or not expected):
+    if plain and not (backend.is_plain(input) and expected):
         return aten(input, p, training, inplace)
     if not expected:
         # torch's own warning or error about the rank, from torch: on a tensor without data.
-        aten(torch.empty(input.shape, device="meta"), p, training)
+        aten(torch.empty(input.shape, dtype=input.dtype, device="meta"), p, training)
     if not unbatched:
         return _dropout(input, p, training, inplace, aten, mask_dims=2, alpha=alpha, **fused)
     if fused.get("residual") is not None:

@@ -64,7 +64,7 @@ def _normals(rows: int, columns: int, stream: Stream | None, like: Tensor) -> Te
 
 def _signs(rows: int, columns: int, stream: Stream | None, like: Tensor) -> Tensor:
     if stream is None:
-        return torch.randint(2, (rows, columns), device=like.device).to(like.dtype).mul_(2).sub_(1)
+        return torch.randint(2, (rows, columns), dtype=like.dtype, device=like.device).mul_(2).sub_(1)
     return random.signs(rows, columns, stream, dtype=like.dtype, device=like.device)
 
 

@@ -38,7 +38,7 @@ def group_norm(
     check_activation(activation)
     check_residual(input, residual)
     fused = activation is not None or residual is not None
-    good = num_groups > 0 and takes(input, weight, bias, (None, None), fused) and numbers(eps)
+    good = num_groups > 0 and takes(input, weight, bias, (None, None), num_groups, fused) and numbers(eps)
     # Where a channel has one value, and each group one channel, torch refuses.
     if not (good and input.shape[1] % num_groups == 0 and input.numel() > num_groups):
         return activated(F.group_norm(input, num_groups, weight, bias, eps), activation, residual)
@@ -70,7 +70,7 @@ def instance_norm(
     check_residual(input, residual)
     fused = activation is not None or residual is not None
     statistics = (running_mean, running_var)
-    good = takes(input, weight, bias, statistics, fused) and numbers(momentum, eps)
+    good = takes(input, weight, bias, statistics, int(use_input_stats), fused) and numbers(momentum, eps)
     spatial = good and input.numel() // (input.shape[0] * input.shape[1])
     if not (good and spatial > 1 if use_input_stats else good and running_mean is not None):
         y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)

@@ -226,7 +226,7 @@ class _SyncBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, running, form, group):
-        on_kernels = takes(x, weight, bias, (None, None), fused=True)
+        on_kernels = takes(x, weight, bias, (None, None), 0, fused=True)
         mean, var, total = _merged(x, _gathered(_local_statistics(x, on_kernels), group), running)
         dtype, signs = result_dtype(x.dtype, residual), None
         if on_kernels:
@@ -254,7 +254,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         if (
             not differentiable
             and backend.runs_kernels(dy)
-            and takes(x, weight, bias, (None, None), fused=True)
+            and takes(x, weight, bias, (None, None), 0, fused=True)
         ):
             dx, dweight, dbias, dv = _kernel_backward(
                 dy, x, weight, bias, residual, signs, mean, var, total, form, ctx.group,
