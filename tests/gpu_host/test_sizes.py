@@ -145,7 +145,8 @@ LINEAR = {
     "batch": lambda x, w: F.drop_connect_linear(x, w, p=0.3, mask="batch", activation="gelu"),
     "flipout": lambda x, w: F.drop_connect_linear(x, w, mask="flipout"),
     "gaussian": lambda x, w: F.drop_connect_linear(x, w, mask="gaussian"),
-    "draws": lambda x, w: F.drop_connect_linear(x, w, training=False, activation="tanh"),
+    "draws": lambda x, w: F.drop_connect_linear(x, w, training=False, activation="tanh", samples=8),
+    "integral": lambda x, w: F.drop_connect_linear(x, w, training=False, activation="tanh"),
     "additive": lambda x, w: F.noisy_linear(x, w),
     "factorised": lambda x, w: F.noisy_linear(x, w, kind="factorised", bias_sigma=0.1),
 }

@@ -37,7 +37,9 @@ OPERATIONS = {
     "drop_connect, batch": lambda: _linear(F.drop_connect_linear, mask="batch"),
     "drop_connect, flipout": lambda: _linear(F.drop_connect_linear, mask="flipout"),
     "drop_connect, gaussian": lambda: _linear(F.drop_connect_linear, mask="gaussian"),
-    "drop_connect, draws": lambda: _linear(F.drop_connect_linear, training=False, activation="tanh"),
+    "drop_connect, draws": lambda: _linear(
+        F.drop_connect_linear, training=False, activation="tanh", samples=8
+    ),
     "noisy, additive": lambda: _linear(F.noisy_linear),
     "noisy, multiplicative": lambda: _linear(F.noisy_linear, kind="multiplicative"),
     "noisy, factorised": lambda: _linear(F.noisy_linear, kind="factorised"),
@@ -400,6 +402,6 @@ def test_cpu_tensors_ask_cuda_nothing(gpu, monkeypatch):
         lambda: F.drop_connect_linear(x, weight),
         lambda: F.noisy_linear(x, weight),
         lambda: F.dropout_add_layer_norm(x, x, (8,)),
-        lambda: F.drop_connect_linear(x, weight, training=False, activation="tanh"),
+        lambda: F.drop_connect_linear(x, weight, training=False, activation="tanh", samples=8),
     ):
         call().sum().backward()
