@@ -28,10 +28,10 @@ SHARES = {
     "tests": 150, "warm": 60, "memcheck": 40, "racecheck": 40,
     "bench": 120, "compiled": 60, "steps": 40, "report": 30,
 }  # fmt: skip
-# What runs no kernel needs no GPU and has no place in its ten minutes.
+# What runs no kernel needs no GPU and has no place in its nine minutes.
 GPU_TESTS = "tests --ignore tests/gpu_host " + " ".join(
     f"--ignore tests/test_{name}.py"
-    for name in ("training", "inspect", "bench", "speed", "doctor", "gpu_host")
+    for name in ("training", "inspect", "bench", "speed", "doctor", "gpu_host", "plans", "packaging", "cli")
 )
 COMPILED = ("dropout", "layer_norm", "batch_norm", "group_norm")  # families that torch's compiler is timed on
 # In a dry run the interpreter runs the kernels, slowly: a part of one family stands for all tests.
@@ -59,7 +59,8 @@ def stages(out: Path, dry: bool, tests: str | None) -> list[Stage]:
     if not dry and importlib.util.find_spec("xdist"):
         pytest += ["-n", str(os.cpu_count())]  # compilation is what takes the time
     missing = None if (REPOSITORY / "tests").is_dir() else "no tests folder: run it from a checkout"
-    found = [Stage("tests", pytest, plain | ({"TRITON_INTERPRET": "1"} if dry else {}), missing)]
+    variables = plain | ({"TRITON_INTERPRET": "1"} if dry else {})
+    found = [Stage("tests", pytest, variables, missing, stops=True)]
     device = ["--device", "cpu"] if dry else []
     found.append(Stage("warm", bench("warm", *device), plain))
 

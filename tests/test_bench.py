@@ -740,6 +740,35 @@ def test_stages_for_a_gpu(tmp_path, monkeypatch):
     assert missing["memcheck"] == "compute-sanitizer not found"
 
 
+def test_tests_without_time_are_left_out_and_said_to_be(tmp_path):
+    """Until then the cases of all functions take turns."""
+    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+    (tmp_path / "test_time.py").write_text(
+        "import time, pytest\n"
+        "@pytest.mark.parametrize('case', range(50))\n"
+        "def test_many(case): time.sleep(0.1)\n"
+        "def test_one(): pass\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        str(tmp_path),
+        "--stop-after",
+        "1",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if "::" in line]
+    assert "test_many[0] PASSED" in lines[0]
+    assert "test_one PASSED" in lines[1]
+    assert "test_many[49] SKIPPED (left out: no time)" in lines[-1]
+
+
 def test_the_stages_fit_into_what_a_machine_is_lent_for(tmp_path):
     """A command on a lent machine has ten minutes; its first process takes some of them."""
     plan = stages(tmp_path, dry=False, tests=None)
