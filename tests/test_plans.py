@@ -211,8 +211,8 @@ def check_dropout(launch: backend.Launch) -> None:
     assert a["BLOCK_COLUMNS"] % vector == 0
     row_blocks, column_blocks = -(-rows // a["BLOCK_ROWS"]), max(1, -(-whole // a["BLOCK_COLUMNS"]))
     if launch.kernel is dropout.backward_bias_columns:
-        assert launch.grid[1] == column_blocks
-        assert launch.grid[0] <= row_blocks
+        assert launch.grid[0] == column_blocks
+        assert launch.grid[1] <= row_blocks
     else:
         assert launch.grid == (row_blocks * column_blocks,)
     check_covered(rows, row_blocks, a["BLOCK_ROWS"], masked=not a["EVEN"])
@@ -222,7 +222,7 @@ def check_dropout(launch: backend.Launch) -> None:
         assert rows % (a["bias_repeat"] * a["bias_size"]) == 0  # read without a mask
     partial = a.get("partial_ptr")
     if partial is not None:
-        bias_rows = rows if launch.kernel is dropout.backward else launch.grid[0]
+        bias_rows = rows if launch.kernel is dropout.backward else launch.grid[1]
         assert partial.shape == (
             bias_rows,
             column_blocks if launch.kernel is dropout.backward else whole,
@@ -245,10 +245,11 @@ def check_layer_norm(launch: backend.Launch) -> None:
     if kernel in (layer_norm.forward, layer_norm.forward_long, layer_norm.backward_long):
         assert launch.grid == (row_blocks,)
     else:
-        assert 1 <= launch.grid[0] <= row_blocks
-        assert launch.grid[1:] in ((), (column_blocks,))
+        *blocks, programs = launch.grid
+        assert blocks in ([], [column_blocks])
+        assert 1 <= programs <= row_blocks
         for name in ("dweight_ptr", "dbias_ptr"):
-            assert a[name] is None or a[name].shape == (launch.grid[0], columns)
+            assert a[name] is None or a[name].shape == (programs, columns)
     check_wide(a, rows * columns)
 
 
@@ -319,7 +320,10 @@ def check_masked_product(launch: backend.Launch) -> None:
     examples, rows, columns = a["examples"], a["rows"], a["columns"]
     assert a["u_ptr"].shape == (examples, columns)
     assert a["w_ptr"].shape == ((columns, rows) if a["TRANSPOSED"] else (rows, columns))
-    programs, row_blocks, splits = launch.grid
+    programs, splits = launch.grid
+    row_blocks = -(-rows // a["BLOCK_ROWS"])
+    assert programs % row_blocks == 0
+    programs //= row_blocks
     check_covered(rows, row_blocks, a["BLOCK_ROWS"], masked=not a["EVEN"])
     check_covered(columns, splits * a["trips"], a["BLOCK_COLUMNS"], masked=not a["EVEN"])
     assert a["SPLIT"] == (splits > 1)
@@ -337,16 +341,22 @@ def check_masked_product(launch: backend.Launch) -> None:
 def check_merged_product(launch: backend.Launch) -> None:
     a = launch.arguments
     assert a["partial_ptr"].shape == (a["splits"], a["examples"], a["rows"])
-    assert launch.grid[1] == a["examples"]
-    check_covered(a["rows"], launch.grid[0], a["BLOCK"], masked=True)
+    assert launch.grid[0] == a["examples"]
+    check_covered(a["rows"], launch.grid[1], a["BLOCK"], masked=True)
+
+
+def check_weight_blocks(launch: backend.Launch) -> None:
+    """Blocks of outputs times blocks of inputs."""
+    a = launch.arguments
+    blocks = [-(-a[f"{name}puts"] // a[f"BLOCK_{name.upper()}PUTS"]) for name in ("out", "in")]
+    assert launch.grid == (math.prod(blocks),)
 
 
 def check_weight_gradient(launch: backend.Launch) -> None:
     a = launch.arguments
     assert a["dz_ptr"].shape == (a["examples"], a["outputs"])
     assert a["v_ptr"].shape == (a["examples"], a["inputs"])
-    check_covered(a["outputs"], launch.grid[0], a["BLOCK_OUTPUTS"], masked=True)
-    check_covered(a["inputs"], launch.grid[1], a["BLOCK_INPUTS"], masked=True)
+    check_weight_blocks(launch)
     assert a["BLOCK_INPUTS"] % 8 == 0
     if "words" in a:
         check_covered(a["examples"], a["words"], 16 * a["group_size"], masked=True)
@@ -357,8 +367,7 @@ def check_weight_gradient(launch: backend.Launch) -> None:
 def check_masked_weights(launch: backend.Launch) -> None:
     a = launch.arguments
     assert a["w_ptr"].shape == a["masked_ptr"].shape == (a["outputs"], a["inputs"])
-    check_covered(a["outputs"], launch.grid[0], a["BLOCK_OUTPUTS"], masked=True)
-    check_covered(a["inputs"], launch.grid[1], a["BLOCK_INPUTS"], masked=True)
+    check_weight_blocks(launch)
     assert a["BLOCK_INPUTS"] % 8 == 0
 
 
@@ -367,8 +376,9 @@ def check_two_products(launch: backend.Launch) -> None:
     examples, rows, columns = a["examples"], a["rows"], a["columns"]
     assert a["u_ptr"].shape == a["u2_ptr"].shape == (examples, columns)
     assert a["w_ptr"].shape == ((columns, rows) if a["TRANSPOSED"] else (rows, columns))
-    check_covered(examples, launch.grid[0], a["BLOCK_EXAMPLES"], masked=True)
-    check_covered(rows, launch.grid[1], a["BLOCK_ROWS"], masked=not a["EVEN"])
+    row_blocks = -(-rows // a["BLOCK_ROWS"])
+    assert launch.grid == (-(-examples // a["BLOCK_EXAMPLES"]) * row_blocks,)
+    check_covered(rows, row_blocks, a["BLOCK_ROWS"], masked=not a["EVEN"])
     check_covered(columns, -(-columns // a["BLOCK_COLUMNS"]), a["BLOCK_COLUMNS"], masked=not a["EVEN"])
     assert a["BLOCK_COLUMNS"] % 8 == a["BLOCK_ROWS"] % 8 == 0
 

@@ -14,6 +14,7 @@ from torch import Generator, Tensor
 
 from fastreg import random
 from fastreg.ops import backend
+from fastreg.ops.arguments import is_number, plain
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import (
     ACTIVATIONS,
@@ -441,13 +442,13 @@ def _dropout(
     generator: Generator | None = None,
 ) -> Tensor:
     """aten: torch's own function for the plain, unseeded form: (input, p, training, inplace) -> output."""
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    plain = bias is None and activation is None and residual is None
+    if type(p) is not float or type(training) is not bool or not 0.0 <= p <= 1.0:
+        p = checked_p(input, p, training, F.dropout if aten is _aten_drop_path else aten)
+    unfused = bias is None and activation is None and residual is None
     ours = backend.runs_kernels(input)
     seeded = seed is not None or generator is not None
     if (
-        plain
+        unfused
         and inverted
         and not seeded
         and p < 1
@@ -456,7 +457,7 @@ def _dropout(
         return aten(input, p, training, inplace)
 
     form = _form(p, training, inverted, alpha)._replace(mask_dims=mask_dims, activation=activation)
-    if plain and form.threshold == 0 and form.scale == 1:
+    if unfused and form.threshold == 0 and form.scale == 1:
         return aten(input, p, False, inplace)
     check_activation(activation)
     if input.dim() < mask_dims:
@@ -480,6 +481,14 @@ def _dropout(
     else:
         y = _definition(input, bias, residual, stream, form)
     return input.copy_(y) if inplace else y
+
+
+def checked_p(input: Tensor, p: float, training: bool, aten=F.dropout) -> float:
+    """``p`` as Python's number. ``aten``, torch's function, refuses what is none, or out of bounds."""
+    found = plain(p)
+    if not (is_number(found) and 0.0 <= found <= 1.0 and type(training) is bool):
+        aten(input, p, training, False)
+    return found
 
 
 def _on_kernels(input, bias, residual, stream, form, inplace):
@@ -616,12 +625,12 @@ def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
 
 
 def _channel_dropout(input, p, training, inplace, aten, unbatched, expected, fused, alpha=False):
-    plain = all(value is None for value in fused.values())
-    if plain and not (backend.is_plain(input) and expected):
+    unfused = all(value is None for value in fused.values())
+    if unfused and not (backend.is_plain(input) and expected):
         return aten(input, p, training, inplace)
     if not expected:
         # torch's own warning or error about the rank, from torch: on a tensor without data.
-        aten(torch.empty(input.shape, dtype=input.dtype, device="meta"), p, training)
+        aten(torch.empty(input.shape, dtype=input.dtype, device="meta"), p, False)
     if not unbatched:
         return _dropout(input, p, training, inplace, aten, mask_dims=2, alpha=alpha, **fused)
     if fused.get("residual") is not None:
@@ -675,5 +684,7 @@ def drop_path(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
 def _aten_drop_path(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
     if not training or p == 0:
         return input
-    keep = input.new_empty(input.shape[:1] + (1,) * (input.dim() - 1)).bernoulli_(1 - p).div_(1 - p)
+    # Not in place, which the vmap of a vmap refuses; in fp32, as 16 bits would round p.
+    drawn = torch.rand(input.shape[:1] + (1,) * (input.dim() - 1), device=input.device)
+    keep = (drawn >= p).to(input.dtype) / (1 - p)
     return input.mul_(keep) if inplace else input * keep

@@ -4,9 +4,7 @@ In closed form where there is one (``CLOSED_FORMS``), else a weighted sum over v
 over draws. That is one launch of ``kernels/expectation.py`` (CUDA), or a loop in ATen over the same values.
 """
 
-import functools
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -95,47 +93,36 @@ NODES, REACH = 48, 5.5
 """Of the trapezoidal rule: so many nodes, over so many deviations to each side."""
 
 
-def nodes(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Standard normal values and their weights, which sum to 1: ``[2, NODES]``.
+def nodes() -> list[tuple[float, float]]:
+    """Standard normal values and their weights, which sum to 1.
 
-    Errors of E f(u) are at most 2e-6 where the deviation of u is up to 3, 3e-4 up to 5, 8e-3 up to 10 (tanh, the worst).
+    Errors of E f(u) are at most 2e-6 where u has a deviation up to 3, 3e-4 up to 5, 8e-3 up to 10 (tanh, the worst).
     From there on they grow to those of 1,000 draws. As many nodes of Gauss and Hermite are further apart in the middle,
     and off by ten times as much.
 
     Source: Trefethen and Weideman 2014, "The Exponentially Convergent Trapezoidal Rule" (SIAM Review 56).
     """
-    eps = torch.linspace(-REACH, REACH, NODES, dtype=torch.float64)
-    weight = torch.exp(-0.5 * eps.square())
-    return torch.stack([eps, weight / weight.sum()]).to(device, dtype)
-
-
-@functools.lru_cache(16)
-def _kept_nodes(device: torch.device) -> Tensor:
-    return nodes(torch.float32, device)
-
-
-def _terms(like: Tensor, stream: Stream | None, samples: int) -> Iterator[tuple[Tensor, Tensor | float]]:
-    """Values of a standard normal for every element of ``like`` and their weights, a few at a time ``[..., few]``.
-
-    samples: how many draws, without a stream by torch's normals, which a CPU makes faster; 0: the nodes.
-    """
-    if samples == 0:
-        yield from zip(*(row.split(4) for row in nodes(like.dtype, like.device)), strict=True)
-    for first in range(0, samples, DRAWS):
-        if stream is None:
-            eps = torch.randn(*like.shape, DRAWS, dtype=like.dtype, device=like.device)
-        else:
-            eps = random.draws(like.shape, first // DRAWS, stream, dtype=like.dtype, device=like.device)
-        yield eps[..., : samples - first], 1 / samples
+    values = [(2 * i / (NODES - 1) - 1) * REACH for i in range(NODES)]
+    weights = [math.exp(-0.5 * value**2) for value in values]
+    return [(value, weight / sum(weights)) for value, weight in zip(values, weights, strict=True)]
 
 
 def _definition(
     mean: Tensor, deviation: Tensor, stream: Stream | None, activation: str, samples: int
 ) -> Tensor:
+    """samples: how many draws, without a stream by torch's normals, which a CPU makes faster; 0: the nodes."""
     total = torch.zeros_like(deviation)
-    for eps, weight in _terms(deviation, stream, samples):
+    for eps, weight in nodes() if samples == 0 else ():
+        v = torch.add(mean, deviation, alpha=eps)
+        total = torch.add(total, activated(v, activation), alpha=weight)
+    for first in range(0, samples, DRAWS):
+        if stream is None:
+            eps = torch.randn(*mean.shape, DRAWS, dtype=deviation.dtype, device=mean.device)
+        else:
+            eps = random.draws(mean.shape, first // DRAWS, stream, dtype=deviation.dtype, device=mean.device)
+        eps = eps[..., : samples - first]
         v = mean.unsqueeze(-1) + deviation.unsqueeze(-1) * eps
-        total = total + (activated(v, activation) * weight).sum(-1)
+        total = total + activated(v, activation).sum(-1) / samples
     return total
 
 
@@ -156,7 +143,7 @@ def _launch(
         draws = {"offset": stream.offset, "quads": samples // DRAWS, "TAIL": samples % DRAWS}
         arguments |= number("seed", stream.seed, 0) | draws
     else:
-        arguments |= {"nodes_ptr": _kept_nodes(mean.device), "NODES": NODES}
+        arguments |= {"NODES": kernels.NODES}
     return Launch(kernels_[samples > 0], (ceil_div(elements, block),), arguments)
 
 

@@ -146,7 +146,7 @@ LINEAR = {
     "flipout": lambda x, w: F.drop_connect_linear(x, w, mask="flipout"),
     "gaussian": lambda x, w: F.drop_connect_linear(x, w, mask="gaussian"),
     "draws": lambda x, w: F.drop_connect_linear(x, w, training=False, activation="tanh", samples=8),
-    "integral": lambda x, w: F.drop_connect_linear(x, w, training=False, activation="tanh"),
+    "nodes": lambda x, w: F.drop_connect_linear(x, w, training=False, activation="tanh"),
     "additive": lambda x, w: F.noisy_linear(x, w),
     "factorised": lambda x, w: F.noisy_linear(x, w, kind="factorised", bias_sigma=0.1),
 }
