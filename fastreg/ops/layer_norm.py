@@ -559,11 +559,14 @@ def layer_norm(
     check_activation(activation)
     check_residual(input, residual)
     shape, epsilon = plain_shape(normalized_shape), plain(eps)
-    # ATen has no activation and no residual, and refuses parameters of another dtype on a GPU.
-    more = activation is not None or residual is not None
-    more = more or any(t is not None and t.dtype != input.dtype for t in (weight, bias))
     ours = _runs_kernels(input, shape, epsilon, (residual,), weight, bias)
-    if ours and (more or backend.worth_a_launch(input, ATEN_BELOW)):
+    if ours and (
+        activation is not None
+        or residual is not None
+        or backend.worth_a_launch(input, ATEN_BELOW)
+        # which ATen refuses on a GPU
+        or any(t is not None and t.dtype != input.dtype for t in (weight, bias))
+    ):
         dtype = result_dtype(autocast_dtype(input), residual)
         form = _Form(math.prod(shape), float(epsilon), dtype, activation)
         return _on_kernels(input, None, weight, bias, residual, shape, Stream(0), form)[0]
