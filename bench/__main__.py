@@ -117,18 +117,22 @@ def run(
         raise typer.BadParameter(f"no such dtype: {', '.join(sorted(unknown))}")
     if not gpu:  # what we add on the host is on one thread, and the noise of waiting for others hides it
         torch.set_num_threads(1)
-    deadline = time.monotonic() + stop_after
-    failed = False
-
-    def tell(rows: list[dict]) -> None:
-        nonlocal failed
-        failed |= any(row["error"] and row["implementation"] == OURS for row in rows)
-        show(rows)
-
     chosen = {name: cases_of(name, words(cases)) for name in family or FAMILIES}
     if not any(chosen.values()):
         raise typer.BadParameter(f"no case has {cases!r} in its name; see the command list")
     sweeps = list(product(filter(chosen.get, chosen), dtypes))
+    started = time.monotonic()
+    deadline = started + stop_after
+    timed, total = 0, len(chosen_sizes) * sum(len(chosen[name]) for name, _ in sweeps)
+    failed = False
+
+    def tell(rows: list[dict]) -> None:
+        nonlocal failed, timed
+        failed |= any(row["error"] and row["implementation"] == OURS for row in rows)
+        show(rows)
+        timed += 1
+        console.print(progress_of(timed, total, time.monotonic() - started), style="dim", markup=False)
+
     for done, (name, one) in enumerate(sweeps):
         now = time.monotonic()
         path = sweep(
@@ -149,6 +153,15 @@ def run(
         console.print(f"wrote {path}", markup=False)
     if failed:  # a peer that fails is a result, we are not
         raise typer.Exit(1)
+
+
+def progress_of(done: int, total: int, seconds: float) -> str:
+    left = seconds / done * (total - done)
+    return (
+        f"{done} of {total}, about {left / 60:.0f} min left"
+        if left >= 60
+        else f"{done} of {total}, {left:.0f} s left"
+    )
 
 
 def show(rows: list[dict]) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import itertools
 import json
+import re
 import os
 import subprocess
 import sys
@@ -284,6 +285,19 @@ def test_run_fails_when_ours_is_wrong(tmp_path, monkeypatch, ours, code):
     assert CliRunner().invoke(command.app, ["run", "dropout", *options]).exit_code == code
     (path,) = tmp_path.glob("dropout-fp32-*.json")
     assert json.loads(path.read_text())["complete"]
+
+
+@pytest.mark.usefixtures("aten")
+def test_run_says_how_much_is_left(tmp_path):
+    options = ["--device", "cpu", "--out", str(tmp_path), "--sizes", "1KB,4KB", "--peers", "fastreg,torch"]
+    options += ["--cases", "dropout", "--budget", "1"]
+    lines = CliRunner().invoke(command.app, ["run", "noise", "dropout", *options]).output.splitlines()
+    counts = [re.match(r"(\d+) of (\d+), ", line) for line in lines]
+    found = [(int(count[1]), int(count[2])) for count in counts if count]
+    assert found == [(number, len(found)) for number in range(1, len(found) + 1)]
+    assert len(found) >= 4
+    assert command.progress_of(1, 5, 30.0) == "1 of 5, about 2 min left"
+    assert command.progress_of(4, 5, 40.0) == "4 of 5, 10 s left"
 
 
 @pytest.mark.parametrize(
