@@ -5,8 +5,8 @@ import dataclasses
 import gc
 import itertools
 import json
-import re
 import os
+import re
 import subprocess
 import sys
 import time
