@@ -682,7 +682,7 @@ def drop_path(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
 def _aten_drop_path(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
     if not training or p == 0:
         return input
-    # Not in place, which the vmap of a vmap refuses; in fp32, as 16 bits would round p.
-    drawn = torch.rand(input.shape[:1] + (1,) * (input.dim() - 1), device=input.device)
-    keep = (drawn >= p).to(input.dtype) / (1 - p)
+    size = input.shape[:1] + (1,) * (input.dim() - 1)
+    samples = torch.empty(size, dtype=input.dtype, device=input.device)
+    keep = torch.bernoulli(samples, 1 - p).div_(1 - p)  # drawn out of place, as vmap wants it
     return input.mul_(keep) if inplace else input * keep

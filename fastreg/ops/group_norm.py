@@ -39,9 +39,10 @@ def group_norm(
     check_activation(activation)
     check_residual(input, residual)
     fused = activation is not None or residual is not None
-    groups, epsilon = plain(num_groups), plain(eps)
+    groups = epsilon = None
+    if takes(input, weight, bias, (None, None), fused):
+        groups, epsilon = plain(num_groups), plain(eps)
     good = is_integer(groups) and groups > 0 and is_number(epsilon)
-    good = good and takes(input, weight, bias, (None, None), fused)
     # Where a channel has one value, and each group one channel, torch refuses.
     if not (good and input.shape[1] % groups == 0 and input.numel() > groups):
         return activated(F.group_norm(input, num_groups, weight, bias, eps), activation, residual)
@@ -73,9 +74,10 @@ def instance_norm(
     check_residual(input, residual)
     fused = activation is not None or residual is not None
     statistics = (running_mean, running_var)
-    epsilon, part = plain(eps), share(momentum, input)
-    good = part is not None and is_number(epsilon) and type(use_input_stats) is bool
-    good = good and takes(input, weight, bias, statistics, fused)
+    epsilon = part = None
+    if takes(input, weight, bias, statistics, fused) and type(use_input_stats) is bool:
+        epsilon, part = plain(eps), share(momentum, input)
+    good = part is not None and is_number(epsilon)
     spatial = good and input.numel() // (input.shape[0] * input.shape[1])
     if not (good and spatial > 1 if use_input_stats else good and running_mean is not None):
         y = by_torch(
