@@ -753,7 +753,7 @@ def takes(
     )
 
 
-def share(momentum: float | Tensor, x: Tensor) -> float | Tensor | None:
+def plain_momentum(momentum: float | Tensor, x: Tensor) -> float | Tensor | None:
     """``momentum`` as Python's number, or a tensor of one element beside ``x``. None if torch has to refuse it."""
     if type(momentum) is float:
         return momentum

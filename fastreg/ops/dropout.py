@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.fx import Proxy
 from torch.overrides import has_torch_function_unary
 
 from fastreg import random
@@ -480,7 +481,7 @@ def _dropout(
 def checked_p(input: Tensor, p: float, training: bool, aten=F.dropout) -> float:
     """``p`` as Python's number. ``aten``, torch's function, refuses what is none, or out of bounds."""
     found = plain(p)
-    if not (is_number(found) and 0.0 <= found <= 1.0 and type(training) is bool):
+    if not (is_number(found) and 0.0 <= found <= 1.0 and type(training) in (bool, Proxy)):
         aten(input, p, training, False)
     return found
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastreg.ops.arguments import is_integer, is_number, plain
-from fastreg.ops.channel_norm import Form, Running, by_torch, normalize, share, takes
+from fastreg.ops.channel_norm import Form, Running, by_torch, normalize, plain_momentum, takes
 from fastreg.ops.fused import activated, autocast_dtype, check_activation, check_residual
 
 
@@ -76,7 +76,7 @@ def instance_norm(
     statistics = (running_mean, running_var)
     epsilon = part = None
     if takes(input, weight, bias, statistics, fused) and type(use_input_stats) is bool:
-        epsilon, part = plain(eps), share(momentum, input)
+        epsilon, part = plain(eps), plain_momentum(momentum, input)
     good = part is not None and is_number(epsilon)
     spatial = good and input.numel() // (input.shape[0] * input.shape[1])
     if not (good and spatial > 1 if use_input_stats else good and running_mean is not None):
