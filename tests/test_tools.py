@@ -1,6 +1,7 @@
 """What torch's tools make of our layers: torch.fx, torch.jit, pickle, and code that assigns to ``__class__``."""
 
 import copy
+import importlib
 import io
 import pickle
 
@@ -11,6 +12,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.testing import assert_close
 
+import fastreg.functional as F
 import fastreg.nn as fnn
 
 all_layers = pytest.mark.parametrize("name", LAYERS)
@@ -85,6 +87,22 @@ def test_fused_arguments_survive_fx(device):
     assert_close(again(x, bias), model.eval()(x, bias))
 
 
+def test_a_mode_that_is_an_argument_stays_one(aten):
+    """Functions are recorded as calls of torch's."""
+
+    def net(x, training: bool):
+        return F.batch_norm(F.dropout(x, 0.5, training), x.mean(0), x.var(0), training=training)
+
+    traced = torch.fx.symbolic_trace(net)
+    assert len([node for node in traced.graph.nodes if node.op == "call_function"]) == 2
+    x = torch.randn(4, 6)
+    assert_close(traced(x, False), net(x, False))
+    torch.manual_seed(0)
+    y = traced(x, True)
+    torch.manual_seed(0)
+    assert_close(y, net(x, True))
+
+
 def test_hooks_of_a_leaf_run_with_tensors_only():
     layer = fnn.LayerNorm(6)
     layer.register_forward_hook(lambda module, inputs, y: 2 * y)
@@ -107,15 +125,34 @@ def test_a_tracer_may_still_look_into_our_layers():
         assert "call_module" not in {node.op for node in graph.nodes}
 
 
-def test_subclasses_of_our_layers_are_no_leaves():
-    """As those of torch's: their code may do anything."""
-
-    class Twice(fnn.Dropout):
+def test_subclasses_and_layers_whose_class_was_changed_are_leaves_too():
+    class Twice(fnn.BatchNorm1d):
         def forward(self, input):
-            return 2 * input
+            return 2 * super().forward(input)
 
-    traced = torch.fx.symbolic_trace(nn.Sequential(Twice()))
-    assert "call_module" not in {node.op for node in traced.graph.nodes}
+    changed = nn.Dropout()
+    changed.__class__ = fnn.Dropout
+    traced = torch.fx.symbolic_trace(nn.Sequential(Twice(6), changed))
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 2
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_layers_stay_what_they_are_in_quantization(device):
+    """Its tracer does not ask torch's Tracer which modules are leaves."""
+    quantize = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    quantization = importlib.import_module("torch.ao.quantization")
+    mapping = quantization.get_default_qat_qconfig_mapping("x86")
+    model = nn.Sequential(nn.Linear(6, 6), fnn.BatchNorm1d(6), nn.ReLU(), fnn.Dropout(0.5), fnn.LayerNorm(6))
+    x = torch.randn(40, 6)
+    prepared = quantize.prepare_qat_fx(model.train(), mapping, (x,))
+    assert [type(prepared.get_submodule(name)) for name in "134"] == [
+        fnn.BatchNorm1d,
+        fnn.Dropout,
+        fnn.LayerNorm,
+    ]
+    assert prepared(x).requires_grad
+    prepared.eval().apply(quantization.disable_observer)
+    assert_close(prepared(x), prepared(x))
 
 
 # --- make_fx ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastreg import functional as F
 from fastreg.nn.fused import FusedNorm
+from fastreg.ops.arguments import number
 
 
 class LayerNorm(FusedNorm, torch.nn.LayerNorm):
@@ -79,7 +80,8 @@ class DropoutAddLayerNorm(FusedNorm, torch.nn.LayerNorm):
         prenorm: bool = False,
         activation: str | None = None,
     ) -> None:
-        if p < 0.0 or p > 1.0:  # as in torch.nn.Dropout
+        p = number("p", p)
+        if not 0.0 <= p <= 1.0:
             raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
         self._make(normalized_shape, eps, elementwise_affine, bias, device, dtype, activation=activation)
         self.p = p

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from fastreg.ops import backend
 from fastreg.ops.arguments import is_number, plain
-from fastreg.ops.channel_norm import Form, Running, by_torch, normalize, share, takes, update_running
+from fastreg.ops.channel_norm import Form, Running, by_torch, normalize, plain_momentum, takes, update_running
 from fastreg.ops.fused import activated, check_activation, check_residual
 
 
@@ -50,11 +50,12 @@ def batch_norm(
     check_residual(input, residual)
     fused = activation is not None or residual is not None
     statistics = (running_mean, running_var)
-    epsilon, part = plain(eps), share(momentum, input)
-    good = part is not None and is_number(epsilon) and epsilon > 0 and type(training) is bool
-    good = good and takes(input, weight, bias, statistics, 0, fused)
+    epsilon = part = None
+    if takes(input, weight, bias, statistics, 0, fused) and type(training) is bool:
+        epsilon, part = plain(eps), plain_momentum(momentum, input)
+    good = part is not None and is_number(epsilon) and epsilon > 0
     if not (good and (input.numel() > input.shape[1] if training else running_mean is not None)):
-        y = _in_aten(input, statistics, weight, bias, training, momentum if part is None else part, eps)
+        y = _in_aten(input, statistics, weight, bias, training, momentum, eps)
         return activated(y, activation, residual)
     running = Running(*statistics, part) if training and running_mean is not None else None
     form = Form(0, epsilon, activation)
@@ -63,8 +64,8 @@ def batch_norm(
     )
 
 
-def _in_aten(input, statistics, weight, bias, training, momentum: float | Tensor | None, eps) -> Tensor:
-    if isinstance(momentum, Tensor) and share(momentum, input) is momentum and training is True:
+def _in_aten(input, statistics, weight, bias, training, momentum: float | Tensor, eps) -> Tensor:
+    if isinstance(momentum, Tensor) and plain_momentum(momentum, input) is momentum and training is True:
         return _with_momentum_in_memory(input, statistics, weight, bias, momentum, eps)
     return by_torch(F.batch_norm, input, *statistics, weight, bias, training, momentum, eps)
 

@@ -64,13 +64,15 @@ def _may_be_misread(x: Tensor, one_sample: bool) -> bool:
     It takes the fast path where each of them is contiguous or channels last, and asks whether they are the same of the
     two by strides that mean nothing where the size is 1. Tensors of three dimensions are never channels last.
     """
-    if torch.compiler.is_compiling() or type(x) not in backend.PLAIN or x.device.type != "cpu":
-        return False
-    if x.dim() not in (4, 5) or not torch.is_grad_enabled() or backend.is_tracing():
+    if type(x) not in backend.PLAIN or x.dim() not in (4, 5) or not (one_sample or 1 in x.shape):
         return False
     channels = x.shape[:2].numel() if one_sample else x.shape[1]
-    if channels == 1 or x.shape[2:].numel() == 1 or not (one_sample or 1 in x.shape):
-        return False  # there is one order, or no size of 1
+    if (
+        channels == 1 or x.shape[2:].numel() == 1 or x.device.type != "cpu"
+    ):  # of the first two, there is one order
+        return False
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or backend.is_tracing():
+        return False
     if x.is_contiguous():
         return True
     last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
@@ -734,7 +736,7 @@ def takes(
 ) -> bool:
     """Whether the kernels take it. All else, also whatever is wrong with it, is for ATen to do, or to refuse.
 
-    groups: as in ``Form``. fused: something stands around the normalization.
+    groups: 0 where the statistics are those of the batch. fused: something stands around the normalization.
     """
     if not (backend.runs_kernels(input) and input.dim() >= 2 and input.numel() > 0):
         return False
@@ -757,7 +759,7 @@ def takes(
     )
 
 
-def share(momentum: float | Tensor, x: Tensor) -> float | Tensor | None:
+def plain_momentum(momentum: float | Tensor, x: Tensor) -> float | Tensor | None:
     """``momentum`` as Python's number, or a tensor of one element beside ``x``. None if torch has to refuse it."""
     if type(momentum) is float:
         return momentum

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.fx import Proxy
 
 from fastreg import random
 from fastreg.ops import backend
@@ -486,7 +487,7 @@ def _dropout(
 def checked_p(input: Tensor, p: float, training: bool, aten=F.dropout) -> float:
     """``p`` as Python's number. ``aten``, torch's function, refuses what is none, or out of bounds."""
     found = plain(p)
-    if not (is_number(found) and 0.0 <= found <= 1.0 and type(training) is bool):
+    if not (is_number(found) and 0.0 <= found <= 1.0 and type(training) in (bool, Proxy)):
         aten(input, p, training, False)
     return found
 
@@ -772,7 +773,7 @@ def drop_path(
 def _aten_drop_path(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
     if not training or p == 0:
         return input
-    # Not in place, which the vmap of a vmap refuses; in fp32, as 16 bits would round p.
-    drawn = torch.rand(input.shape[:1] + (1,) * (input.dim() - 1), device=input.device)
-    keep = (drawn >= p).to(input.dtype) / (1 - p)
+    size = input.shape[:1] + (1,) * (input.dim() - 1)
+    samples = torch.empty(size, dtype=input.dtype, device=input.device)
+    keep = torch.bernoulli(samples, 1 - p).div_(1 - p)  # drawn out of place, as vmap wants it
     return input.mul_(keep) if inplace else input * keep

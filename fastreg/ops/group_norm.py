@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastreg.ops.arguments import is_integer, is_number, plain
-from fastreg.ops.channel_norm import Form, Running, by_torch, normalize, share, takes
+from fastreg.ops.channel_norm import Form, Running, by_torch, normalize, plain_momentum, takes
 from fastreg.ops.fused import activated, autocast_dtype, check_activation, check_residual
 
 
@@ -40,9 +40,10 @@ def group_norm(
     check_activation(activation)
     check_residual(input, residual)
     fused = activation is not None or residual is not None
-    groups, epsilon = plain(num_groups), plain(eps)
+    groups = epsilon = None
+    if takes(input, weight, bias, (None, None), 1, fused):
+        groups, epsilon = plain(num_groups), plain(eps)
     good = is_integer(groups) and groups > 0 and is_number(epsilon)
-    good = good and takes(input, weight, bias, (None, None), groups, fused)
     # Where a channel has one value, and each group one channel, torch refuses.
     if not (good and input.shape[1] % groups == 0 and input.numel() > groups):
         if weight is None and bias is not None and bias.shape == input.shape[1:2]:
@@ -76,9 +77,10 @@ def instance_norm(
     check_residual(input, residual)
     fused = activation is not None or residual is not None
     statistics = (running_mean, running_var)
-    epsilon, part = plain(eps), share(momentum, input)
-    good = part is not None and is_number(epsilon) and type(use_input_stats) is bool
-    good = good and takes(input, weight, bias, statistics, int(use_input_stats), fused)
+    epsilon = part = None
+    if takes(input, weight, bias, statistics, int(use_input_stats), fused) and type(use_input_stats) is bool:
+        epsilon, part = plain(eps), plain_momentum(momentum, input)
+    good = part is not None and is_number(epsilon)
     spatial = good and input.numel() // (input.shape[0] * input.shape[1])
     if not (good and spatial > 1 if use_input_stats else good and running_mean is not None):
         y = by_torch(

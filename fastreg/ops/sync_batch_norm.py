@@ -27,7 +27,7 @@ from fastreg.ops.channel_norm import (
     gradient_sums_launch,
     merge_gradients_launch,
     merge_statistics_launch,
-    share,
+    plain_momentum,
     statistics_launches,
     takes,
     unpacked_signs,
@@ -345,7 +345,7 @@ def sync_batch_norm(
             check_activation(activation)
             check_residual(input, residual)
             _check(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-            part = share(momentum, input)
+            part = plain_momentum(momentum, input)
             running = Running(
                 running_mean, running_var, number("momentum", momentum) if part is None else part
             )
