@@ -78,7 +78,7 @@ def instance_norm(
     fused = activation is not None or residual is not None
     statistics = (running_mean, running_var)
     epsilon = part = None
-    if takes(input, weight, bias, statistics, int(use_input_stats), fused) and type(use_input_stats) is bool:
+    if type(use_input_stats) is bool and takes(input, weight, bias, statistics, int(use_input_stats), fused):
         epsilon, part = plain(eps), plain_momentum(momentum, input)
     good = part is not None and is_number(epsilon)
     spatial = good and input.numel() // (input.shape[0] * input.shape[1])
