@@ -190,11 +190,23 @@ def mul(a, b):
     return a * b if INTERPRETED or not _in_pairs(a) else _of_pairs(a, b, "mul")
 
 
+@triton.constexpr_function
+def _is_number(x):
+    """Whether ``x`` is written in the source, and no tensor."""
+    return isinstance(x, int | float)
+
+
+@triton.jit
+def _of_dtype(x, like):
+    return tl.full([], x, like.dtype) if _is_number(x) else x
+
+
 @triton.jit
 def fma(a, b, c):
-    """a b + c."""
+    """a b + c. ``b`` and ``c`` may be numbers, in the dtype of ``a``. (``tl.fma`` makes fp32 of them first, until
+    Triton 3.8, as ``tl.minimum``, ``tl.maximum`` and comparisons do: these get numbers of few digits.)"""
     if INTERPRETED or not _in_pairs(a):
-        return tl.fma(a, b, c)
+        return tl.fma(a, _of_dtype(b, a), _of_dtype(c, a))
     else:
         return tl.inline_asm_elementwise(
             "{ .reg .b64 a, b, c; mov.b64 a, {$2, $3}; mov.b64 b, {$4, $5}; mov.b64 c, {$6, $7};"
