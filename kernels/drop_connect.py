@@ -41,7 +41,7 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import INTERPRETED, bound, upcast
+from .fastmath import INTERPRETED, bound, terms, upcast
 from .philox import high_word, low_word, philox4x32
 from .tiles import weight_tile
 
@@ -243,7 +243,7 @@ def _repair(
             w, lanes = _weights(
                 w_ptr, first_row, start, word, bit, shape, draw, TRANSPOSED, False, ROWS, COLUMNS, DIGITS
             )
-            again += tl.sum(_where(lanes < 0, upcast(w)) * u[None, :], 1)
+            again += tl.sum(terms(_where(lanes < 0, upcast(w)), u[None, :], 1), 1)
         again = again[:, None]
         wanted = (tl.max((nan & (one & known)[None, :]).to(tl.int32), 1) > 0) & (row < rows)
         place, inside = b * rows + row[:, None], wanted[:, None]

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import INTERPRETED, bound, sqrt, upcast
+from .fastmath import INTERPRETED, bound, sqrt, terms, upcast
 from .philox import row_normals, row_words
 from .tiles import weight_tile
 
@@ -123,7 +123,7 @@ def second_input(
         noise = x * row_normals(row, first, seed, offset, OUT, 1, BLOCK)
         y = tl.where(root == 0, 0.0, noise * (0.5 * sigma) / tl.where(root == 0, 1.0, root))
         if slope_ptr is not None:
-            tl.store(slope_ptr + tl.program_id(0), tl.sum(tl.sum(noise * root, 1), 0))
+            tl.store(slope_ptr + tl.program_id(0), tl.sum(tl.sum(terms(noise, root, 1), 1), 0))
     else:
         y = _noisy(x, row, first, seed, offset, USE, KIND, 1, BLOCK)
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)

@@ -77,6 +77,17 @@ def _in_pairs(x, _semantic=None):
 
 
 @tl.core.builtin
+def _several(x, axis, run, _semantic=None):
+    """Whether each thread has several elements of ``x`` along the axis: for want of more threads; or in the layout of
+    loads, where it has runs of so many neighbours."""
+    threads, shape = 32 * _semantic.builder.options.num_warps, x.type.shape
+    own = max(1, x.numel.value // threads)
+    run = min(run.value, own)
+    of_loads = run > 1 if axis.value == len(shape) - 1 else run > 0 and own // run > 1
+    return tl.constexpr(shape[axis.value] >= 2 * threads or of_loads)
+
+
+@tl.core.builtin
 def _mixes(x, y, _semantic=None):
     """Whether there are operations on bf16 ``x`` and fp32 ``y``."""
     types = x.dtype == tl.bfloat16 and y.dtype == tl.float32
@@ -213,6 +224,34 @@ def fma(a, b, c):
             " fma.rn.f32x2 a, a, b, c; mov.b64 {$0, $1}, a; }",
             "=f,=f,f,f,f,f,f,f", [a, b, c], tl.float32, True, 2,
         )  # fmt: skip
+
+
+@triton.jit
+def product(a, b):
+    """a b, rounded, which no sum takes into an fma. For sums over lanes, see ``terms``."""
+    if INTERPRETED or _in_pairs(a):
+        return mul(a, b)
+    elif a.dtype == tl.float64:
+        return tl.inline_asm_elementwise("mul.rn.f64 $0, $1, $2;", "=d,d,d", [a, b], tl.float64, True, 1)
+    else:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
+
+
+@triton.jit
+def terms(a, b, AXIS: tl.constexpr, RUN: tl.constexpr = 0, USED: tl.constexpr = False):
+    """a b, whose sum along AXIS is the same in all lanes.
+
+    Lanes exchange their sums and add: s + (s of the other). Where s is a product, the compiler makes fma(a, b, s of the
+    other) of it: each lane has its own product unrounded, and the other's rounded, and in the end other last bits. So
+    products are hidden where a thread may have one alone. Of several it makes a sum first.
+
+    RUN: how many neighbours in a row a thread loads at once, where no other layout than that of its loads is likely.
+    USED: the products are wanted for more than the sum, which else never has most of them by themselves.
+    """
+    if INTERPRETED or _several(a, AXIS, RUN):
+        return mul(a, b) if USED else a * b
+    else:
+        return product(a, b)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels, read without a GPU: fp64 stays fp64.
+"""What the compiler makes of the kernels, read without a GPU: fp64 stays fp64, and sums are the same in all lanes.
 
 The kernels of the test process may be decorated for the interpreter, so compiling happens in a subprocess: this file,
 run as a script, calls the public functions, compiles what they would launch, and prints what it reads in the code.
@@ -9,7 +9,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib import import_module
 from pathlib import Path
 
@@ -22,9 +23,11 @@ triton = pytest.importorskip("triton")
 import fastreg.functional as F  # noqa: E402
 from fastreg import ops, optim, penalties  # noqa: E402
 from fastreg.averages import ExponentialMovingAverage  # noqa: E402
-from fastreg.bench.sass import Kernel, _specialization  # noqa: E402
+from fastreg.bench.sass import Kernel, Program, _specialization, compile_for, one_sided_sums  # noqa: E402
 from fastreg.ops import backend  # noqa: E402
 from fastreg.ops.fused import ACTIVATIONS  # noqa: E402
+
+pytestmark = pytest.mark.xdist_group("compiled")  # one process compiles, once, on all cores
 
 # -----------------------------------------------------------------------------------------------------------
 # What is launched
@@ -35,29 +38,42 @@ def differentiated(function: Callable[..., Tensor], *tensors: Tensor | None) -> 
     y.backward(torch.ones_like(y))
 
 
-def operations(dtype: torch.dtype) -> Iterator[Callable[[], None]]:
+Operation = Callable[[], None]
+
+
+def _calls(dtype: torch.dtype) -> Callable[..., Operation]:
+    def call(function: Callable[..., Tensor], *shapes, last: bool = False, **options) -> Operation:
+        def run():
+            tensors = [None if shape is None else torch.zeros(shape, dtype=dtype) for shape in shapes]
+            if last:
+                tensors = [t.to(memory_format=torch.channels_last) if t.dim() == 4 else t for t in tensors]
+            differentiated(lambda *t: function(*t, **options), *tensors)
+
+        return run
+
+    return call
+
+
+def dropout(x, bias=None, residual=None, **options):
+    return F.dropout(x, 0.5, bias=bias, residual=residual, **options)
+
+
+def layer_norm(x, weight, bias, **options):
+    return F.layer_norm(x, x.shape[1:], weight, bias, **options)
+
+
+def dropout_add_layer_norm(x, residual, weight, bias, **options):
+    return F.dropout_add_layer_norm(x, residual, x.shape[1:], weight, bias, prenorm=True, **options)[0]
+
+
+def batch_norm(x, weight, bias, residual=None, training=True, **options):
+    mean, var = torch.zeros_like(weight.detach()), torch.ones_like(weight.detach())
+    return F.batch_norm(x, mean, var, weight, bias, training, residual=residual, **options)
+
+
+def operations(dtype: torch.dtype) -> Iterator[Operation]:
     """Every kernel that computes in ``dtype``, with what may be fused into it."""
-
-    def tensors(*shapes: tuple[int, ...], last: bool = False) -> list[Tensor]:
-        found = [torch.zeros(shape, dtype=dtype) for shape in shapes]
-        return [t.to(memory_format=torch.channels_last) if last and t.dim() == 4 else t for t in found]
-
-    def call(function, *shapes, last=False, **options):
-        return lambda: differentiated(lambda *t: function(*t, **options), *tensors(*shapes, last=last))
-
-    def dropout(x, bias=None, residual=None, **options):
-        return F.dropout(x, 0.5, bias=bias, residual=residual, **options)
-
-    def layer_norm(x, weight, bias, **options):
-        return F.layer_norm(x, weight.shape, weight, bias, **options)
-
-    def dropout_add_layer_norm(x, residual, weight, bias, **options):
-        return F.dropout_add_layer_norm(x, residual, weight.shape, weight, bias, prenorm=True, **options)[0]
-
-    def batch_norm(x, weight, bias, residual=None, training=True, **options):
-        mean, var = torch.zeros_like(weight.detach()), torch.ones_like(weight.detach())
-        return F.batch_norm(x, mean, var, weight, bias, training, residual=residual, **options)
-
+    call = _calls(dtype)
     for activation in (None, *ACTIVATIONS):
         yield call(dropout, (40, 64), activation=activation)
     yield call(dropout, (40, 64), (64,), (40, 64), activation="gelu")
@@ -85,12 +101,36 @@ def operations(dtype: torch.dtype) -> Iterator[Callable[[], None]]:
     yield from optimizing(dtype)
 
 
-def optimizing(dtype: torch.dtype) -> Iterator[Callable[[], None]]:
+def narrow(dtype: torch.dtype) -> Iterator[Operation]:
+    """Sums over lanes of which a thread has one term alone: of rows and columns that are few, or nothing divides."""
+    call = _calls(dtype)
+    yield call(dropout, (24, 133), (24, 1))
+    yield call(dropout, (39, 14), (14,))
+    for columns in (13, 128, 20_001):
+        yield call(layer_norm, (40, columns), (columns,), (columns,))
+    yield call(layer_norm, (40, 37), None, None, activation="silu")
+    yield call(dropout_add_layer_norm, (40, 37), None, (37,), (37,))
+    yield call(batch_norm, (3, 5, 7, 7), (5,), (5,), activation="silu")
+    yield call(batch_norm, (64, 3, 28, 28), (3,), (3,), last=True, activation="silu")
+    for dim in (None, 0):
+        options = {"max_grad_norm": 1.0, "max_norm": 1.0, "max_norm_dim": dim}
+        yield lambda: optim.SGD(_parameters(dtype, (9, 13), (3, 5001)), lr=0.1, **options).step()  # noqa: B023
+        yield lambda: penalties.max_norm_(_parameters(dtype, (9, 13)), 1.0, dim)  # noqa: B023
+    yield lambda: penalties.l2(_parameters(dtype, (9, 13)), 0.1).backward()
+    yield call(lambda x, w, s: F.noisy_linear(x, w, None, s, kind="multiplicative"), (5, 12), (7, 12), ())
+    yield call(lambda x, w: F.drop_connect_linear(x, w), (5, 12), (7, 12))
+
+
+def _parameters(dtype: torch.dtype, *shapes: tuple[int, ...]) -> list[nn.Parameter]:
+    found = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in shapes]
+    for p in found:
+        p.grad = torch.zeros_like(p)
+    return found
+
+
+def optimizing(dtype: torch.dtype) -> Iterator[Operation]:
     def parameters() -> list[nn.Parameter]:
-        found = [nn.Parameter(torch.zeros(shape, dtype=dtype)) for shape in ((48, 64), (5, 5000), (7,))]
-        for p in found:
-            p.grad = torch.zeros_like(p)
-        return found
+        return _parameters(dtype, (48, 64), (5, 5000), (7,))
 
     options = {"l1": 0.1, "max_norm": 1.0, "max_grad_norm": 1.0, "ema_decay": 0.9}
     for rule, own in (
@@ -107,8 +147,8 @@ def optimizing(dtype: torch.dtype) -> Iterator[Callable[[], None]]:
     yield lambda: ExponentialMovingAverage(nn.ParameterList(parameters()), 0.9).update()
 
 
-def launched(dtype: torch.dtype) -> dict[str, Kernel]:
-    """The variants that ``operations`` launch, each once. Nothing runs."""
+def launched(operations: Iterable[Operation]) -> dict[str, Kernel]:
+    """The variants that they launch, each once. Nothing runs."""
     found: dict[str, Kernel] = {}
 
     def record(launch: backend.Launch, device: torch.device) -> None:
@@ -119,7 +159,7 @@ def launched(dtype: torch.dtype) -> dict[str, Kernel]:
 
     backend.Launch.run = record
     backend.INTERPRETED = True  # tensors of the CPU go to the kernels
-    for operation in operations(dtype):
+    for operation in operations:
         operation()
     return found
 
@@ -174,6 +214,20 @@ def _is_short(value: str) -> bool:
 MEANT = {f"{name}: computed" for name in ("noise._tile", "advance", "channel_norm._load_signs")}
 
 
+# -----------------------------------------------------------------------------------------------------------
+# Sums over lanes
+
+
+def sums_over_lanes(kernel: Kernel) -> tuple[int, list[str]]:
+    """How many additions there are of a lane's value and another's, and which take in a product of one side."""
+    program = Program(compile_for(kernel, 90).sass)
+    exchanges = [opcode for opcode in program.written.elements() if opcode.startswith("SHFL.BFLY")]
+    return len(exchanges), one_sided_sums(program)
+
+
+# -----------------------------------------------------------------------------------------------------------
+
+
 @pytest.fixture(scope="module")
 def read() -> dict[str, dict[str, list[str]]]:
     environment = os.environ | {"TRITON_INTERPRET": "0"}
@@ -209,5 +263,28 @@ def test_fp64_stays_fp64(read):
     assert not found
 
 
+SUMMING = {
+    *("dropout.backward", "dropout.backward_bias_columns", "layer_norm.forward", "layer_norm.forward_long"),
+    *("layer_norm.backward", "channel_norm.merge_statistics", "channel_norm.whole_backward"),
+    *("optimizers.squares", "optimizers.step", "penalties.penalize", "penalties.project_rows"),
+    *("dual_linear.second_input", "drop_connect.product"),
+}
+
+
+def test_all_lanes_hold_the_same_sums(read):
+    """``tl.sum(a * b)`` may become fma(a, b, the other lane's), see ``fastmath.terms``."""
+    seen = {name.split()[0] for name, (exchanges, _) in read["sums"].items() if exchanges}
+    assert seen >= SUMMING
+    assert {name: sums for name, (_, sums) in read["sums"].items() if sums} == {}
+
+
 if __name__ == "__main__":
-    print(json.dumps({"fp64": {name: extended(front_end(k)) for name, k in launched(torch.float64).items()}}))
+    doubles, narrows = launched(operations(torch.float64)), launched(narrow(torch.float32))
+    summing = [name for name, kernel in narrows.items() if "tt.reduce" in front_end(kernel)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        sums = pool.map(sums_over_lanes, (narrows[name] for name in summing))
+        found = {
+            "fp64": {name: extended(front_end(kernel)) for name, kernel in doubles.items()},
+            "sums": dict(zip(summing, sums, strict=True)),
+        }
+    print(json.dumps(found))
