@@ -34,9 +34,9 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import INTERPRETED, bound, sqrt, terms, upcast
+from .fastmath import bound, sqrt, terms, upcast
 from .philox import row_normals, row_words
-from .tiles import weight_tile
+from .tiles import plus_product, weight_tile
 
 GAUSSIAN = tl.constexpr(0)
 FLIPOUT = tl.constexpr(1)
@@ -130,14 +130,6 @@ def second_input(
 
 
 @triton.jit
-def _plus(z, w, u, PRECISION: tl.constexpr):
-    if INTERPRETED:  # it would multiply the bit patterns of bf16
-        return tl.dot(upcast(w), upcast(u), z)
-    else:
-        return tl.dot(w, u, z, input_precision=PRECISION)
-
-
-@triton.jit
 def _second_weights(
     w, first_output, first_input, seed, offset,
     KIND: tl.constexpr, SECOND: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
@@ -211,8 +203,8 @@ def product(
             )
         if TRANSPOSED:
             w, w2 = tl.trans(w), tl.trans(w2)
-        a = _plus(a, w, u, PRECISION)
-        b = _plus(b, w2, u2, PRECISION)
+        a = plus_product(a, w, u, PRECISION)
+        b = plus_product(b, w2, u2, PRECISION)
 
     # The noise is that of four or eight neighbours in a row of the results, so the tile is turned first.
     a = tl.trans(a)
@@ -285,8 +277,8 @@ def weight_gradient(
         inside = known & (input < inputs)[None, :]
         v = tl.load(v_ptr + place, mask=inside, other=0.0)
         v2 = tl.load(v2_ptr + place, mask=inside, other=0.0)
-        a = _plus(a, tl.trans(dz), v, PRECISION)
-        b = _plus(b, tl.trans(dz2), v2, PRECISION)
+        a = plus_product(a, tl.trans(dz), v, PRECISION)
+        b = plus_product(b, tl.trans(dz2), v2, PRECISION)
     place = output.to(tl.int64)[:, None] * inputs + input[None, :]
     inside = (output < outputs)[:, None] & (input < inputs)[None, :]
     if KIND == GAUSSIAN:

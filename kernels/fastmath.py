@@ -64,16 +64,16 @@ def _comes_in(x, number, _semantic=None):
 
 
 @tl.core.builtin
-def _on_blackwell(_semantic=None):
-    """Of the target that the kernel is compiled for, which may be none that is at hand."""
-    return tl.constexpr(int(_semantic.builder.options.arch.removeprefix("sm")) >= 100)
+def _capability(_semantic=None):
+    """Of the target that the kernel is compiled for, which may be none that is at hand: 90 is Hopper, 100 Blackwell."""
+    return tl.constexpr(int(_semantic.builder.options.arch.removeprefix("sm")))
 
 
 @tl.core.builtin
 def _in_pairs(x, _semantic=None):
     """Whether there are operations on pairs of the elements of ``x``."""
     fp32 = x.dtype == tl.float32 and x.type.is_block() and x.numel.value % 2 == 0
-    return tl.constexpr(fp32 and _on_blackwell(_semantic=_semantic).value)
+    return tl.constexpr(fp32 and _capability(_semantic=_semantic).value >= 100)
 
 
 @tl.core.builtin
@@ -91,7 +91,7 @@ def _several(x, axis, run, _semantic=None):
 def _mixes(x, y, _semantic=None):
     """Whether there are operations on bf16 ``x`` and fp32 ``y``."""
     types = x.dtype == tl.bfloat16 and y.dtype == tl.float32
-    return tl.constexpr(types and _on_blackwell(_semantic=_semantic).value and x.numel.value % 2 == 0)
+    return tl.constexpr(types and _capability(_semantic=_semantic).value >= 100 and x.numel.value % 2 == 0)
 
 
 @triton.jit
@@ -141,6 +141,15 @@ def packed(x, like, positive):
             + "@never st.shared.v4.b32 [$12], {$0, $1, $2, $3}; }",
             "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [x, positive], like.dtype, False, 8,
         )  # fmt: skip
+
+
+@triton.jit
+def tf32(x):
+    """fp32 ``x``, rounded to the 11 bits that TF32 has. The largest numbers become infinite, NaN some number."""
+    if INTERPRETED or _capability() < 90:
+        return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise("cvt.rn.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
 
 
 @triton.jit
@@ -288,7 +297,7 @@ def total(x, y):
 def in_lanes(x):
     """``x``, the same in all lanes, in a register of each. The assembler would keep it in one of the warp, which no
     operation above can read, and move it before each. (No lane has bit 31 of its mask of lower lanes.)"""
-    if INTERPRETED or x.dtype != tl.float32 or not _on_blackwell():
+    if INTERPRETED or x.dtype != tl.float32 or _capability() < 100:
         return x
     else:
         return tl.inline_asm_elementwise(
