@@ -664,7 +664,9 @@ def whole_forward(
             _apply_tiles(tensors, values, own, split, _one(), shape, ACTIVATION, EVEN, LAST, LINES, ALONG)
 
 
-@triton.jit
+# Of one split the compiler would know, where a line is one tile, that the loop over further tiles never runs. Triton
+# 3.6 aborts on a load in such a loop: it has no alignment of what is never computed.
+@triton.jit(do_not_specialize=["splits"])
 def statistics(
     x_ptr,
     mean_ptr,  # fp32 (fp64) [splits, batches x lines]: moments of each line over a split's tiles

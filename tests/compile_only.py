@@ -10,7 +10,7 @@ import contextlib
 
 import pytest
 from triton._C.libtriton import ir
-from triton.backends.compiler import GPUTarget
+from triton.backends.compiler import GPUTarget, Language
 from triton.compiler import ASTSource
 from triton.compiler.compiler import make_backend
 
@@ -29,7 +29,11 @@ def _front_end(kernel: Kernel) -> None:
     ir.load_dialects(context)
     compiler.load_dialects(context)
     functions, modules = compiler.get_codegen_implementation(options), compiler.get_module_map()
-    ASTSource(**_specialization(kernel)).make_ir(TARGET, options, functions, modules, context)
+    code = ASTSource(**_specialization(kernel)).make_ir(TARGET, options, functions, modules, context)
+    stages, metadata = {}, {}
+    compiler.add_stages(stages, options, Language.TRITON)
+    for stage in ("ttir", "ttgir"):
+        code = stages[stage](code, metadata)
 
 
 def _compile(launch: backend.Launch, device) -> None:
