@@ -16,8 +16,10 @@ binary digit.
 place of 16 dot products of a row of W with 16 examples, example e multiplies the tile (W and its mask, 2
 instructions for two elements) with the examples' columns, of which all but e are zero. So all accumulate in one tile of
 z, and the tensor cores do 16 times the work, which they can: 2.8 instructions a connection are issued (sm_90, p = 1/2),
-and the limit is their issue, not the tensor cores. Zero columns times an infinite weight are NaN: what is NaN in the
-end is computed once more without them (``_repair``), which costs those that have none a test a program.
+and the limit is their issue, not the tensor cores. fp32 takes three products of TF32 (``_halves``) and 7 instructions.
+Zero columns times an infinite weight are NaN, and so are the halves of infinities and of numbers that round to them:
+what is NaN in the end is computed once more, without either (``_repair``), which costs those that have none a test a
+program.
 
 ``weight_gradient`` has a mask in all three indices, so there is no matrix product in it: one predicated FFMA a
 connection, and one instruction that makes a predicate of its bit; 3.6 with all that comes with them.
