@@ -204,11 +204,11 @@ def report(
     page: Annotated[
         Path | None, typer.Option(help="The page to write; RESULTS.md beside the folder.")
     ] = None,
-    readme: Annotated[Path | None, typer.Option(help="README to fill between its bench markers.")] = None,
+    readme: Annotated[
+        Path | None, typer.Option(help="Also fill this README, between its bench markers.")
+    ] = None,
 ) -> None:
-    """Render tables and pictures from result files; without options the repository's, with its README."""
-    if readme is None and results == RESULTS and (REPOSITORY / "README.md").exists():
-        readme = REPOSITORY / "README.md"
+    """Render tables and pictures from result files."""
     try:
         written = render(results, page or results.parent / "RESULTS.md", readme)
     except ValueError as error:

@@ -22,7 +22,7 @@ def inputs(features: int):
         outputs = 64 if device.type == "cpu" else features
         examples, columns = rows(numel, outputs)
         v = torch.randn(examples, columns, dtype=dtype, device=device)
-        weight = (torch.randn(outputs, columns, device=device) / columns**0.5).to(dtype)
+        weight = (torch.randn(outputs, columns, dtype=torch.float32, device=device) / columns**0.5).to(dtype)
         bias = torch.randn(outputs, dtype=dtype, device=device)
         return tuple(t.requires_grad_() for t in (v, weight, bias))
 
@@ -153,7 +153,7 @@ def kernels() -> list[Kernel]:
     for dtype, p in ((torch.bfloat16, 0.5), (torch.bfloat16, 0.3), (torch.float32, 0.5)):
         found.append(masking(dtype, p))
     for activation in ("sigmoid", "tanh"):
-        found += sampling(activation)
+        found += [*inference(activation), *inference(activation, 1000)]
     return found
 
 
@@ -266,20 +266,25 @@ def masking(dtype, p):
     return Kernel.of(label, launch, weight.numel(), 2 * dtype.itemsize, budget=budget)
 
 
-def sampling(activation, samples=1000):
-    """Of a draw: inference at (256, 4096)."""
+def inference(activation, samples=0):
+    """Of a term: inference at (256, 4096), by nodes or over draws."""
     tensors = [torch.empty(256, 4096, device="meta") for _ in range(5)]
     mean, deviation, y, dmean, ddeviation = tensors
-    stream = Stream(1)
+    stream, how = Stream(1), f"Z={samples}" if samples else "nodes"
+    terms = samples or expectation.NODES
     forward = expectation.average_launch(mean, deviation, y, stream, activation, samples)
     backward = expectation.gradient_launch(y, mean, deviation, dmean, ddeviation, stream, activation, samples)
-    for name, launch, moved, limit in (("sampled", forward, 3, 35), ("sampled gradient", backward, 5, 37)):
+    limits = (35, 37) if samples else (16, 20)
+    for name, launch, moved, limit in (
+        ("inference", forward, 3, limits[0]),
+        ("its gradient", backward, 5, limits[1]),
+    ):
         yield Kernel.of(
-            f"{name} {activation} fp32 Z={samples}",
+            f"{name} {activation} fp32 {how}",
             launch,
-            mean.numel() * samples,
-            moved * 4 / samples,
-            trips=launch.arguments["quads"],
+            mean.numel() * terms,
+            moved * 4 / terms,
+            trips=launch.arguments.get("quads", ()),
             # Arithmetic is the point: an element a thread, whose accesses are narrow.
             budget=Budget(max_instructions=limit, narrow_loads=3, narrow_stores=2, min_headroom=0),
         )

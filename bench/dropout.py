@@ -241,7 +241,7 @@ def variants(
         backward,
         x.numel(),
         read * (1 if kept is None else 2) + e,  # dy, x, dx
-        trips=tiles.rows / backward.arguments["BLOCK_ROWS"] / backward.grid[0] if looped else (),
+        trips=tiles.rows / backward.arguments["BLOCK_ROWS"] / backward.grid[1] if looped else (),
         budget=budget or budget_of(dtype, tiles, form, seed_in_memory, max_instructions),
         headline=headline,
     )

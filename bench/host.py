@@ -36,8 +36,12 @@ class _Stepper:
     """An optimizer with its tensors."""
 
     def __init__(self, make: Callable, device: torch.device, tensors: int):
-        self.params = [torch.nn.Parameter(torch.zeros(SIZE, device=device)) for _ in range(tensors)]
-        self.gradients = [[torch.zeros(SIZE, device=device) for _ in self.params] for _ in range(2)]
+        self.params = [
+            torch.nn.Parameter(torch.zeros(SIZE, dtype=torch.float32, device=device)) for _ in range(tensors)
+        ]
+        self.gradients = [
+            [torch.zeros(SIZE, dtype=torch.float32, device=device) for _ in self.params] for _ in range(2)
+        ]
         self.optimizer = make(self.params)
         self.replace()
 

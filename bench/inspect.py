@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import compress
 from pathlib import Path
 from typing import Annotated
 
@@ -211,17 +212,23 @@ def to_json(family: str, report: Report) -> dict:
 # The table
 
 
-def table_of(title: str, reports: list[Report]) -> Table:
-    """One row a kernel; predicted columns have a line for each GPU of the target."""
+WIDE = 160  # columns of a terminal that has room for all of a table
+HEADERS = (
+    *("kernel", "regs", "spill", "smem", "loads\nB×n", "stores\nB×n", "LDS/STS/\nSHFL", "instr\n/elem"),
+    *("fma", "imad", "alu", "xu", "lsu", "unif", "bytes\n/elem"),
+    *("predicted\non", "memory\nps/elem", "issue\nps/elem", "head-\nroom"),
+)
+NARROW = ("kernel", "regs", "spill", "instr\n/elem", "bytes\n/elem", "predicted\non", "head-\nroom")
+
+
+def table_of(title: str, reports: list[Report], wide: bool = True) -> Table:
+    """One row a kernel; predicted columns have a line for each GPU of the target. Not wide: what is judged, alone."""
+    shown = [name in NARROW or wide for name in HEADERS]
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
-    table.add_column("kernel")
-    counted = "regs|spill|smem|loads\nB×n|stores\nB×n|LDS/STS/\nSHFL|instr\n/elem"
-    kinds = "fma|imad|alu|xu|lsu|unif|bytes\n/elem"
-    predicted = "predicted\non|memory\nps/elem|issue\nps/elem|head-\nroom"
-    for name in f"{counted}|{kinds}|{predicted}".split("|"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for number, name in enumerate(compress(HEADERS, shown)):
+        table.add_column(name, justify="right" if number else "left", no_wrap=number > 0)
     for report in reports:
-        table.add_row(*_cells(report), style="red" if violations(report) else None)
+        table.add_row(*compress(_cells(report), shown), style="red" if violations(report) else None)
     return table
 
 
@@ -277,12 +284,17 @@ def inspect(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the reports here.")] = None,
     sass: Annotated[bool, typer.Option("--sass", help="Print the machine code of one variant.")] = False,
     check: Annotated[bool, typer.Option(help="Exit with 1 if a kernel breaks its budget.")] = True,
+    wide: Annotated[
+        bool, typer.Option("--wide", help=f"All figures; by itself where the terminal has {WIDE} columns.")
+    ] = False,
 ) -> None:
     """Prove without a GPU how well the kernels are compiled: registers, spills, access widths, instructions.
 
     Times are predictions from assumed rates, never measurements.
     """
-    console = Console(width=max(Console().width, 160))  # narrower, the numbers of the table would be cut
+    console = Console()
+    wide |= console.width >= WIDE
+    console.width = max(console.width, WIDE if wide else 80)
     try:
         selected = _select(tuple(family or FAMILIES), kernel, headline)
         targets = _known(tuple(target or TARGETS), TARGETS, "target")
@@ -297,7 +309,7 @@ def inspect(
     for cc in targets:
         for name in dict.fromkeys(name for name, _ in reports):
             rows = [report for its, report in reports if its == name and report.cc == cc]
-            console.print(table_of(f"{name}, sm_{cc}", rows))
+            console.print(table_of(f"{name}, sm_{cc}", rows, wide))
     console.print(PREDICTED, style="dim")
     if json_file:
         _write(json_file, reports)

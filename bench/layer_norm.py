@@ -232,7 +232,7 @@ def kernel(label, launch, x, bytes_per_element, **show) -> Kernel:
         chunks = -(-x.shape[1] // arguments["BLOCK_COLUMNS"])
         trips = [chunks, chunks]
     elif name.startswith("backward"):
-        trips = x.shape[0] / arguments["BLOCK_ROWS"] / launch.grid[0]
+        trips = x.shape[0] / arguments["BLOCK_ROWS"] / launch.grid[-1]
     return Kernel.of(
         f"{name} {label}",
         launch,
@@ -246,7 +246,7 @@ def kernel(label, launch, x, bytes_per_element, **show) -> Kernel:
 
 def summing(dtype) -> Kernel:
     """The last kernel of the backward pass, at 264 programs of 4,096 columns."""
-    partial_sums = torch.empty(2, 264, 4096, device="meta")
+    partial_sums = torch.empty(2, 264, 4096, dtype=torch.float32, device="meta")
     sums = {"dweight_ptr": partial_sums[0], "dbias_ptr": partial_sums[1]}
     parameter = torch.empty(4096, dtype=dtype, device="meta")
     launch = ops._sum_launch(sums, (parameter, parameter))

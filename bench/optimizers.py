@@ -272,7 +272,7 @@ def batch_of(rule: Rule, dtype: torch.dtype, moments: torch.dtype | None = None,
         like(moments or dtype, rule.amsgrad),
         like(wide, rule.master),
         like(wide, rule.average),
-        torch.empty((), device="meta"),
+        torch.empty((), dtype=torch.float32, device="meta"),
     )
     return Batch(rule, [member])
 

@@ -88,7 +88,7 @@ def variant(name, dtype, form, accesses, *, how="none", **show) -> Kernel:
     numbers = (0,), (SIZE,), (0,)
     table = table_of(META, numbers, ops.TILE)
     partials = None if how == "write" else torch.empty(table.programs, dtype=torch.float64, device=META)
-    gain = torch.empty((), device=META) if how == "write" else None
+    gain = torch.empty((), dtype=torch.float32, device=META) if how == "write" else None
     launch = ops._launch(table, form, (dtype, dtype), partials=partials, gain=gain, how=how)
     return kernel(name, launch, dtype, accesses, shared_bytes=SUM, **show)
 

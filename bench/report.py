@@ -400,30 +400,41 @@ def family_table(content: dict, gpu: str = "H100") -> str:
     return f"{static_title(content, gpu)}\n\n{table}"
 
 
-def draw_predictions(content: dict, path: Path, gpu: str = "H100") -> None:
-    """Two bars for each main form of a kernel: the time of its bytes and the time of its instructions."""
+def draw_predictions(content: dict, path: Path) -> None:
+    """A row for each family, a mark for each main form of its kernels on each GPU: how much longer the bytes take than
+    the instructions."""
     from matplotlib.figure import Figure
 
-    shown = [
-        (f"{report['family']}: {report['kernel']}", prediction["memory_ps"], prediction["issue_ps"])
-        for report, prediction in predictions(content, gpu)
-        if report["headline"]
-    ]
-    figure = Figure(figsize=(8, 0.22 * len(shown) + 1.2), layout="constrained")
+    families = list(dict.fromkeys(report["family"] for report in content["reports"]))
+    gpus = list(dict.fromkeys(p["gpu"] for report in content["reports"] for p in report["predictions"]))
+    figure = Figure(figsize=(8, 0.42 * len(families) + 1.6), layout="constrained")
     panel = figure.subplots()
-    for offset, column, label in (
-        (-0.2, 1, "memory: bytes / copy rate"),
-        (0.2, 2, "instructions / issue rate"),
-    ):
-        places = [index + offset for index in range(len(shown))]
-        panel.barh(places, [row[column] for row in shown], height=0.38, label=label)
-    panel.set_yticks(range(len(shown)), [row[0] for row in shown], fontsize=7)
-    panel.invert_yaxis()
-    panel.set_xlabel("picoseconds an element, whole GPU: the longer bar is the bound")
-    panel.set_title(f"Predicted for {gpu}, not measured", loc="left")
+    panel.axvspan(1e-3, 1, color="0.93", lw=0)
+    looks = (("o", "#0072B2"), ("D", "#D55E00"), ("s", "#CC79A7"), ("^", "#000000"))
+    for number, (gpu, (mark, colour)) in enumerate(zip(gpus, looks, strict=False)):
+        shown = [
+            (prediction["headroom"], families.index(report["family"]))
+            for report, prediction in predictions(content, gpu)
+            if report["headline"]
+        ]
+        places = [place + 0.18 * (number - 1.5) for _, place in shown]
+        panel.plot(
+            [ratio for ratio, _ in shown], places, mark, color=colour, ms=4.5, mew=0, alpha=0.7, label=gpu
+        )
+    panel.set_yticks(range(len(families)), families)
+    panel.set_ylim(len(families) - 0.5, -0.5)
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter(lambda x, _: f"{x:g}" if x >= 1 else f"1/{1 / x:g}")
+    panel.set_xlim(
+        left=min(0.5, *(p["headroom"] for r in content["reports"] for p in r["predictions"])) / 1.2
+    )
+    panel.set_xlabel("time of the bytes / time of the instructions (below 1, in grey: bound by instructions)")
+    panel.set_title("Predicted from machine code, not measured", loc="left", fontsize=11)
+    panel.grid(axis="x", color="0.85", linewidth=0.8)
+    panel.set_axisbelow(True)
     panel.spines[["top", "right"]].set_visible(False)
-    panel.legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    figure.legend(loc="outside lower center", ncols=len(gpus), frameon=False)
+    figure.savefig(path, dpi=130)
 
 
 # --- pictures -----------------------------------------------------------------------------------------------

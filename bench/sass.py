@@ -15,6 +15,8 @@ from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
+from fastreg.ops.backend import OPTIONS
+
 
 class InspectError(Exception):
     """Something that stops an inspection, said in one line."""
@@ -146,7 +148,12 @@ def compile_for(kernel: Kernel, cc: int) -> Compiled:
         raise InspectError(f"needs Triton 3.6 or later: pip install 'triton>=3.6' ({error})") from error
 
     source = ASTSource(**_specialization(kernel))
-    options = {"num_warps": kernel.num_warps, "num_stages": kernel.num_stages, "maxnreg": kernel.maxnreg}
+    options = {
+        **OPTIONS,
+        "num_warps": kernel.num_warps,
+        "num_stages": kernel.num_stages,
+        "maxnreg": kernel.maxnreg,
+    }
     try:
         binary = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
     except Exception as error:

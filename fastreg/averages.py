@@ -11,21 +11,25 @@ r"""Averages of weights over a training, and the best weights of one, for all te
     ...
     best.restore()
 
-Both read the tensors of the model anew each time, so that the model may be moved, or loaded with ``assign=True``.
+Both read the tensors of the model anew each time, so that the model may be moved, or loaded with ``assign=True``. Where
+its tensors have other names or shapes than before, or weights are no longer tied, they raise an error and change
+nothing.
 Where an optimizer takes every step that is averaged, ``ema_decay`` of :mod:`fastreg.optim` costs 8 bytes a weight in
 place of 12.
 """
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastreg.ops.averages import copy_if_, follow_
+from fastreg.ops.averages import copy_, copy_if_, follow_
+from fastreg.ops.bulk import Watch
 from fastreg.ops.optimizers import compute_dtype
-from fastreg.optim.distributed import local
+from fastreg.optim.distributed import local, local_pairs
 
 __all__ = ["BestWeights", "ExponentialMovingAverage", "get_ema_multi_avg_fn"]
 
@@ -34,25 +38,37 @@ class _Tensors:
     """The parameters and buffers of a model by name, tied ones once: as they are at the moment."""
 
     def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._places = self._find()
+        self.names = list(self._places)
+
+    def _find(self) -> dict[str, tuple[dict, str]]:
+        """In which dict, and by which key, each tensor is."""
+        model = self._model
+        self._modules = list(model.modules())  # none of them ends, and leaves its id to another
+        self._dicts = [x for m in self._modules for x in (m._modules, m._parameters, m._buffers)]
+        self._keys = list(chain.from_iterable(self._dicts))
+        self._watch = Watch([], self._dicts)
         names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-        self._places: dict[str, tuple[dict, str]] = {}
+        places = {}
         for path, module in model.named_modules():
             for kept in (module._parameters, module._buffers):
                 for key in kept:
                     name = f"{path}.{key}" if path else key
                     if name in names:
-                        self._places[name] = kept, key
-
-    @property
-    def names(self) -> list[str]:
-        return list(self._places)
+                        places[name] = kept, key
+        return places
 
     def now(self) -> list[Tensor]:
+        """
+        Raises:
+            ValueError: the names are no longer the same.
+        """
+        if not self._watch.finds([], self._dicts) or list(chain.from_iterable(self._dicts)) != self._keys:
+            self._places = self._find()
+        if len(self._places) != len(self.names) or list(self._places) != self.names:
+            raise ValueError(_differing("the model", list(self._places), self.names))
         return [kept[key] for kept, key in self._places.values()]
-
-
-def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
-    return list(map(local, tensors))
 
 
 class _Kept:
@@ -74,7 +90,12 @@ class _Kept:
         tensors = _Tensors(model)
         if tensors.names != self._tensors.names:
             raise ValueError(_differing("the model", tensors.names, self._tensors.names))
-        _copy(tensors.now(), self._kept)
+        self._copy(tensors.now(), self._kept)
+
+    @torch.no_grad()
+    def _copy(self, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        names = self._tensors.names
+        copy_(*local_pairs(targets, sources, names), names)
 
     def state_dict(self) -> dict[str, Any]:
         """What is kept, copied: no later update changes it."""
@@ -85,11 +106,7 @@ class _Kept:
         found = state_dict["tensors"]
         if list(found) != self._tensors.names:
             raise ValueError(_differing("the state", list(found), self._tensors.names))
-        for name, x in self.tensors.items():
-            if x.shape != found[name].shape:
-                raise ValueError(f"{name} has the shape {tuple(x.shape)}, but got {tuple(found[name].shape)}")
-        with torch.no_grad():
-            _copy(self._kept, list(found.values()))
+        self._copy(self._kept, list(found.values()))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model, "kept": self._kept, **self._rest()}
@@ -101,12 +118,6 @@ class _Kept:
 
     def _rest(self) -> dict[str, Any]:
         return {}
-
-
-def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    targets, sources = _pieces(targets), _pieces(sources)
-    if targets:
-        torch._foreach_copy_(targets, sources)
 
 
 def _differing(what: str, found: list[str], expected: list[str]) -> str:
@@ -131,7 +142,8 @@ class ExponentialMovingAverage(_Kept):
     The averages lie where the model lay; those of DTensors are in the same pieces.
 
     Raises:
-        ValueError: a decay out of range.
+        ValueError: a decay out of range; in every method, a tensor of the model that is gone, has come, or has another
+            shape, and then nothing was written.
 
     Source: Polyak and Juditsky 1992; the exponential form as in Szegedy et al. 2016, "Rethinking the Inception
     Architecture", section 8.
@@ -149,7 +161,8 @@ class ExponentialMovingAverage(_Kept):
 
     def update(self) -> None:
         """Lets the averages follow the model as it is now. Call it after each step of the optimizer."""
-        follow_(_pieces(self._kept), _pieces(self._tensors.now()), self.decay)
+        names = self._tensors.names
+        follow_(*local_pairs(self._kept, self._tensors.now(), names), self.decay, names)
         self.updates += 1
 
     @contextlib.contextmanager
@@ -159,14 +172,12 @@ class ExponentialMovingAverage(_Kept):
         Takes memory for a second copy of the model. What happens to its weights in the context is lost.
         """
         now = self._tensors.now()
-        with torch.no_grad():
-            before = [x.detach().clone() for x in now]
-            _copy(now, self._kept)
+        before = [x.detach().clone() for x in now]
+        self._copy(now, self._kept)
         try:
             yield self.model
         finally:
-            with torch.no_grad():
-                _copy(now, before)
+            self._copy(self._tensors.now(), before)
 
     def state_dict(self) -> dict[str, Any]:
         """Averages, decay and the number of updates, copied: no later update changes it."""
@@ -174,9 +185,10 @@ class ExponentialMovingAverage(_Kept):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what ``state_dict`` returned, its decay included."""
-        _check_decay(state_dict["decay"])
+        decay, updates = state_dict["decay"], state_dict["updates"]
+        _check_decay(decay)
         super().load_state_dict(state_dict)
-        self.decay, self.updates = state_dict["decay"], state_dict["updates"]
+        self.decay, self.updates = decay, updates
 
     def _rest(self) -> dict[str, Any]:
         return {"decay": self.decay, "updates": self.updates}
@@ -195,7 +207,6 @@ class BestWeights(_Kept):
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__(model, torch.clone)
 
-    @torch.no_grad()
     def update(self, improved: bool | Tensor) -> None:
         """Copies the model as it is now, if ``improved``.
 
@@ -210,18 +221,18 @@ class BestWeights(_Kept):
                 raise TypeError(f"improved has to be a bool tensor, but got {improved.dtype}")
             if improved.numel() != 1:
                 raise ValueError(f"improved has to have one element, but got {tuple(improved.shape)}")
-            copy_if_(_pieces(self._kept), _pieces(self._tensors.now()), local(improved))
+            names = self._tensors.names
+            copy_if_(*local_pairs(self._kept, self._tensors.now(), names), local(improved), names)
         elif not isinstance(improved, bool):
             raise TypeError(
                 f"improved has to be a bool or a bool tensor, but got a {type(improved).__name__}"
             )
         elif improved:
-            _copy(self._kept, self._tensors.now())
+            self._copy(self._kept, self._tensors.now())
 
     def restore(self) -> None:
         """Gives the model its best weights back; before the first improvement, those it had at first."""
-        with torch.no_grad():
-            _copy(self._tensors.now(), self._kept)
+        self._copy(self._tensors.now(), self._kept)
 
 
 def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Sequence[Tensor], Any], None]:
@@ -232,7 +243,7 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Se
     _check_decay(decay)
 
     def average(averages: Sequence[Tensor], current: Sequence[Tensor], _: Any) -> None:
-        follow_(_pieces(averages), _pieces(current), decay)
+        follow_(*local_pairs(averages, current), decay)
 
     return average
 

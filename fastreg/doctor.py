@@ -14,8 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
 
-TORCH = ((2, 11), (2, 13))  # oldest that works, newest that is tested
-TRITON_OLDEST = (3, 6)
+# The oldest release that works, and the newest that is tested: private names of both are used, which may go.
+TORCH = ((2, 11), (2, 15))
+TRITON = ((3, 6), (3, 9))
 COMPUTE_CAPABILITY = (8, 0)  # the oldest the kernels are inspected for
 
 
@@ -65,31 +66,47 @@ def examine() -> Findings:
 
 
 def _versions(findings: Findings) -> None:
-    oldest, newest = (".".join(map(str, version)) for version in TORCH)
     section = "Versions"
     findings.add(section, "fastreg", _version("fastreg") or "not installed (running from a checkout)")
     findings.add(section, "python", f"{platform.python_version()}, {platform.system()} {platform.machine()}")
 
     torch = _imported("torch")
+    needed = _spelled(TORCH[0])
     if isinstance(torch, str) or _numbers(torch.__version__) < TORCH[0]:
         findings.broken = True
         findings.add(section, "torch", torch if isinstance(torch, str) else f"{torch.__version__}, too old")
-        findings.advice.append(f"fastreg needs torch {oldest} or later: pip install 'torch>={oldest}'")
+        findings.advice.append(f"fastreg needs torch {needed} or later: pip install 'torch>={needed}'")
     else:
-        note = "supported" if _numbers(torch.__version__) <= TORCH[1] else "newer than what is tested"
-        findings.add(section, "torch", f"{torch.__version__}, {note} ({oldest} to {newest})")
+        _judge(findings, "torch", torch.__version__, TORCH)
 
     triton = _imported("triton")
-    needed = ".".join(map(str, TRITON_OLDEST))
+    needed = _spelled(TRITON[0])
     if isinstance(triton, str):
         findings.add(section, "triton", f"{triton}; everything runs on ATen")
         if platform.system() == "Linux":
             findings.advice.append(f"For the kernels install Triton: pip install 'triton>={needed}'")
-    elif _numbers(triton.__version__) < TRITON_OLDEST:
+    elif _numbers(triton.__version__) < TRITON[0]:
         findings.add(section, "triton", f"{triton.__version__}, too old")
         findings.advice.append(f"The kernels need Triton {needed} or later: pip install 'triton>={needed}'")
     else:
-        findings.add(section, "triton", f"{triton.__version__}, supported ({needed} or later)")
+        _judge(findings, "triton", triton.__version__, TRITON)
+
+
+def _judge(findings: Findings, name: str, version: str, bounds: tuple[tuple[int, int], ...]) -> None:
+    """Says whether a version that is not too old is one of those that are tested."""
+    span = " to ".join(map(_spelled, bounds))
+    if _numbers(version) <= bounds[1]:
+        findings.add("Versions", name, f"{version}, supported ({span})")
+        return
+    findings.add("Versions", name, f"{version}, newer than what is tested ({span})")
+    newest = _spelled(bounds[1])
+    findings.advice.append(
+        f"fastreg was never run with this {name}; if it fails: pip install '{name}=={newest}.*'"
+    )
+
+
+def _spelled(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def _gpus(findings: Findings) -> None:
@@ -148,9 +165,12 @@ def _backends(findings: Findings) -> None:
     from fastreg.ops import backend
 
     names = {"aten": "ATen", "triton": "Triton's interpreter" if backend.INTERPRETED else "Triton kernels"}
-    choices = {"CPU tensors": backend.choose(torch.zeros(1)), "CUDA tensors": None}
+    choices = {
+        "CPU tensors": backend.choose(torch.zeros(1, dtype=torch.float32, device="cpu")),
+        "CUDA tensors": None,
+    }
     if _cuda_available(torch):
-        choices["CUDA tensors"] = backend.choose(torch.zeros(1, device="cuda"))
+        choices["CUDA tensors"] = backend.choose(torch.zeros(1, dtype=torch.float32, device="cuda"))
     told = "; ".join(f"{where}: {names.get(choice, 'no usable GPU')}" for where, choice in choices.items())
     for family in FAMILIES:
         findings.add("What runs where", family, told)

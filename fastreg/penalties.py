@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from fastreg.ops import penalties as ops
+from fastreg.ops.optimizers import check_beside
 from fastreg.ops.penalties import Form
 from fastreg.optim.distributed import Shards, by_shards, check_max_norm, is_distributed, local, shards
 
@@ -300,6 +301,7 @@ def _check_accumulates(p: Tensor) -> None:
         return
     if g.layout != torch.strided:
         raise RuntimeError(f"accumulate=True needs dense gradients, but got {g.layout}")
+    check_beside(p, g, "gradient")
     if is_distributed(p) != is_distributed(g) or (is_distributed(p) and g.placements != p.placements):
         raise RuntimeError(
             "accumulate=True needs a gradient in the same pieces as its parameter, but got the placements "

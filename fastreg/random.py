@@ -19,11 +19,17 @@ they start anew in each: see ``row_normals`` and ``signs``.
 The Triton kernels (``kernels/philox.py``) equal this file bit for bit, normals up to the rounding of log, sin, cos.
 """
 
+import itertools
 import math
+import threading
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
+
+from fastreg.ops import backend
+from fastreg.ops.arguments import is_integer, plain
 
 LANE_VALUES = 1 << 16
 
@@ -76,6 +82,10 @@ def philox4x32(counter, key, rounds: int = 10) -> tuple[Tensor, Tensor, Tensor, 
     return c0, c1, c2, c3
 
 
+def _places(count: int, device) -> Tensor:
+    return torch.arange(count, dtype=torch.int64, device=device)
+
+
 def words(block: Tensor, stream: Stream) -> Tensor:
     """The four random words of each block: int64 ``[*block.shape, 4]`` with values in [0, 2^32)."""
     seed, offset = stream
@@ -99,7 +109,7 @@ def threshold(p: float) -> int:
 def keep_mask(size, p: float, stream: Stream, device=None) -> Tensor:
     """The dropout mask of a contiguous tensor: bool, True where an element is kept (probability 1 - p)."""
     count = math.prod(size)
-    first_block = torch.arange((count + 7) // 8, device=device)
+    first_block = _places((count + 7) // 8, device)
     bits = words(first_block, stream)
     drawn = torch.stack((bits & 0xFFFF, bits >> 16), dim=-1).flatten()[:count]
     return (drawn >= threshold(p)).view(size)
@@ -142,9 +152,7 @@ def connection_lanes(
     that of keeping (and).
     """
     seed, offset = stream
-    block = torch.arange(outputs, device=device)[:, None] << 32 | torch.arange(
-        (inputs + 7) // 8, device=device
-    )
+    block = _places(outputs, device)[:, None] << 32 | _places((inputs + 7) // 8, device)
     for digit in range(chance.digits):
         bits = words(block, Stream(seed, offset + (word + (digit << 28) << 32)))
         if digit == 0:
@@ -171,7 +179,7 @@ def connection_mask(example: Tensor, outputs: int, inputs: int, chance: Chance, 
 def normal(size, stream: Stream, *, dtype: torch.dtype = torch.float32, device=None) -> Tensor:
     """Standard normals by the transform of Box and Muller (1958), computed in fp64 and rounded to ``dtype``."""
     count = math.prod(size)
-    bits = words(torch.arange((count + 3) // 4, device=device), stream)
+    bits = words(_places((count + 3) // 4, device), stream)
     return _box_muller(bits).flatten()[:count].view(size).to(dtype)
 
 
@@ -186,8 +194,8 @@ def _box_muller(bits: Tensor) -> Tensor:
 
 def _blocks_of_rows(rows: int, columns: int, stream: Stream, width: int, device) -> Tensor:
     """The words of the blocks (column // width, row), for what has to start anew in each row."""
-    block = torch.arange((columns + width - 1) // width, device=device)
-    return words(torch.arange(rows, device=device)[:, None] << 32 | block, stream)
+    block = _places((columns + width - 1) // width, device)
+    return words(_places(rows, device)[:, None] << 32 | block, stream)
 
 
 def row_normals(
@@ -221,6 +229,12 @@ def draws(size, quad: int, stream: Stream, *, dtype: torch.dtype = torch.float32
     return normal((*size, DRAWS), Stream(seed, offset + (quad << 32)), dtype=dtype, device=device)
 
 
+STEP = 4
+"""Between the offsets of two operations: torch counts them in fours."""
+
+_lock = threading.Lock()
+
+
 def stream(
     device: torch.device, seed: int | Tensor | None = None, generator: Generator | None = None
 ) -> Stream:
@@ -229,27 +243,54 @@ def stream(
     An explicit ``seed`` (an int, or an int64 tensor of one element on ``device``) is used as it is. Otherwise
     the stream is drawn from ``generator``, or from torch's default generator of the device, and advances it:
     ``torch.manual_seed``, activation checkpointing and CUDA-graph replay act on it as on ``torch.nn.Dropout``.
+
+    Threads of ours that share a CUDA generator take turns. torch's own operations, in another thread, may still use it
+    between our two calls: the lock that would stop them is out of reach of Python.
     """
     if seed is not None:
         if generator is not None:
             raise ValueError("seed and generator exclude each other: give one of them")
         return Stream(_checked_seed(seed, device))
-    if device.type == "cuda" and not _must_stay_on_device():
-        # No kernel and no synchronization: CUDA generators are counter-based and count on the host.
-        generator = generator or torch.cuda.default_generators[_index(device)]
+    if torch.compiler.is_compiling() or backend.watched() or device.type == "meta":
+        # Every call of a graph draws anew, ``torch.func.vmap`` may draw for each example, and without data there is no
+        # number.
+        return Stream(_drawn(device, generator))
+    if device.type != "cuda":
+        return Stream(int(_drawn(device, generator)))
+    if torch.cuda.is_current_stream_capturing():
+        return _recorded(device, generator)
+    # No kernel and no synchronization: CUDA generators are counter-based and count on the host.
+    generator = generator or torch.cuda.default_generators[_index(device)]
+    with _lock:
         offset = generator.get_offset()
-        generator.set_offset(offset + 4)
+        generator.set_offset(offset + STEP)
         # torch's own kernels draw from Philox under the raw seed: another key keeps our streams apart from theirs.
         return Stream(_signed(generator.initial_seed() ^ 0x6661737472656721), offset)
-    drawn = torch.randint(0, 2**63 - 1, (1,), generator=generator, device=device)
-    return Stream(drawn if _must_stay_on_device() else int(drawn))
 
 
-def _must_stay_on_device() -> bool:
-    """Whether the seed has to be a tensor: a graph must draw a new one at every replay."""
-    return torch.compiler.is_compiling() or (
-        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-    )
+def _drawn(device: torch.device, generator: Generator | None) -> Tensor:
+    """A seed in memory, which an operator of a graph draws."""
+    return torch.randint(0, 2**63 - 1, (1,), generator=generator, dtype=torch.int64, device=device)
+
+
+_seeds: dict[tuple, tuple[Tensor, Iterator[int]]] = {}
+"""Of the CUDA graph that was recorded last: the seed of each stream and generator, and the offsets that follow."""
+
+
+def _recorded(device: torch.device, generator: Generator | None) -> Stream:
+    """While a CUDA graph is recorded: one seed, which each replay draws anew, serves all operations of a CUDA stream,
+    which count their offsets here. Another CUDA stream would have to wait for that seed, so it draws its own."""
+    graph = backend.capture_id(device)
+    if graph is None:
+        return Stream(_drawn(device, generator))
+    key = graph, torch.cuda.current_stream(device).cuda_stream, generator
+    with _lock:
+        if key not in _seeds:
+            for other in [other for other in _seeds if other[0] != graph]:
+                del _seeds[other]
+            _seeds[key] = _drawn(device, generator), itertools.count(0, STEP)
+        seed, offsets = _seeds[key]
+        return Stream(seed, next(offsets))
 
 
 def _index(device: torch.device) -> int:
@@ -262,16 +303,22 @@ def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
+def _same_device(a: torch.device, b: torch.device) -> bool:
+    return a == b or (a.type == b.type == "cuda" and _index(a) == _index(b))
+
+
 def _checked_seed(seed: int | Tensor, device: torch.device) -> int | Tensor:
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device.type != device.type:
+        if seed.dtype != torch.int64 or seed.numel() != 1 or not _same_device(seed.device, device):
             raise ValueError(
                 f"a seed tensor has to be int64 with one element on {device}, "
                 f"but got {seed.dtype} with {seed.numel()} elements on {seed.device}"
             )
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    number = plain(seed)
+    if not is_integer(number):
         raise TypeError(f"seed has to be an int or an int64 tensor, but got {type(seed).__name__}")
+    seed = number
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed has to fit in 64 bits, but got {seed}")
     return _signed(seed)

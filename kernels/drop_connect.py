@@ -45,7 +45,7 @@ import triton.language as tl
 from . import activation
 from .fastmath import INTERPRETED, bound, terms, tf32, upcast
 from .philox import high_word, low_word, philox4x32
-from .tiles import plus_product, weight_tile
+from .tiles import block_of_program, plus_product, weight_tile
 
 EXAMPLES = tl.constexpr(16)  # that a lane has bits for
 # Examples at a time. With all 16, sm_90 takes three times the shared memory, and the code for sm_100 is one trap.
@@ -54,7 +54,7 @@ CALL = tl.constexpr(8)  # lanes of a call of Philox: neighbouring inputs
 REPAIRED = tl.constexpr(
     16
 )  # columns at a time: with more, the repair would take the registers of the loop it follows
-NOT_SPECIALIZED = ("seed", "offset", "keep")
+NOT_SPECIALIZED = ("seed_ptr", "seed", "offset", "keep")
 
 
 @triton.jit
@@ -315,16 +315,17 @@ def product(
 ):
     """z[b, r] = activation(scale sum_c m(b, r, c) W[r, c] u[b, c] + bias[r]).
 
-    Grid: chunks of examples (the axis that may be long), blocks of rows, splits of the columns.
+    Grid: chunks of examples times blocks of rows, splits of the columns.
     """
     shape = (rows, columns)
     draw = (_seed(seed_ptr, seed), offset, keep)
-    first_row = tl.program_id(1) * BLOCK_ROWS
-    first_column = tl.program_id(2) * trips * BLOCK_COLUMNS
+    tile, row_block = block_of_program(tl.num_programs(0) // tl.cdiv(rows, BLOCK_ROWS))
+    first_row = row_block * BLOCK_ROWS
+    first_column = tl.program_id(1) * trips * BLOCK_COLUMNS
     row = first_row + tl.arange(0, BLOCK_ROWS)
-    part = tl.program_id(0) // chunks
+    part = tile // chunks
     span = group_size if SHARED else EXAMPLES * group_size
-    within = (tl.program_id(0) % chunks) * BLOCK_EXAMPLES + tl.arange(0, BLOCK_EXAMPLES)
+    within = (tile % chunks) * BLOCK_EXAMPLES + tl.arange(0, BLOCK_EXAMPLES)
     example = part * span + within
     known = (example < examples) & (within < span)
     if SHARED:
@@ -333,7 +334,7 @@ def product(
     else:
         word = part
         group = within // group_size
-        bit = (tl.program_id(0) % chunks) * BLOCK_EXAMPLES // group_size
+        bit = (tile % chunks) * BLOCK_EXAMPLES // group_size
         groups = tl.max(tl.where(known, group, 0), 0) - bit + 1
     OWN: tl.constexpr = BLOCK_EXAMPLES == EXAMPLES and group_size == 1
     z = tl.zeros([BLOCK_ROWS, BLOCK_EXAMPLES], tl.float32)
@@ -366,7 +367,7 @@ def product(
     place = example.to(tl.int64)[None, :] * rows + row[:, None]
     inside = known[None, :] & (row < rows)[:, None]
     if SPLIT:
-        z_ptr += tl.program_id(2).to(tl.int64) * examples * rows
+        z_ptr += tl.program_id(1).to(tl.int64) * examples * rows
         tl.store(z_ptr + place, z, mask=inside)
     else:
         _finish(z, bias_ptr, scale, before_ptr, z_ptr, place, inside, row, rows, ACTIVATION)
@@ -394,9 +395,9 @@ def merge(
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """z = activation(scale sum of the splits + bias). One program a block of rows of an example."""
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    place = tl.program_id(1).to(tl.int64) * rows + row
+    """z = activation(scale sum of the splits + bias). Grid: examples, blocks of rows."""
+    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    place = tl.program_id(0).to(tl.int64) * rows + row
     stride = examples.to(tl.int64) * rows
     z = tl.zeros([BLOCK], tl.float32)
     for split in range(bound(splits)):
@@ -424,10 +425,11 @@ def weight_gradient(
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ):
-    """dW[n, k] = scale sum_b m(b, n, k) dz[b, n] v[b, k]. Grid: blocks of outputs, blocks of inputs."""
+    """dW[n, k] = scale sum_b m(b, n, k) dz[b, n] v[b, k]. Grid: blocks of outputs times blocks of inputs."""
     seed = _seed(seed_ptr, seed)
-    output = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
-    call = tl.program_id(1) * (BLOCK_INPUTS // CALL) + tl.arange(0, BLOCK_INPUTS // CALL)
+    output_block, input_block = block_of_program(tl.cdiv(outputs, BLOCK_OUTPUTS))
+    output = output_block * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    call = input_block * (BLOCK_INPUTS // CALL) + tl.arange(0, BLOCK_INPUTS // CALL)
     input = call[:, None] * CALL + tl.arange(0, CALL)[None, :]
     dw = tl.zeros([BLOCK_OUTPUTS, BLOCK_INPUTS // CALL, CALL], tl.float32)
     for word in range(bound(words)):
@@ -487,11 +489,12 @@ def shared_weight_gradient(
     BLOCK_INPUTS: tl.constexpr,
     BLOCK_EXAMPLES: tl.constexpr,
 ):
-    """dW = scale sum of the groups' dz^T v, each under its mask. Grid: blocks of outputs, blocks of inputs."""
+    """dW = scale sum of the groups' dz^T v, each under its mask. Grid: blocks of outputs times blocks of inputs."""
     seed = _seed(seed_ptr, seed)
-    output = tl.program_id(0) * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
-    input = tl.program_id(1) * BLOCK_INPUTS + tl.arange(0, BLOCK_INPUTS)
-    call = tl.program_id(1) * (BLOCK_INPUTS // CALL) + tl.arange(0, BLOCK_INPUTS // CALL)
+    output_block, input_block = block_of_program(tl.cdiv(outputs, BLOCK_OUTPUTS))
+    output = output_block * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    input = input_block * BLOCK_INPUTS + tl.arange(0, BLOCK_INPUTS)
+    call = input_block * (BLOCK_INPUTS // CALL) + tl.arange(0, BLOCK_INPUTS // CALL)
     dw = tl.zeros([BLOCK_OUTPUTS, BLOCK_INPUTS], tl.float32)
     for group in range(bound(groups)):
         first = group * group_size
@@ -529,10 +532,10 @@ def mask_weights(
     BLOCK_OUTPUTS: tl.constexpr,
     BLOCK_INPUTS: tl.constexpr,
 ):
-    """W where ``group`` keeps the connection, else 0. Grid: blocks of outputs, blocks of inputs."""
+    """W where ``group`` keeps the connection, else 0. Grid: blocks of outputs times blocks of inputs."""
     draw = (_seed(seed_ptr, seed), offset, keep)
-    first_output = tl.program_id(0) * BLOCK_OUTPUTS
-    first_input = tl.program_id(1) * BLOCK_INPUTS
+    output_block, input_block = block_of_program(tl.cdiv(outputs, BLOCK_OUTPUTS))
+    first_output, first_input = output_block * BLOCK_OUTPUTS, input_block * BLOCK_INPUTS
     word, bit = _word_and_bit(group)
     w, lanes = _weights(
         w_ptr, first_output, first_input, word, bit, (outputs, inputs), draw,

@@ -33,7 +33,7 @@ from .fastmath import add, fma, mul, terms, total, upcast
 from .philox import lanes
 
 # Numbers that change from call to call: a kernel of its own for those that divide by 16 would gain nothing.
-NOT_SPECIALIZED = ("seed", "offset", "threshold", "tail")
+NOT_SPECIALIZED = ("seed_ptr", "seed", "offset", "threshold", "tail")
 
 
 @triton.jit
@@ -314,7 +314,7 @@ def backward_bias_columns(
     VECTOR: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """``backward`` for a bias that varies along the columns. Grid: (row programs, column blocks).
+    """``backward`` for a bias that varies along the columns. Grid: (column blocks, row programs).
 
     A program walks down its column block, one tile in every ``row programs``, and keeps the sum in registers.
     """
@@ -324,15 +324,15 @@ def backward_bias_columns(
     draw = (seed, offset, threshold)
     columns = _index(vectors, WIDE) * VECTOR
     shape = (rows, columns, mask_repeat, 1, bias_size)
-    first_column = _index(tl.program_id(1), WIDE) * BLOCK_COLUMNS
+    first_column = _index(tl.program_id(0), WIDE) * BLOCK_COLUMNS
     total = tl.zeros([BLOCK_COLUMNS], partial_ptr.dtype.element_ty)
-    first_row = _index(tl.program_id(0), WIDE) * BLOCK_ROWS
+    first_row = _index(tl.program_id(1), WIDE) * BLOCK_ROWS
     while first_row < rows:
         dx = _backward_tile(
             tensors, draw, scale, first_row, first_column, shape, columns,
             MASK, "columns", ACTIVATION, EVEN, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR,
         )  # fmt: skip
         total += tl.sum(dx, axis=0)
-        first_row += _index(tl.num_programs(0), WIDE) * BLOCK_ROWS
+        first_row += _index(tl.num_programs(1), WIDE) * BLOCK_ROWS
     column = first_column + tl.arange(0, BLOCK_COLUMNS)
-    tl.store(partial_ptr + tl.program_id(0).to(tl.int64) * columns + column, total, mask=column < columns)
+    tl.store(partial_ptr + tl.program_id(1).to(tl.int64) * columns + column, total, mask=column < columns)

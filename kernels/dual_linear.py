@@ -36,7 +36,7 @@ import triton.language as tl
 from . import activation
 from .fastmath import bound, sqrt, terms, upcast
 from .philox import row_normals, row_words
-from .tiles import plus_product, weight_tile
+from .tiles import block_of_program, plus_product, weight_tile
 
 GAUSSIAN = tl.constexpr(0)
 FLIPOUT = tl.constexpr(1)
@@ -47,7 +47,7 @@ SLOPE = tl.constexpr(3)  # of ``second_input``: q of the Gaussian's gradients
 # (IN), or an example and an output (OUT); the signs S to an output and an input, with no further step.
 IN = tl.constexpr(1)
 OUT = tl.constexpr(2)
-NOT_SPECIALIZED = ("seed", "offset")
+NOT_SPECIALIZED = ("seed_ptr", "seed", "offset")
 
 
 @triton.jit
@@ -173,12 +173,13 @@ def product(
     BLOCK_COLUMNS: tl.constexpr,
     BLOCK_EXAMPLES: tl.constexpr,
 ):
-    """z, or TRANSPOSED dv. Grid: blocks of examples (the axis that may be long), blocks of rows."""
+    """z, or TRANSPOSED dv. Grid: blocks of examples times blocks of rows."""
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    first_row = tl.program_id(1) * BLOCK_ROWS
+    example_block, row_block = block_of_program(tl.cdiv(examples, BLOCK_EXAMPLES))
+    first_row = row_block * BLOCK_ROWS
     row = first_row + tl.arange(0, BLOCK_ROWS)
-    example = tl.program_id(0) * BLOCK_EXAMPLES + tl.arange(0, BLOCK_EXAMPLES)
+    example = example_block * BLOCK_EXAMPLES + tl.arange(0, BLOCK_EXAMPLES)
     known = example < examples
     a = tl.zeros([BLOCK_ROWS, BLOCK_EXAMPLES], tl.float32)
     b = tl.zeros([BLOCK_ROWS, BLOCK_EXAMPLES], tl.float32)
@@ -257,11 +258,11 @@ def weight_gradient(
     BLOCK_INPUTS: tl.constexpr,
     BLOCK_EXAMPLES: tl.constexpr,
 ):
-    """dW of GAUSSIAN and FLIPOUT. Grid: blocks of outputs, blocks of inputs."""
+    """dW of GAUSSIAN and FLIPOUT. Grid: blocks of outputs times blocks of inputs."""
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    first_output = tl.program_id(0) * BLOCK_OUTPUTS
-    first_input = tl.program_id(1) * BLOCK_INPUTS
+    output_block, input_block = block_of_program(tl.cdiv(outputs, BLOCK_OUTPUTS))
+    first_output, first_input = output_block * BLOCK_OUTPUTS, input_block * BLOCK_INPUTS
     output = first_output + tl.arange(0, BLOCK_OUTPUTS)
     input = first_input + tl.arange(0, BLOCK_INPUTS)
     a = tl.zeros([BLOCK_OUTPUTS, BLOCK_INPUTS], tl.float32)

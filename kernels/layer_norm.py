@@ -39,7 +39,7 @@ from .philox import lanes
 
 # Numbers that change from call to call. The rows start on 16 bytes without a kernel of their own: columns are
 # written as vectors * VECTOR.
-NOT_SPECIALIZED = ("seed", "offset", "threshold", "rows", "vectors")
+NOT_SPECIALIZED = ("seed_ptr", "seed", "offset", "threshold", "rows", "vectors")
 
 
 @triton.jit
@@ -449,14 +449,14 @@ def backward_columns(
     ACTIVATION: tl.constexpr, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """The sums of ``backward`` alone, a block of columns a program; grid: (row programs, column blocks)."""
+    """The sums of ``backward`` alone, a block of columns a program; grid: (column blocks, row programs)."""
     shape = (rows, _index(vectors, WIDE) * VECTOR)
-    first_column = _index(tl.program_id(1), WIDE) * BLOCK_COLUMNS
+    first_column = _index(tl.program_id(0), WIDE) * BLOCK_COLUMNS
     dweight = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], statistics_ptr.dtype.element_ty)
     dbias = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], statistics_ptr.dtype.element_ty)
     _, _, _, in_columns = _tile(0, first_column, shape, True, EVEN_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
     parameters = _parameters(weight_ptr, bias_ptr, first_column, in_columns, statistics_ptr, BLOCK_COLUMNS)
-    first_row = _index(tl.program_id(0), WIDE) * BLOCK_ROWS
+    first_row = _index(tl.program_id(1), WIDE) * BLOCK_ROWS
     while first_row < rows:
         first, element, in_rows, in_columns = _tile(
             first_row, first_column, shape, EVEN_ROWS, EVEN_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS
@@ -467,9 +467,9 @@ def backward_columns(
         g = _gradient(xhat, parameters, (dy_ptr, residual_ptr), first, element, inside, ACTIVATION)
         dweight = fma(g, xhat, dweight)
         dbias = add(dbias, g)
-        first_row += _index(tl.num_programs(0), WIDE) * BLOCK_ROWS
+        first_row += _index(tl.num_programs(1), WIDE) * BLOCK_ROWS
     column = first_column + tl.arange(0, BLOCK_COLUMNS)
-    partial = tl.program_id(0).to(tl.int64) * shape[1] + column
+    partial = tl.program_id(1).to(tl.int64) * shape[1] + column
     if dweight_ptr is not None:
         tl.store(dweight_ptr + partial, tl.sum(dweight, 0), mask=column < shape[1])
     if dbias_ptr is not None:
@@ -485,10 +485,11 @@ def sum_partials(
     columns,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
+    WIDE: tl.constexpr,  # 64-bit indices, for 2^31 partial sums and more
 ):
     """In a fixed order, and written in the dtype of the parameter. Grid: (column blocks, 1 or 2)."""
-    column = tl.program_id(0) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
-    row = tl.arange(0, BLOCK_ROWS)[:, None]
+    column = _index(tl.program_id(0), WIDE) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
+    row = _index(tl.arange(0, BLOCK_ROWS)[:, None], WIDE)
     partial_ptr += tl.program_id(1).to(tl.int64) * programs * columns
     total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], partial_ptr.dtype.element_ty)
     first_row = tl.full([], 0, tl.int32)

@@ -49,7 +49,7 @@ def _tile(
 
 
 # Numbers that change from call to call: a kernel of its own for those that divide by 16 would gain nothing.
-@triton.jit(do_not_specialize=("seed", "offset", "vectors", "tail"))
+@triton.jit(do_not_specialize=("seed_ptr", "seed", "offset", "vectors", "tail"))
 def add_noise(
     x_ptr,  # fp64, fp32, fp16 or bf16 [elements]: a dense tensor in memory order
     y_ptr,  # the same dtype [elements]; may be x_ptr

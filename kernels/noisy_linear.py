@@ -24,7 +24,7 @@ from . import activation
 from .fastmath import bound, upcast
 from .philox import row_normals
 
-NOT_SPECIALIZED = ("seed", "offset")
+NOT_SPECIALIZED = ("seed_ptr", "seed", "offset")
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)

@@ -7,6 +7,14 @@ from .fastmath import INTERPRETED, upcast
 
 
 @triton.jit
+def block_of_program(first_blocks):
+    """Which block of the first axis and of the second this program has, of a grid that is both axes in one dimension:
+    CUDA's second dimension ends at 65,535."""
+    second = tl.program_id(0) // first_blocks
+    return tl.program_id(0) - second * first_blocks, second
+
+
+@triton.jit
 def weight_tile(
     w_ptr, first_row, first_column, rows, columns,
     TRANSPOSED: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

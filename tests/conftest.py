@@ -9,6 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported: before fastreg is
 
+from pretended_gpu import gpu, needs_compiler  # noqa: F401
+
 from fastreg.ops import backend as _backend
 from fastreg.ops import bulk
 from fastreg.ops.fused import ACTIVATIONS
@@ -94,11 +96,29 @@ def _same_start() -> None:
     torch.manual_seed(0)
 
 
+def pytest_make_parametrize_id(config, val, argname) -> None:
+    """Names of tests are the same in every process, or pytest-xdist ends: bytes, as of gzip, may hold the time."""
+    if isinstance(val, bytes):
+        raise TypeError(f"{argname} is bytes, which may differ from process to process: give the test an id")
+
+
+@pytest.fixture(autouse=True)
+def _kernels_of_any_size(request, monkeypatch) -> None:
+    """On a GPU small plain tensors go to ATen, and tests of kernels, which are small, force them."""
+    if "as_users" not in request.fixturenames:
+        monkeypatch.setattr(_backend, "worth_a_launch", lambda x, least: True)
+
+
+@pytest.fixture
+def as_users() -> None:
+    """Dispatch as users have it."""
+
+
 # Thousands of cases, minutes on the interpreter: by default these run on ATen, and with ``-m slow`` on the kernels.
 # Tests marked ``sampled`` choose themselves which of their cases run on the kernels in every run.
 _SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py")
 # Tests of some ten seconds each, which compile or start processes: first, so that none is left for the end.
-_LONG = ("test_inspect.py", "test_compiled.py", "test_training.py", "test_bench.py")
+_LONG = ("test_gpu_host.py", "test_inspect.py", "test_compiled.py", "test_training.py", "test_bench.py")
 
 
 @pytest.hookimpl(tryfirst=True)

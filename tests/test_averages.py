@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -298,6 +299,241 @@ def test_bad_improved():
         best.update(1.0)
 
 
+# --- models that change -----------------------------------------------------------------------------------
+
+
+def untied(model):
+    model.second.weight = nn.Parameter(model.second.weight.detach().clone())
+
+
+def tied(model):
+    model.first.bias = model.second.bias
+
+
+def added(model):
+    model.register_parameter("more", nn.Parameter(torch.zeros(2)))
+
+
+def without_a_bias(model):
+    model.second.bias = None
+
+
+def without_a_buffer(model):
+    del model.mask
+
+
+def renamed(model):
+    model.norm._buffers["mean"] = model.norm._buffers.pop("running_mean")
+
+
+def with_weight_norm(model):
+    nn.utils.parametrizations.weight_norm(model.conv)
+
+
+def with_more_modules(model):
+    model.third = nn.Linear(2, 2)
+
+
+def wrapped(model):
+    model.conv = nn.Sequential(model.conv)
+
+
+RESTRUCTURED = {  # and a tensor that the error has to name
+    untied: "second.weight",
+    tied: "second.bias",
+    added: "more",
+    without_a_bias: "second.bias",
+    without_a_buffer: "mask",
+    renamed: "norm.running_mean",
+    with_weight_norm: "conv.weight",
+    with_more_modules: "third.weight",
+    wrapped: "conv.0.weight",
+}
+
+
+def view_of_a_larger_store(model):
+    """The memory behind it is not of the parameter."""
+    with torch.no_grad():
+        model.first.bias = nn.Parameter(torch.arange(100.0, device=model.long.device)[2:5])
+
+
+def as_data(model):
+    """The same object, at the same address."""
+    model.first.bias.data = model.first.bias.data[:3]
+
+
+def broadcastable(*shape):
+    def change(model):
+        model.conv.weight = nn.Parameter(torch.ones(shape, device=model.long.device))
+
+    change.__name__ = f"broadcastable_{shape}"
+    return change
+
+
+def integers(model):
+    model.norm.running_mean = torch.ones(5, dtype=torch.int64, device=model.long.device)
+    model.norm.num_batches_tracked = model.norm.num_batches_tracked.double() + 0.5
+
+
+def on_meta(model):
+    model.long = nn.Parameter(torch.empty(4100, device="meta"))
+
+
+RESHAPED = {
+    view_of_a_larger_store: "first.bias",
+    as_data: "first.bias",
+    broadcastable(2, 3, 1, 3): "conv.weight",
+    broadcastable(3, 3, 3): "conv.weight",
+    broadcastable(): "conv.weight",
+    integers: "norm.num_batches_tracked",
+    on_meta: "long",
+}
+UPDATES = {
+    "average": (lambda model: ExponentialMovingAverage(model, 0.5), lambda ema: ema.update()),
+    "applied": (lambda model: ExponentialMovingAverage(model, 0.5), lambda ema: ema.applied().__enter__()),
+    "flag": (
+        BestWeights,
+        lambda best: best.update(torch.ones((), dtype=torch.bool, device=best.model.long.device)),
+    ),
+    "bool": (BestWeights, lambda best: best.update(True)),
+    "restore": (BestWeights, lambda best: best.restore()),
+    "copy_to": (
+        lambda model: BestWeights(Net().to(model.long.device)),
+        lambda best: best.copy_to(best.changed),
+    ),
+}
+
+
+@pytest.mark.parametrize("update", UPDATES)
+@pytest.mark.parametrize("change", [*RESTRUCTURED, *RESHAPED], ids=lambda change: change.__name__)
+def test_a_model_that_no_longer_fits_is_named_before_anything_is_written(change, update, path, device):
+    model = Net().to(device)
+    make, run = UPDATES[update]
+    kept = make(model)
+    if update not in ("restore", "copy_to"):
+        run(kept)  # what it remembers of the model does not hide the change
+    change(model)
+    if change is integers and update in ("restore", "copy_to"):
+        with torch.no_grad():  # it is integers that fractions do not go into
+            model.norm.num_batches_tracked.add_(1)
+    kept.changed = model
+    before, mine = values(model), {name: x.clone() for name, x in kept.tensors.items()}
+    name = {**RESTRUCTURED, **RESHAPED}[change]
+    name = "norm.running_mean" if change is integers and update in ("restore", "copy_to", "applied") else name
+    for _ in range(2):
+        with pytest.raises(ValueError, match=name.replace(".", r"\.")):
+            run(kept)
+    assert_same(kept.tensors, mine)
+    if change is not on_meta:
+        assert_same(values(model), before)
+    assert getattr(kept, "updates", 1) == 1 or update == "applied"
+
+
+def loaded(model):
+    """With ``assign=True``, which unties weights."""
+    state = {name: x.clone() for name, x in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    model.second.weight = model.first.weight
+
+
+def with_another_module(model):
+    model.norm = nn.BatchNorm1d(5, device=model.long.device)
+    nn.init.normal_(model.norm.weight)
+
+
+def in_bf16(model):
+    model.bfloat16()
+
+
+def in_double(model):
+    model.double()
+
+
+def with_other_strides(model):
+    """The same object at the same address, in another order."""
+    model.square.data = model.square.data.t()
+
+
+def resized_and_back(model):
+    memory = model.first.bias.data
+    model.first.bias.data = torch.randn(5, device=memory.device)
+    model.first.bias.data = memory
+
+
+@pytest.mark.parametrize(
+    "change",
+    [loaded, with_another_module, in_bf16, in_double, with_other_strides, resized_and_back],
+    ids=lambda change: change.__name__,
+)
+def test_a_model_that_still_fits_is_followed(change, path, device):
+    model = Net().to(device)
+    model.square = nn.Parameter(torch.randn(6, 6, device=device))
+    ema, best = ExponentialMovingAverage(model, 0.0), BestWeights(model)
+    for _ in range(2):
+        disturb(model)
+        ema.update()
+        best.update(torch.tensor(True, device=device))
+        change(model)
+        disturb(model)
+        ema.update()
+        best.update(torch.tensor(True, device=device))
+        for name, x in values(model).items():
+            assert torch.equal(best.tensors[name], x.to(best.tensors[name].dtype)), name
+            # a + (p - a) is rounded twice, at the size of a
+            assert_close(ema.tensors[name], x.to(ema.tensors[name].dtype), rtol=1e-6, atol=1e-6)
+    last = values(model)
+    disturb(model)
+    best.restore()
+    assert_same(values(model), {name: x.to(best.tensors[name].dtype).to(x.dtype) for name, x in last.items()})
+
+
+def test_what_is_replaced_while_averages_are_applied_gets_its_weights_back(device):
+    model = Net().to(device)
+    ema = ExponentialMovingAverage(model, 0.5)
+    disturb(model)
+    before = values(model)
+    with ema.applied():
+        loaded(model)
+    assert_same(values(model), before)
+
+
+@pytest.mark.parametrize(
+    "shapes", [((3, 3), (2, 3)), ((3, 3), (3,)), ((3, 3), (1, 3)), ((4,), (2, 2))], ids=str
+)
+def test_lists_of_other_shapes_are_refused_before_anything_is_written(shapes, path, device):
+    store = torch.ones(100, device=device)
+    current = [torch.ones(2, device=device), store[: torch.Size(shapes[1]).numel()].view(shapes[1])]
+    averages = [torch.zeros(2, device=device), torch.zeros(shapes[0], device=device)]
+    for update in (
+        lambda: get_ema_multi_avg_fn(0.5)(averages, current, None),
+        lambda: copy_if_(averages, current, torch.tensor(True, device=device)),
+    ):
+        with pytest.raises(ValueError, match="tensor 1"):
+            update()
+        assert not any(x.any() for x in averages)
+
+
+def test_a_state_that_does_not_fit_is_refused_before_anything_is_written(path, device):
+    model = Net().to(device)
+    ema = ExponentialMovingAverage(model, 0.5)
+    disturb(model)
+    state = ExponentialMovingAverage(model, 0.25).state_dict()
+    mine = {name: x.clone() for name, x in ema.tensors.items()}
+    tensors = state["tensors"]
+    for broken in (
+        {**state, "tensors": {**tensors, "flags": torch.ones(1, dtype=torch.bool)}},
+        {**state, "tensors": {**tensors, "flags": torch.ones(2)}},
+        {**state, "tensors": {**tensors, "flags": torch.ones(2, dtype=torch.bool, device="meta")}},
+    ):
+        with pytest.raises(ValueError, match="flags"):
+            ema.load_state_dict(broken)
+        assert_same(ema.tensors, mine)
+    with pytest.raises(KeyError, match="updates"):
+        ema.load_state_dict({key: value for key, value in state.items() if key != "updates"})
+    assert_same(ema.tensors, mine)
+    assert ema.decay == 0.5
+
+
 # --- parameters in pieces ---------------------------------------------------------------------------------
 
 
@@ -327,6 +563,39 @@ def test_pieces_make_up_the_whole(processes, path):
         assert len(found) == 4
         for name, (x, y) in found.items():
             assert torch.equal(x, y), name
+
+
+def job_other_pieces(rank: int, world: int):
+    mesh = init_device_mesh("cpu", (world,))
+
+    def spread(model, dim):
+        for name, p in list(model.named_parameters()):
+            whole = p.full_tensor() if hasattr(p, "full_tensor") else p
+            placements = [Shard(dim if p.dim() > 1 else 0)]
+            setattr(model, name, nn.Parameter(distribute_tensor(whole.detach(), mesh, placements)))
+
+    found = []
+    for first in (None, 0):
+        model = nn.Linear(4, 4)
+        if first is not None:
+            spread(model, first)
+        kept = ExponentialMovingAverage(model, 0.5), BestWeights(model)
+        before = [x.clone() for one in kept for x in one.tensors.values()]
+        spread(model, 1)
+        for update in (kept[0].update, partial(kept[1].update, torch.tensor(True))):
+            try:
+                update()
+            except ValueError as error:
+                found.append(str(error))
+        after = [x for one in kept for x in one.tensors.values()]
+        found.append(all(torch.equal(x, y) for x, y in zip(before, after, strict=True)))
+    return found
+
+
+def test_other_pieces_are_refused(processes, path):
+    """Pieces of (4, 4) along another dimension have another shape, or the same one and other elements."""
+    for found in processes(2)(job_other_pieces, path, 2):
+        assert [x if x is True else "weight" in x for x in found] == [True] * 6
 
 
 def test_public_names():

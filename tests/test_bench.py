@@ -631,10 +631,24 @@ def test_readme_without_gpu_shows_predictions_as_predictions(tmp_path):
 
 
 def test_predictions_are_drawn(tmp_path):
-    prediction = {"gpu": "H100", "memory_ps": 2, "issue_ps": 1}
+    prediction = {"gpu": "H100", "headroom": 2.0}
     kernels = [{"family": "dropout", "kernel": "a", "headline": True, "predictions": [prediction]}]
     report.draw_predictions({"reports": kernels}, tmp_path / "static.png")
     assert (tmp_path / "static.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_leaves_a_readme_alone_that_it_is_not_given(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "bench/results")
+    (tmp_path / "bench/results").mkdir(parents=True)
+    readme = tmp_path / "README.md"
+    text = f"{report.BEGIN}\nmine\n{report.END}\n"
+    readme.write_text(text)
+    runner = CliRunner()
+    assert runner.invoke(command.app, ["report", "--results", str(tmp_path / "bench/results")]).exit_code == 0
+    assert readme.read_text() == text
+    assert runner.invoke(command.app, ["report", "--readme", str(readme)]).exit_code == 0
+    assert "mine" not in readme.read_text()
 
 
 def test_readme_needs_its_markers():

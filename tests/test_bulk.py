@@ -55,6 +55,15 @@ def test_addresses(way):
     assert bulk.addresses([], True).tolist() == []
 
 
+def test_addresses_in_dicts_are_those_of_their_last_tensors(way):
+    x, y = torch.ones(5), nn.Parameter(torch.ones(4))
+    dicts = [{"a": y, "b": x, "c": 1.0}, {}, {"a": None}, 7, {"own": x.as_subclass(WithOwn)}, {"y": y}]
+    expected = [x.data_ptr(), -1, -1, -1, -1, y.data_ptr()]
+    for known in (False, True):
+        assert bulk.addresses([], known, dicts).tolist() == expected
+        assert bulk.addresses([y, None], known, iter(dicts)).tolist() == [y.data_ptr(), -1, *expected]
+
+
 def test_a_tensor_that_lies_nowhere_is_an_error(way):
     """And no end of the process, as in C: so the first question is Python's."""
     with pytest.raises(RuntimeError, match=r"data pointer|storage"):
@@ -156,6 +165,46 @@ def test_what_is_remembered_is_bounded_and_holds_no_tensor(way, remembered):
     end = weakref.ref(lists[0])
     del lists
     assert end() is None
+
+
+@pytest.fixture(params=["guards", "python"])
+def kinds(request, monkeypatch) -> str:
+    """How kinds are compared: by torch's guards, or where there are none."""
+    if request.param == "python":
+        monkeypatch.delattr(torch._C._dynamo.guards, "TensorGuards")
+    return request.param
+
+
+def test_kinds_are_types_dtypes_devices_sizes_and_strides(kinds):
+    def tensors():
+        return [torch.ones(2, 3), nn.Parameter(torch.ones(4)), torch.ones(2, 2)]
+
+    known = bulk.kinds_of(tensors())
+    assert known.check(*tensors())
+    for place, other in (
+        (0, torch.ones(2, 3, dtype=torch.float64)),
+        (0, torch.ones(2, 3, device="meta")),
+        (0, torch.ones(3, 2).t()),
+        (0, torch.ones(2, 4)),
+        (0, torch.ones(6)),
+        (1, torch.ones(4)),
+    ):
+        others = tensors()
+        others[place] = other
+        assert not known.check(*others)
+
+
+def test_another_shape_or_layout_at_the_same_address_is_another_tensor(way, kinds, remembered):
+    x = torch.ones(4, 4)
+    for data in (x.data, x.data[:2], x.data.view(2, 8)[0].view(2, 4), x.data.t()):
+        x.data = data
+        assert remembered([x]) == remembered([x]) == [data.shape]
+    assert len(remembered.calls) == 3
+    x.data = torch.ones(4, 4).t()
+    remembered([x])
+    x.data = x.data.t()
+    remembered([x])
+    assert len(remembered.calls) == 5
 
 
 def test_sparse_tensors_lie_nowhere_and_are_not_remembered(way, remembered):

@@ -183,6 +183,36 @@ def test_units_kept_in_registers_and_read_twice(
     assert [tiles > 0 for tiles in tiles_kept] == [form == "kept"] * 2
 
 
+def test_group_norm_with_a_bias_alone(path, device):
+    """torch up to 2.13 fails in its backward pass on the CPU: a tensor that is not there."""
+    x = torch.randn(3, 6, 5, dtype=torch.float64, device=device, requires_grad=True)
+    bias = torch.randn(6, dtype=torch.float64, device=device, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, bias: F.group_norm(x, 2, None, bias), (x, bias))
+
+
+# Batches of three and of five full tiles: kernels are compiled for four and for eight, and those behind are empty.
+EMPTY_TILES = [
+    ((48, 64), torch.float32, "contiguous"),
+    ((96, 64), torch.bfloat16, "contiguous"),
+    ((160, 64), torch.bfloat16, "contiguous"),
+    ((80, 64), torch.float16, "contiguous"),
+    ((8, 64, 3, 2), torch.float32, "channels_last"),
+    ((3, 512), torch.float32, "contiguous"),
+]
+
+
+@pytest.mark.parametrize(("shape", "dtype", "layout"), EMPTY_TILES, ids=str)
+@pytest.mark.parametrize("fused", [(None, False), ("relu", True)], ids=str)
+def test_tiles_behind_the_batch(device, tiles_kept, shape, dtype, layout, fused):
+    activation, residual = fused
+    check(
+        shape, batch, exact(None), dtype=dtype, layout=layout, activation=activation, residual=residual,
+        device=device,
+    )  # fmt: skip
+    assert tiles_kept
+    assert all(tiles in (2, 4, 8, 16) for tiles in tiles_kept)
+
+
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_x_read_again_where_registers_hold_the_gradient_alone(device, monkeypatch, activation, layout):

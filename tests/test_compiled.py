@@ -18,12 +18,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+
+from compile_only import stages  # noqa: E402
 
 import fastreg.functional as F  # noqa: E402
 from fastreg import ops, optim, penalties  # noqa: E402
 from fastreg.averages import ExponentialMovingAverage  # noqa: E402
-from fastreg.bench.sass import Kernel, Program, _specialization, compile_for, one_sided_sums  # noqa: E402
+from fastreg.bench.sass import Kernel, Program, compile_for, one_sided_sums  # noqa: E402
 from fastreg.ops import backend  # noqa: E402
 from fastreg.ops.fused import ACTIVATIONS  # noqa: E402
 
@@ -169,21 +171,7 @@ def launched(operations: Iterable[Operation]) -> dict[str, Kernel]:
 
 
 def front_end(kernel: Kernel) -> str:
-    """The kernel as the compiler sees it first, before it has folded a constant."""
-    from triton._C.libtriton import ir
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-    from triton.compiler.compiler import make_backend
-
-    target = GPUTarget("cuda", 90, 32)
-    compiler = make_backend(target)
-    options = compiler.parse_options({"num_warps": kernel.num_warps})
-    context = ir.context()
-    ir.load_dialects(context)
-    compiler.load_dialects(context)
-    functions, modules = compiler.get_codegen_implementation(options), compiler.get_module_map()
-    source = ASTSource(**_specialization(kernel))
-    return str(source.make_ir(target, options, functions, modules, context))
+    return str(next(stages(kernel)))
 
 
 _FUNCTION = re.compile(r'(?:private|public) @"?(?:fastreg\.kernels\.)?([\w.]+?)(?:__|\(|")')

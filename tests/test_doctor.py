@@ -1,7 +1,9 @@
 """``fastreg doctor`` says what is there and never crashes, whatever is missing or broken."""
 
+import re
 import subprocess
 import sys
+from importlib import metadata
 from types import SimpleNamespace
 
 import pytest
@@ -92,10 +94,20 @@ def test_only_a_missing_or_old_torch_is_a_failure(pretend, torch, capsys):
     assert "pip install 'torch>=2.11'" in capsys.readouterr().out
 
 
-def test_newer_torch_is_said_to_be_untested(pretend):
-    pretend(torch=fake_torch("2.15.0"))
-    assert "newer than what is tested (2.11 to 2.13)" in text()
+def test_newer_releases_are_said_to_be_untested(pretend):
+    pretend(torch=fake_torch("2.16.0"), triton=fake_triton("3.10.0"))
+    assert "2.16.0, newer than what is tested (2.11 to 2.15)" in text()
+    assert "3.10.0, newer than what is tested (3.6 to 3.9)" in text()
+    assert "if it fails: pip install 'torch==2.15.*'" in text()
+    assert "if it fails: pip install 'triton==3.9.*'" in text()
     assert not module.examine().broken
+
+
+def test_what_is_tested_is_what_the_metadata_admit():
+    for name, (oldest, (major, minor)) in (("torch", module.TORCH), ("triton", module.TRITON)):
+        bounds = {f">={oldest[0]}.{oldest[1]}", f"<{major}.{minor + 1}"}
+        (required,) = (r.split(";")[0] for r in metadata.requires("fastreg") if re.match(rf"{name}\b", r))
+        assert set(required.strip().removeprefix(name).split(",")) == bounds
 
 
 def test_a_driver_with_a_cpu_torch(pretend):

@@ -622,6 +622,16 @@ def test_command_can_take_headlines_only(command):
     assert "clean" in command("--headline").output
 
 
+@pytest.mark.parametrize(("columns", "arguments"), [("80", []), ("80", ["--wide"]), ("200", [])])
+def test_command_fits_the_terminal(command, monkeypatch, columns, arguments):
+    monkeypatch.setenv("COLUMNS", columns)
+    lines = command("--kernel", "clean", *arguments).output.splitlines()
+    wide = columns == "200" or bool(arguments)
+    assert max(map(len, lines)) <= (160 if wide else 80)
+    assert any("imad" in line for line in lines) == wide
+    assert any("room" in line for line in lines)
+
+
 @pytest.mark.parametrize("arguments", ["--target 70", "--family cake", "--kernel cake", "--sass"])
 def test_command_explains_a_wrong_choice_in_one_line(command, arguments):
     result = command(*arguments.split())

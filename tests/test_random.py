@@ -6,7 +6,6 @@ Every statistical test computes p-values and hands them to ``assert_plausible``,
 import itertools
 import math
 import struct
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from scipy import stats
 
 from fastreg import functional, random
 from fastreg.kernels import philox
+from fastreg.ops import backend
 from fastreg.random import LANE_VALUES, Stream
 
 ALPHA = 1e-4
@@ -787,106 +787,25 @@ def test_seed_and_generator(device):
         functional.dropout(torch.ones(3, device=device), seed=1, generator=torch.Generator(device))
 
 
-class CountingGenerator:
-    """What the library may ask of a CUDA generator, on the host: a seed and an offset."""
-
-    def __init__(self, seed: int, offset: int = 0):
-        self.seed, self.offset = seed, offset
-
-    def initial_seed(self) -> int:
-        return self.seed
-
-    def get_offset(self) -> int:
-        return self.offset
-
-    def set_offset(self, offset: int) -> None:
-        assert offset % 4 == 0, "torch refuses offsets that are no multiple of 4"
-        self.offset = offset
-
-
-@pytest.fixture
-def cuda(monkeypatch):
-    """The host side of two CUDA devices, of which the second is current: no CUDA call is made."""
-    fake = SimpleNamespace(generators=(CountingGenerator(1234), CountingGenerator(1234)), capturing=False)
-    monkeypatch.setattr(torch.cuda, "default_generators", fake.generators)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: fake.capturing)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
-    return fake
-
-
-def test_cuda_stream_counts_on_the_host(cuda):
-    drawn = [random.stream(torch.device("cuda", 0)) for _ in range(4)]
-    assert [stream.offset for stream in drawn] == [0, 4, 8, 12]
-    assert len({stream.seed for stream in drawn}) == 1
-    assert [generator.offset for generator in cuda.generators] == [16, 0]
-
-
-def test_cuda_stream_of_the_current_device(cuda):
-    random.stream(torch.device("cuda"))
-    assert [generator.offset for generator in cuda.generators] == [0, 4]
-
-
-def test_cuda_stream_of_an_explicit_generator(cuda):
-    generator = CountingGenerator(5, 2**40)
-    assert random.stream(torch.device("cuda", 0), generator=generator).offset == 2**40
-    assert generator.offset == 2**40 + 4
-    assert [generator.offset for generator in cuda.generators] == [0, 0]
-
-
-@pytest.mark.parametrize("seed", [0, 1, 1234, 2**63 - 1, 2**63, 2**64 - 1, 67280421310721])
-def test_cuda_key(cuda, seed):
-    """A signed number of 64 bits that is not torch's own key, and another for every seed."""
-    cuda.generators[0].seed = seed
-    key = random.stream(torch.device("cuda", 0)).seed
-    assert type(key) is int
-    assert -(2**63) <= key < 2**63
-    assert key % 2**64 != seed % 2**64
-    cuda.generators[0].seed = seed ^ 1
-    assert random.stream(torch.device("cuda", 0)).seed != key
-
-
-def test_cuda_seed_and_offset_reproduce(cuda):
-    """What checkpointing restores: the generator's state."""
-    generator = cuda.generators[0]
-    first = random.stream(torch.device("cuda", 0))
-    generator.set_offset(0)
-    assert random.stream(torch.device("cuda", 0)) == first
-
-
-def test_explicit_seed_does_not_advance_cuda(cuda):
-    assert random.stream(torch.device("cuda", 0), 7) == Stream(7)
-    assert cuda.generators[0].offset == 0
-
-
-def test_seed_stays_on_the_device_in_a_captured_graph(cuda):
-    """A replay has to draw anew, so the seed is a tensor that a kernel of the graph fills."""
-    cuda.capturing = True
-    stream = random.stream(torch.device("cpu"))  # where torch.randint can run
-    assert isinstance(stream.seed, torch.Tensor)
-    assert stream.seed.dtype == torch.int64
-    assert stream.seed.shape == (1,)
-    assert stream.offset == 0
-    assert cuda.generators[0].offset == 0
-    assert int(random.stream(torch.device("cpu")).seed) != int(stream.seed)
-
-
-def test_seed_drawn_in_a_captured_graph_comes_from_the_generator(cuda, monkeypatch):
-    """On a CUDA device nothing is counted on the host: it would be the same at every replay."""
-    cuda.capturing = True
-    asked = {}
-
-    def randint(low, high, size, **where):
-        asked.update(where, low=low, high=high, size=size)
-        return torch.zeros(size, dtype=torch.int64)
-
-    monkeypatch.setattr(torch, "randint", randint)
-    generator = CountingGenerator(1)
-    assert isinstance(random.stream(torch.device("cuda", 0), generator=generator).seed, torch.Tensor)
-    assert asked["device"] == torch.device("cuda", 0)
-    assert asked["generator"] is generator
-    assert (asked["low"], asked["high"], asked["size"]) == (0, 2**63 - 1, (1,))
-    assert generator.offset == 0
+@pytest.mark.skipif(not backend.INTERPRETED, reason="needs kernels that run on the host")
+@pytest.mark.parametrize("shape", [(300,), (6, 50)])
+def test_replays_of_a_graph_draw_new_masks_and_their_backward_follows(gpu, shape):
+    """On CUDA's side of the host code (``tests/gpu_host/test_streams.py``), with kernels that are interpreted."""
+    x = torch.ones(shape, device="cuda", requires_grad=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        h = functional.dropout(x, 0.5, activation="relu")
+        y = functional.dropout(h, 0.5, bias=torch.ones(shape[-1], device="cuda"))
+        (dh,) = torch.autograd.grad(y, h, torch.ones_like(y), retain_graph=True)
+        (dx,) = torch.autograd.grad(h, x, torch.ones_like(h))
+    masks = []
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(dx != 0, h != 0)
+        assert torch.equal(dh != 0, y != 0)
+        masks += [(h != 0).cpu(), (y != 0).cpu()]
+    assert len({tuple(mask.flatten().tolist()) for mask in masks}) == 6
+    assert all(0.3 < mask.double().mean() < 0.7 for mask in masks)
 
 
 def test_seed_stays_on_the_device_when_compiled(monkeypatch):

@@ -2,9 +2,12 @@
 
 import copy
 import dataclasses
+import functools
 import gzip
+import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,12 +22,14 @@ from torch import nn
 pytest.importorskip("typer")
 pytest.importorskip("sklearn")
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 import fastreg.nn as fnn
 import fastreg.optim
 from fastreg.training import data, regularizers
 from fastreg.training.command import train
+from fastreg.training.display import Display
 from fastreg.training.errors import DivergedError, InputError
 from fastreg.training.loop import Trial
 from fastreg.training.models import MODELS
@@ -104,6 +109,10 @@ def test_idx_files_are_read_plain_and_gzipped(tmp_path, pack):
         (gzip.compress(idx_bytes(IMAGES))[:500], "truncated: expected 1216 bytes, found .* gzip stream"),
         (gzip.compress(idx_bytes(IMAGES))[:-8], "truncated: expected 1216 bytes, found 1216 before its gzip"),
         (gzip.compress(idx_bytes(IMAGES))[:-8] + bytes(8), "cannot be read: CRC check failed"),
+    ],
+    ids=[
+        *("short", "short header", "empty", "long", "labels", "no idx"),
+        *("gzip, short", "gzip, without its sum", "gzip, another sum"),
     ],
 )
 def test_damaged_idx_files_are_named(tmp_path, content, message):
@@ -655,6 +664,7 @@ BAD_INPUT = {
     "strange device": (["--device", "meta"], "'meta' is not a device to train on"),
     "no such GPU": (["--device", "cuda:99"], "device 'cuda:99' is not there"),
     "file for a folder": (["--out", "cut/train-labels-idx1-ubyte/run"], "is not a folder"),
+    "folder that cannot be made": (["--out", "/proc/run"], "cannot write to /proc/run"),
 }
 
 
@@ -672,6 +682,32 @@ def test_bad_input_gives_one_line_and_writes_nothing(tmp_path, monkeypatch, name
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# The display ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_bars_move_within_an_epoch_and_fit_the_terminal(monkeypatch, width):
+    terminal = functools.partial(Console, width=width, force_terminal=True, file=io.StringIO())
+    monkeypatch.setattr("fastreg.training.display.Console", terminal)
+    settings = quick_settings(compare=("none", "dropout+batchnorm"), epochs=3, seeds=2)
+    display = Display(settings)
+    display.begin("dropout+batchnorm, seed 1", "dropout+batchnorm", 3)
+    display.step(0.5)
+    assert display.bars.tasks[display.tasks["dropout+batchnorm"]].completed == 3.5
+    assert display.bars.tasks[display.run].completed == 3.5
+    assert display.bars.tasks[display.run].total == 12
+    display.step(1)
+    display.epoch({"epoch": 1, "step_loss": 0.5, "validation_error": 12.345, "seconds": 1.0})
+    display.step(0.5)
+    display.console.print(display.bars.get_renderable())
+    shown = [re.sub(r"\x1b\[[0-9;]*m", "", line) for line in display.console.file.getvalue().splitlines()]
+    assert max(map(len, shown)) <= width
+    assert "0/6" in shown[0]
+    assert re.search(r"4/6 +12\.3. %", shown[1])
+    assert "4/12" in shown[2]
+    assert shown[3].rstrip() == "dropout+batchnorm, seed 1, epoch 1/3: loss 0.5000, validation error 12.35 %"
 
 
 # Studies -------------------------------------------------------------------------------------------------
@@ -785,8 +821,8 @@ def test_interrupted_study_continues_to_the_same_bits(few_images, tmp_path, monk
     class Stopped(Exception):
         pass
 
-    def stop(display, name, setting, record):
-        if (name, record["epoch"]) == ("groupnorm, batch size 8, seed 0", 1):
+    def stop(display, record):
+        if (display.trial, record["epoch"]) == ("groupnorm, batch size 8, seed 0", 1):
             raise Stopped
 
     with monkeypatch.context() as patch:

@@ -12,8 +12,6 @@ from fastreg.ops.sync_batch_norm import sync_batch_norm
 class _BatchNorm(FusedNorm):
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """activation(norm(input) + residual)."""
-        if self._is_leaf(input):
-            return self._leaf(input, residual)
         self._check_input_dim(input)
         updates = self.training and self.track_running_stats
         momentum = self.momentum

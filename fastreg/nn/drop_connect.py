@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from fastreg.nn.layer import Layer
 from fastreg.ops import drop_connect as ops
 from fastreg.ops.dropout import dropout
 from fastreg.ops.fused import activated
 
 
-class DropConnectLinear(torch.nn.Linear):
+class DropConnectLinear(Layer, torch.nn.Linear):
     """A linear layer whose connections are dropped in training: see :func:`fastreg.functional.drop_connect_linear`.
 
     Args:
@@ -18,7 +19,7 @@ class DropConnectLinear(torch.nn.Linear):
             "gaussian".
         inverted: False scales by 1 - p in evaluation instead of 1 / (1 - p) in training.
         inference: in evaluation, "gaussian" (the paper's), "mean", or "probit" (approximate, sigmoid alone).
-        samples: draws of the Gaussian where ``activation`` has no closed form.
+        samples: draws of the Gaussian where ``activation`` has no closed form; None: quadrature, which draws nothing.
         activation: applied to the sum. The Gaussian inference needs to know it, so give it here, not to a layer behind.
 
     Shape: ``[*, in_features]`` to ``[*, out_features]``.
@@ -27,6 +28,15 @@ class DropConnectLinear(torch.nn.Linear):
     """
 
     stochastic = True  # for mc_dropout
+
+    # Of layers whose class was changed: __init__ did not run.
+    p = 0.5
+    mask = "example"
+    group_size: int | None = None
+    inverted = True
+    inference = "gaussian"
+    samples: int | None = None
+    activation: str | None = None
 
     def __init__(
         self,
@@ -44,7 +54,7 @@ class DropConnectLinear(torch.nn.Linear):
         device=None,
         dtype=None,
     ) -> None:
-        ops.check_arguments(p, mask, group_size, inference, samples, activation)
+        p, group_size, samples = ops.checked_arguments(p, mask, group_size, inference, samples, activation)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.p = p
         self.mask = mask
@@ -83,7 +93,7 @@ class DropConnectLinear(torch.nn.Linear):
         return text
 
 
-class DropConnectConv2d(torch.nn.Conv2d):
+class DropConnectConv2d(Layer, torch.nn.Conv2d):
     """A convolution whose weights are dropped in training, with one mask a step for all examples and places.
 
     Args:
@@ -96,8 +106,12 @@ class DropConnectConv2d(torch.nn.Conv2d):
 
     stochastic = True  # for mc_dropout
 
+    # Of layers whose class was changed: __init__ did not run.
+    p = 0.5
+    activation: str | None = None
+
     def __init__(self, *arguments, p: float = 0.5, activation: str | None = None, **keywords) -> None:
-        ops.check_arguments(p, activation=activation)
+        p, _, _ = ops.checked_arguments(p, activation=activation)
         super().__init__(*arguments, **keywords)
         self.p = p
         self.activation = activation

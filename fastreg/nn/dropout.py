@@ -6,14 +6,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fastreg.nn.layer import Layer
 from fastreg.ops import dropout as ops
 from fastreg.ops.fused import check_activation
 
 
-class _Fused:
+class _Fused(Layer):
     """What all dropout layers of fastreg add to torch's: ``activation=``, ``inverted=``, and fused inputs."""
 
     _function = None
+
+    # Of layers whose class was changed: __init__ did not run.
+    activation: str | None = None
+    inverted = True
 
     def __init__(
         self, p: float = 0.5, inplace: bool = False, *, activation: str | None = None, inverted: bool = True

@@ -17,8 +17,6 @@ class GroupNorm(FusedNorm, torch.nn.GroupNorm):
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """activation(norm(input) + residual)."""
-        if self._is_leaf(input):
-            return self._leaf(input, residual)
         return F.group_norm(
             input,
             self.num_groups,
@@ -33,8 +31,6 @@ class GroupNorm(FusedNorm, torch.nn.GroupNorm):
 class _InstanceNorm(FusedNorm):
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """activation(norm(input) + residual)."""
-        if self._is_leaf(input):
-            return self._leaf(input, residual)
         self._check_input_dim(input)
         dim = input.dim() - self._get_no_batch_dim()
         if input.size(dim) != self.num_features:

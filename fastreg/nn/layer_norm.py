@@ -41,6 +41,10 @@ class DropoutAddLayerNorm(FusedNorm, torch.nn.LayerNorm):
 
     stochastic = True  # for mc_dropout
 
+    # Of layers whose class was changed: __init__ did not run.
+    p = 0.5
+    prenorm = False
+
     def __init__(
         self,
         normalized_shape,
@@ -54,7 +58,7 @@ class DropoutAddLayerNorm(FusedNorm, torch.nn.LayerNorm):
         prenorm: bool = False,
         activation: str | None = None,
     ) -> None:
-        if not 0.0 <= p <= 1.0:
+        if p < 0.0 or p > 1.0:  # as in torch.nn.Dropout
             raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
         super().__init__(
             normalized_shape, eps, elementwise_affine, bias, device, dtype, activation=activation

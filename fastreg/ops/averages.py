@@ -85,11 +85,35 @@ def _say_written(tensors: Sequence[Tensor], places: list[int]) -> None:
         torch.autograd.graph.increment_version([tensors[i] for i in places])
 
 
+def _unlike(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> list[int]:
+    """The places of sources that do not go into their targets, element by element."""
+    return [
+        i
+        for i, (t, s) in enumerate(zip(targets, sources, strict=True))
+        if t.shape != s.shape or t.is_meta != s.is_meta or not torch.can_cast(s.dtype, t.dtype)
+    ]
+
+
+def _refuse(
+    unlike: list[int], targets: Sequence[Tensor], sources: Sequence[Tensor], names: Sequence[str] | None
+) -> None:
+    if unlike:
+        i = unlike[0]
+        source, target = (
+            f"{tuple(x.shape)} of {x.dtype} on {x.device.type}" for x in (sources[i], targets[i])
+        )
+        name = names[i] if names else f"tensor {i}"
+        raise ValueError(f"{name}: a tensor {source} does not fit the one that is kept, {target}")
+
+
 @remembered
 def _averaged(
     averages: Sequence[Tensor], tensors: Sequence[Tensor]
-) -> tuple[list[_Launched], list[int], list[int]]:
-    """What kernels average, and the places of what is copied and of what takes the definition."""
+) -> tuple[list[_Launched], list[int], list[int], list[int]]:
+    """What kernels average, and the places of what is copied, of what takes the definition, and of what cannot be."""
+    unlike = _unlike(averages, tensors)
+    if unlike:
+        return [], [], [], unlike
     kinds: dict[tuple, list[int]] = {}
     copied, defined = [], []
     for i, (a, p, *known) in enumerate(zip(averages, tensors, taken(averages), taken(tensors), strict=True)):
@@ -100,13 +124,22 @@ def _averaged(
             kinds.setdefault((a.device, a.dtype, p.dtype), []).append(i)
         else:
             defined.append(i)
-    return _launched(kinds, averages, tensors, in_bytes=False), copied, defined
+    return _launched(kinds, averages, tensors, in_bytes=False), copied, defined, []
 
 
 @torch.no_grad()
-def follow_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float) -> None:
-    """a <- a + (1 - decay) (p - a), in fp32 (fp64) and rounded once. What is not floating point is copied."""
-    launched, copied, defined = _averaged(averages, tensors)
+def follow_(
+    averages: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    decay: float,
+    names: Sequence[str] | None = None,
+) -> None:
+    """a <- a + (1 - decay) (p - a), in fp32 (fp64) and rounded once. What is not floating point is copied.
+
+    names: of the tensors, for errors.
+    """
+    launched, copied, defined, unlike = _averaged(averages, tensors)
+    _refuse(unlike, averages, tensors, names)
     for one in launched:
         table = table_of(one.device, one.rows, TILE)
         _follow(table, 1 - decay, one.dtypes).run(one.device)
@@ -120,9 +153,22 @@ def follow_(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float)
         torch._foreach_copy_([averages[i] for i in copied], [tensors[i] for i in copied])
 
 
+@torch.no_grad()
+def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor], names: Sequence[str] | None = None) -> None:
+    """names: of the tensors, for errors."""
+    _refuse(_unlike(targets, sources), targets, sources, names)
+    if targets:
+        torch._foreach_copy_(targets, sources)
+
+
 @remembered
-def _copied(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> tuple[list[_Launched], list[int]]:
-    """What kernels copy, and the places of the rest."""
+def _copied(
+    targets: Sequence[Tensor], sources: Sequence[Tensor]
+) -> tuple[list[_Launched], list[int], list[int]]:
+    """What kernels copy, the places of the rest, and of what cannot be copied."""
+    unlike = _unlike(targets, sources)
+    if unlike:
+        return [], [], unlike
     targets, sources = list(map(_floats, targets)), list(map(_floats, sources))
     kinds: dict[tuple, list[int]] = {}
     rest = []
@@ -131,13 +177,22 @@ def _copied(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> tuple[list[
             kinds.setdefault((t.device,), []).append(i)
         else:
             rest.append(i)
-    return _launched(kinds, targets, sources, in_bytes=True), rest
+    return _launched(kinds, targets, sources, in_bytes=True), rest, []
 
 
 @torch.no_grad()
-def copy_if_(targets: Sequence[Tensor], sources: Sequence[Tensor], flag: Tensor) -> None:
-    """Copies where ``flag``, a bool tensor of one element, is set; without waiting for it if it is on their device."""
-    launched, rest = _copied(targets, sources)
+def copy_if_(
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    flag: Tensor,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Copies where ``flag``, a bool tensor of one element, is set; without waiting for it if it is on their device.
+
+    names: of the tensors, for errors.
+    """
+    launched, rest, unlike = _copied(targets, sources)
+    _refuse(unlike, targets, sources, names)
     for one in launched:
         if flag.device == one.device:
             _copy_if(table_of(one.device, one.rows, BYTES), flag).run(one.device)

@@ -1,6 +1,6 @@
 """Where an operation runs: on the Triton kernels, or on ATen."""
 
-import contextlib
+import ctypes
 import functools
 import importlib.util
 import os
@@ -8,6 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as transforms_active
+from torch._C import _get_dispatch_mode as dispatch_mode
+from torch._C import _is_tracing as is_tracing
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._C import _TorchDispatchModeKey as _Mode
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None and torch.version.hip is None
@@ -33,20 +39,40 @@ def runs_kernels(x: Tensor) -> bool:
     """Whether ``x`` goes to the Triton kernels.
 
     Everything else goes to ATen, with the same function: CPU tensors, dtypes ATen refuses or promotes, tensor
-    subclasses (DTensor, FakeTensor), proxies of ``torch.fx``, and tensors inside ``torch.func`` transforms or
-    forward-mode AD, where ATen brings the batching and tangent rules.
+    subclasses (DTensor, FakeTensor), proxies of ``torch.fx``, and what is ``watched``.
     """
     compiling = torch.compiler.is_compiling()
     # The type first: there is nothing to decide about a Proxy of torch.fx.
-    if not HAS_TRITON or not is_plain(x):
+    if not HAS_TRITON or not (compiling or type(x) in PLAIN):
         return False
     if x.dtype not in _KERNEL_DTYPES or not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
         return False
+    if not (INTERPRETED or _capable(x.device.index)):
+        return False
     return compiling or (
-        not torch._C._are_functorch_transforms_active()
-        and not torch._C._functorch.is_legacy_batchedtensor(x)  # a backward pass with is_grads_batched=True
-        and forward_ad._current_level < 0
-        and (INTERPRETED or _capable(x.device.index))
+        not watched() and not is_legacy_batchedtensor(x)  # a backward pass with is_grads_batched=True
+    )
+
+
+def worth_a_launch(x: Tensor, least: int) -> bool:
+    """Whether a plain operation, which ATen has too, is worth a kernel of ours: on a GPU, from ``least`` elements on.
+
+    A compiled graph takes batches of any size, and on the CPU there is no launch.
+    """
+    return torch.compiler.is_compiling() or not x.is_cuda or x.numel() >= least
+
+
+def watched() -> bool:
+    """Whether every operation of ATen is watched, so that a kernel or an ``autograd.Function`` would go unseen.
+
+    By a transform of ``torch.func`` or forward-mode AD, for which ATen brings the batching and tangent rules; by
+    ``torch.jit.trace`` or ``make_fx``, which record operations; by ``FakeTensorMode``, where tensors have no data.
+    """
+    return (
+        transforms_active()
+        or forward_ad._current_level >= 0
+        or is_tracing()
+        or (dispatch_modes() > 0 and any(dispatch_mode(key) is not None for key in (_Mode.PROXY, _Mode.FAKE)))
     )
 
 
@@ -56,8 +82,17 @@ def choose(x: Tensor) -> str:
 
 
 @functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    """Of a GPU that is not there, for which a graph is only traced, one that will do."""
+    return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else OLDEST_CAPABILITY
+
+
 def _capable(index: int) -> bool:
-    return torch.cuda.get_device_capability(index) >= OLDEST_CAPABILITY
+    return _capability(index) >= OLDEST_CAPABILITY
+
+
+# The mark of torch.compiler.assume_constant_result, which would import the compiler: three seconds.
+_capable._dynamo_marked_constant = True
 
 
 @functools.cache
@@ -66,11 +101,53 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
+def recording() -> bool:
+    """Whether a CUDA graph is being recorded: what is launched, and copied, is done at every replay, and not now."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+@functools.cache
+def _stream_capture_info() -> Any:
+    """The driver's function, which torch does not hand on, or None."""
+    try:
+        return ctypes.CDLL("libcuda.so.1").cuStreamGetCaptureInfo_v2
+    except (OSError, AttributeError):
+        return None
+
+
+def capture_id(device: torch.device) -> int | None:
+    """CUDA's number of the graph that records the current stream of ``device``, or None where it cannot be asked."""
+    ask = _stream_capture_info()
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+    if ask is None or ask(stream, ctypes.byref(status), ctypes.byref(number), None, None, None):
+        return None
+    return number.value
+
+
+def allows_tf32() -> bool:
+    """Whether torch's products of fp32 matrices may take TF32, whichever of torch's switches says so."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises beside the newer switches
+
+
+OPTIONS = {"enable_fp_fusion": True}
+"""What every kernel is compiled with. Said each time: whether products and sums are fused differs among versions of
+Triton."""
+
+MOST_PROGRAMS = 2**31 - 1  # of a grid
+
+
 def number(name: str, value: float | Tensor, absent: float) -> dict[str, Any]:
     """The two arguments of a number that may lie in memory: a pointer, or None and the number itself."""
     if isinstance(value, Tensor):
         return {f"{name}_ptr": value, name: absent}
     return {f"{name}_ptr": None, name: value}
+
+
+_NOWHERE = torch.empty(0, dtype=torch.int64, device="cpu")  # its address is 0
+
+_loaded: set[Any] = set()
+"""Variants of kernels whose other form of the seed is loaded, too."""
 
 
 class Launch(NamedTuple):
@@ -82,5 +159,19 @@ class Launch(NamedTuple):
 
     def run(self, device: torch.device) -> None:
         """Launches on the tensors' ``device``, which need not be the current one."""
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            self.kernel[self.grid](**self.arguments)
+        if device.type != "cuda":
+            self.kernel[self.grid](**self.arguments, **OPTIONS)
+            return
+        with torch.cuda.device(device):
+            variant = self.kernel[self.grid](**self.arguments, **OPTIONS)
+            if self.arguments.get("seed") and variant not in _loaded:
+                self._load_for_graphs()
+                _loaded.add(variant)
+
+    def _load_for_graphs(self) -> None:
+        """Loads, without a launch, the variant that takes the seed from memory.
+
+        A CUDA graph needs it, and while one is recorded nothing can be loaded. (One form for both would have to be the
+        one from memory, whose seed takes 16 registers a thread where a number takes none.)
+        """
+        self.kernel[(0,)](**self.arguments | number("seed", _NOWHERE, 0), **OPTIONS)

@@ -74,19 +74,21 @@ static PyObject *identities(PyObject *self, PyObject *arguments)
     return found.bytes;
 }
 
-/* addresses(tensors: list, data_ptr: int, types: tuple) -> bytes
+/* addresses(tensors: list, dicts: list, data_ptr: int, types: tuple) -> bytes
 
    data_ptr: the address of a C function from a tensor to the address of its elements. Nothing here can catch what it
-   throws, so tensors are of these types, and the caller knows that they lie somewhere. None has -1. */
+   throws, so tensors are of these types, and the caller knows that they lie somewhere. None has -1, and so has a dict
+   without such tensors; of others the last one counts. */
 static PyObject *addresses(PyObject *self, PyObject *arguments)
 {
-    PyObject *tensors, *types;
+    PyObject *tensors, *dicts, *types;
     Py_ssize_t function;
-    if (!PyArg_ParseTuple(arguments, "O!nO!", &PyList_Type, &tensors, &function, &PyTuple_Type, &types))
+    if (!PyArg_ParseTuple(arguments, "O!O!nO!", &PyList_Type, &tensors, &PyList_Type, &dicts, &function,
+                          &PyTuple_Type, &types))
         return NULL;
     void *(*data_ptr)(PyObject *) = (void *(*)(PyObject *))function;
     Py_ssize_t count = PyList_GET_SIZE(tensors);
-    PyObject *bytes = PyBytes_FromStringAndSize(NULL, count * sizeof(void *));
+    PyObject *bytes = PyBytes_FromStringAndSize(NULL, (count + PyList_GET_SIZE(dicts)) * sizeof(void *));
     if (bytes == NULL)
         return NULL;
     void **found = (void **)PyBytes_AS_STRING(bytes);
@@ -100,6 +102,14 @@ static PyObject *addresses(PyObject *self, PyObject *arguments)
             Py_DECREF(bytes);
             return PyErr_Format(PyExc_TypeError, "not a plain tensor: %.200s", Py_TYPE(tensor)->tp_name);
         }
+    }
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(dicts); i++) {
+        PyObject *key, *value, *last = NULL;
+        Py_ssize_t place = 0;
+        while (PyDict_Next(PyList_GET_ITEM(dicts, i), &place, &key, &value)) /* 0 for what is no dict */
+            if (is_plain(value, types))
+                last = value;
+        found[count + i] = last == NULL ? (void *)-1 : data_ptr(last);
     }
     return bytes;
 }

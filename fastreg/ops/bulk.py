@@ -51,19 +51,33 @@ def gradients(parameters: list[Tensor]) -> list[Tensor | None]:
     return [p.grad for p in parameters]
 
 
-def addresses(tensors: Sequence[Tensor | None], known: bool = False) -> np.ndarray:
+def addresses(
+    tensors: Sequence[Tensor | None], known: bool = False, dicts: Iterable[dict] = ()
+) -> np.ndarray:
     """int64: where the elements of each tensor lie. -1 where there is no tensor: empty ones may lie at 0.
 
     known: they have been asked before, or others of the same dispatch keys have. C does not survive the error of a
     tensor that lies nowhere, which Python raises.
+    dicts: of each the last plain tensor counts as well. (All of them take too long: each lies somewhere else.)
     """
-    compiled = _compiled() if known and _data_ptr() is not None else None
+    compiled, dicts = _compiled() if known and _data_ptr() is not None else None, list(dicts)
     if compiled is not None:
         try:
-            return np.frombuffer(compiled.addresses(list(tensors), _data_ptr(), PLAIN), np.int64)
+            return np.frombuffer(compiled.addresses(list(tensors), dicts, _data_ptr(), PLAIN), np.int64)
         except TypeError:  # of a subclass, which may have a ``data_ptr`` of its own
             pass
-    return np.array([-1 if x is None else x.data_ptr() for x in tensors], np.int64)
+    lasts = [_last_plain(x) for x in dicts]
+    return np.array([-1 if x is None else x.data_ptr() for x in chain(tensors, lasts)], np.int64)
+
+
+def _last_plain(found: dict) -> Tensor | None:
+    values = reversed(found.values()) if isinstance(found, dict) else ()
+    return next((x for x in values if type(x) in PLAIN), None)
+
+
+def equal(found: np.ndarray, before: np.ndarray) -> bool:
+    """Whether addresses are the same: ``np.array_equal`` takes several times as long for a few hundred."""
+    return found.tobytes() == before.tobytes()
 
 
 def identities(objects: list, dicts: Iterable[dict] = ()) -> bytes:
@@ -103,12 +117,42 @@ class Watch:
         return self.lives and identities(objects, dicts) == self._identities
 
 
+class _Kinds:
+    """As torch's ``TensorGuards``, where they are not there."""
+
+    def __init__(self, tensors: Sequence[Tensor]):
+        self._kinds = list(map(self._of, tensors))
+
+    def check(self, *tensors: Tensor) -> bool:
+        return list(map(self._of, tensors)) == self._kinds
+
+    @staticmethod
+    def _of(x: Tensor) -> tuple:
+        return type(x), x.dtype, x.device, x.shape, x.stride()
+
+
+def kinds_of(tensors: Sequence[Tensor]) -> Any:
+    """``check(*others)`` says of strided tensors whether others have their types, dtypes, devices, sizes and strides.
+
+    Of the guards of torch.compile, which are not public, for all of them in one call. A no of theirs needs not be one
+    of ours, as where a gradient can itself be differentiated.
+    """
+    try:
+        from torch._C._dynamo.guards import TensorGuards
+
+        sizes, strides = ([list(ask(x)) for x in tensors] for ask in (Tensor.size, Tensor.stride))
+        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+    except Exception:
+        return _Kinds(tensors)
+
+
 def remembered(build: Callable) -> Callable:
     """Of ``build(*lists, **options)`` of tensors: keeps the latest results while the same tensors lie where they lay.
 
-    A result follows from options and from the tensors' kinds, shapes and addresses, and holds no tensor.
+    A result follows from options and from the tensors' kinds, shapes and addresses, and holds no tensor. The tensors of
+    the last list are the user's, who may give them another shape at the same address, by ``x.data = x.data[:2]``.
     """
-    kept: dict[tuple, tuple[Watch, np.ndarray, Any]] = {}
+    kept: dict[tuple, tuple[Watch, Any, np.ndarray, Any]] = {}
 
     @functools.wraps(build)
     def found(*lists: Sequence[Tensor], **options: Any) -> Any:
@@ -118,15 +162,16 @@ def remembered(build: Callable) -> Callable:
         key = *map(len, lists), *options.items(), identities(tensors)
         known = kept.pop(key, None)
         if known is not None:
-            watch, before, result = known
-            if watch.lives and np.array_equal(addresses(tensors, known=True), before):
+            watch, kinds, before, result = known
+            alike = watch.lives and kinds.check(*lists[-1])
+            if alike and equal(addresses(tensors, known=True), before):
                 kept[key] = known  # the latest comes last
                 return result
         result = build(*lists, **options)
         if all(type(x) in PLAIN and x.layout == torch.strided for x in tensors):
             while len(kept) >= REMEMBERED:
                 kept.pop(next(iter(kept)), None)
-            kept[key] = Watch(tensors), addresses(tensors), result
+            kept[key] = Watch(tensors), kinds_of(lists[-1]), addresses(tensors), result
         return result
 
     return found

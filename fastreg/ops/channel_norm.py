@@ -4,16 +4,18 @@
 take (CPU tensors, ``torch.func`` transforms, bad input) its callers give to ATen, with torch's own errors.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastreg.ops import backend
+from fastreg.ops.arguments import is_number, plain
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import activated, result_dtype, sum_dtype
 from fastreg.ops.layout import ceil_div, dense_strides, with_strides
-from fastreg.ops.lines import Plan, View, merge_plan, split_plan, view, viewed, whole_plan
+from fastreg.ops.lines import Plan, View, indexable, merge_plan, split_plan, view, viewed, whole_plan
 
 if backend.HAS_TRITON:
     from fastreg.kernels import channel_norm as kernels
@@ -45,6 +47,37 @@ class Running(NamedTuple):
 # --- the definition, in ATen ------------------------------------------------------------------------------
 
 
+def by_torch(norm: Callable[..., Tensor], x: Tensor, *arguments, one_sample: bool = False) -> Tensor:
+    """norm(x, *arguments), where ``norm`` is torch's batch or instance normalization.
+
+    It sees one dimension behind the channels where with more of them it might misread a gradient.
+    one_sample: all samples are channels of one, as in torch's instance normalization.
+    """
+    if _may_be_misread(x, one_sample):
+        return norm(x.flatten(2), *arguments).view(x.shape)
+    return norm(x, *arguments)
+
+
+def _may_be_misread(x: Tensor, one_sample: bool) -> bool:
+    """Whether torch's backward pass on the CPU may read x or its gradient in the order of the other.
+
+    It takes the fast path where each of them is contiguous or channels last, and asks whether they are the same of the
+    two by strides that mean nothing where the size is 1. Tensors of three dimensions are never channels last.
+    """
+    if torch.compiler.is_compiling() or type(x) not in backend.PLAIN or x.device.type != "cpu":
+        return False
+    if x.dim() not in (4, 5) or not torch.is_grad_enabled() or backend.is_tracing():
+        return False
+    channels = x.shape[:2].numel() if one_sample else x.shape[1]
+    if channels == 1 or x.shape[2:].numel() == 1 or not (one_sample or 1 in x.shape):
+        return False  # there is one order, or no size of 1
+    if x.is_contiguous():
+        return True
+    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    unmistakable = torch.empty(x.shape, device="meta", memory_format=last).stride()
+    return x.is_contiguous(memory_format=last) and x.stride() != unmistakable
+
+
 def definition(
     x: Tensor,
     weight: Tensor | None,
@@ -62,7 +95,7 @@ def definition(
     if form.groups:
         y = torch.group_norm(x, form.groups, weight, bias, form.eps, False)
     else:
-        y = torch.batch_norm(x, weight, bias, mean, var, mean is None, 0.0, form.eps, False)
+        y = by_torch(torch.batch_norm, x, weight, bias, mean, var, mean is None, 0.0, form.eps, False)
     return activated(y, form.activation, residual)
 
 
@@ -110,7 +143,8 @@ def _few_splits(seen: View, plan: Plan, device: torch.device) -> int:
 
 def _many_splits(seen: View, plan: Plan, device: torch.device) -> int:
     """Where nothing is merged: four tiles a program, for which it reads the values of its lines once."""
-    return max(_few_splits(seen, plan, device), ceil_div(plan.tiles(seen), 4))
+    wanted = max(_few_splits(seen, plan, device), ceil_div(plan.tiles(seen), 4))
+    return min(wanted, backend.MOST_PROGRAMS // plan.blocks(seen))
 
 
 def _momentum(running: Running | None) -> dict:
@@ -609,7 +643,7 @@ def _(x, weight, bias, residual, mean, var, groups, eps, activation, dtype, diff
     form = Form(groups, eps, activation)
     signed = differentiated and _may_keep_signs(residual, form)
     if signed:  # only then: the view of odd planes depends on the number of samples, which would be a guard
-        seen = view(y, groups) or view(torch.empty(x.shape, device="meta"), groups)
+        seen = view(y, groups) or view(torch.empty(x.shape, dtype=x.dtype, device="meta"), groups)
         signed = _keeps_signs(residual, form, seen)
     units = x.shape[0] * groups if groups else x.shape[1]
     statistics = {"size": (units if mean is None else 0,), "dtype": sum_dtype(x.dtype), "device": x.device}
@@ -695,15 +729,20 @@ def takes(
     weight: Tensor | None,
     bias: Tensor | None,
     statistics: tuple[Tensor | None, Tensor | None],
+    groups: int,
     fused: bool,
 ) -> bool:
-    """Whether the kernels take it. All else, also whatever is wrong with it, is for ATen to do, or to refuse."""
+    """Whether the kernels take it. All else, also whatever is wrong with it, is for ATen to do, or to refuse.
+
+    groups: as in ``Form``. fused: something stands around the normalization.
+    """
     if not (backend.runs_kernels(input) and input.dim() >= 2 and input.numel() > 0):
         return False
     # ATen's group norm refuses parameters of another dtype on a GPU, so those are ours at any size.
     mixed = any(t is not None and t.dtype != input.dtype for t in (weight, bias))
-    eager = input.is_cuda and not torch.compiler.is_compiling()  # compiled, the size would be a guard
-    if eager and not (fused or mixed) and input.numel() < ATEN_BELOW:
+    if not (fused or mixed or backend.worth_a_launch(input, ATEN_BELOW)):
+        return False
+    if not (torch.compiler.is_compiling() or indexable(input, groups)):  # compiled, the size would be a guard
         return False
     channels = input.shape[1]
     return (statistics[0] is None) == (statistics[1] is None) and all(
@@ -718,9 +757,14 @@ def takes(
     )
 
 
-def numbers(*values) -> bool:
-    """Whether momentum and eps are what the kernels can take. Whatever else they are, torch refuses."""
-    return all(isinstance(value, (int, float, Tensor)) for value in values)
+def share(momentum: float | Tensor, x: Tensor) -> float | Tensor | None:
+    """``momentum`` as Python's number, or a tensor of one element beside ``x``. None if torch has to refuse it."""
+    if type(momentum) is float:
+        return momentum
+    if isinstance(momentum, Tensor) and momentum.device == x.device and momentum.is_floating_point():
+        return momentum if momentum.numel() == 1 and not momentum.requires_grad else None
+    momentum = plain(momentum)
+    return momentum if is_number(momentum) else None
 
 
 def normalize(

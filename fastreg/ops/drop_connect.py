@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.autograd import forward_ad
 
 from fastreg import random
-from fastreg.ops import backend, dual_linear, expectation
+from fastreg.ops import arguments, backend, dual_linear, expectation
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.dropout import activation_backward
 from fastreg.ops.fused import (
@@ -36,7 +35,6 @@ if backend.HAS_TRITON:
 MASKS = ("example", "group", "batch", "flipout", "gaussian")
 INFERENCE = ("gaussian", "mean", "probit")
 INFINITE = "with p = 1 and inverted scaling the variance of the sum is infinite"
-SAMPLES = 1000  # of the Gaussian, where an activation has no closed form: as many as in the paper
 
 
 BATCH = 2**31 - 1
@@ -218,7 +216,7 @@ def product_launches(
     epilogue = {"bias_ptr": bias, "before_ptr": before, "scale": form.scale, "ACTIVATION": activation}
     main = Launch(
         kernels.product,
-        (parts * chunks, row_blocks, splits),
+        (parts * chunks * row_blocks, splits),
         {
             "u_ptr": u,
             "w_ptr": weight,
@@ -254,12 +252,12 @@ def product_launches(
         "splits": splits,
         "BLOCK": 1024,
     }
-    return [main, Launch(kernels.merge, (ceil_div(rows, 1024), examples), merge | epilogue)]
+    return [main, Launch(kernels.merge, (examples, ceil_div(rows, 1024)), merge | epilogue)]
 
 
 def _three(x: Tensor) -> bool:
     """Whether fp32 takes three products of TF32."""
-    return x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return x.dtype == torch.float32 and not backend.allows_tf32()
 
 
 def weight_gradient_launch(dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: _Form) -> Launch:
@@ -286,7 +284,7 @@ def weight_gradient_launch(dz: Tensor, v: Tensor, dweight: Tensor, stream: Strea
     else:
         kernel, blocks = kernels.weight_gradient, BLOCK_GRADIENT
         arguments |= {"words": form.words(examples), "num_warps": 4}
-    grid = ceil_div(outputs, blocks[0]), ceil_div(inputs, blocks[1])
+    grid = (ceil_div(outputs, blocks[0]) * ceil_div(inputs, blocks[1]),)
     return Launch(kernel, grid, arguments | {"BLOCK_OUTPUTS": blocks[0], "BLOCK_INPUTS": blocks[1]})
 
 
@@ -305,7 +303,7 @@ def mask_launch(weight: Tensor, masked: Tensor, group: int, stream: Stream, form
         "num_warps": 4,
     }
     del arguments["scale"]
-    grid = ceil_div(outputs, BLOCK_MASK[0]), ceil_div(inputs, BLOCK_MASK[1])
+    grid = (ceil_div(outputs, BLOCK_MASK[0]) * ceil_div(inputs, BLOCK_MASK[1]),)
     return Launch(kernels.mask_weights, grid, arguments)
 
 
@@ -502,7 +500,7 @@ def _masked_linear(v, weight, bias, activation: str | None, stream: Stream, form
     if torch.compiler.is_compiling():
         seed, keep = stream.seed_on(v.device), needs_argument(activation) and differentiated(*tensors)
         return _drop_connect_op(*tensors, seed, stream.offset, *form, activation, keep)[0]
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if backend.watched():
         z = _definition(v, weight, stream, form)
         return z if bias is None else z + bias
     if _on_kernels(*tensors) and not differentiated(*tensors):
@@ -552,9 +550,10 @@ def drop_connect_linear(
         inverted: scale in training, not in evaluation.
         inference: in evaluation, "gaussian" is the paper's: the expectation of ``activation`` over a Gaussian with the
             mean and the variance that the sum has over the masks. In closed form for no activation (where it is the
-            mean), relu, leaky_relu, gelu, elu and hardswish, else over ``samples`` draws. "mean" is the activation of
+            mean), relu, leaky_relu, gelu, elu and hardswish, else by quadrature. "mean" is the activation of
             the mean. "probit" is, for sigmoid alone, an approximation in closed form, off by less than 0.02.
-        samples: draws where there is no closed form, 1000 by default as in the paper.
+        samples: so many draws in place of the quadrature, as in the paper, which takes 1000. The error of these is
+            larger than that of the quadrature, see ``fastreg.ops.expectation.nodes``.
         activation: a name of ``fastreg.ops.fused.ACTIVATIONS``.
         seed, generator: as in :func:`fastreg.functional.dropout`.
 
@@ -567,7 +566,7 @@ def drop_connect_linear(
 
     Source: Wan, Zeiler, Zhang, LeCun, Fergus 2013 (Regularization of neural networks using DropConnect, ICML).
     """
-    check_arguments(p, mask, group_size, inference, samples, activation)
+    p, group_size, samples = checked_arguments(p, mask, group_size, inference, samples, activation)
     if not training:
         return _inference(input, weight, bias, p, inverted, inference, samples, activation, seed, generator)
     if mask == "gaussian" and p == 1 and inverted:
@@ -597,14 +596,19 @@ def drop_connect_linear(
     return z.view(*input.shape[:-1], weight.shape[0])
 
 
-def check_arguments(
+def checked_arguments(
     p: float,
     mask: str = "example",
     group_size: int | None = None,
     inference: str = "gaussian",
     samples: int | None = None,
     activation: str | None = None,
-) -> None:
+) -> tuple[float, int | None, int | None]:
+    """p, group_size and samples as Python's numbers."""
+    if type(p) is not float:
+        p = arguments.number("p", p)
+    group_size = None if group_size is None else arguments.integer("group_size", group_size)
+    samples = None if samples is None else arguments.integer("samples", samples)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     for name, value, choices in (("mask", mask, MASKS), ("inference", inference, INFERENCE)):
@@ -622,12 +626,13 @@ def check_arguments(
         if value is not None and value < 1:
             raise ValueError(f"{name} has to be at least 1, but got {value}")
     check_activation(activation)
+    return p, group_size, samples
 
 
 def cast_by_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """What autocast does to the arguments of torch's linear."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which refuses to answer for "meta"
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [
@@ -672,5 +677,5 @@ def _inference(input, weight, bias, p, inverted, inference, samples, activation,
     elif activation in expectation.CLOSED_FORMS:
         expected = expectation.closed_form(mean, deviation, activation)
     else:
-        expected = expectation.average(mean, deviation, activation, samples or SAMPLES, seed, generator)
+        expected = expectation.average(mean, deviation, activation, samples or 0, seed, generator)
     return expected.to(dtype)

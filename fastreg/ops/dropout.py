@@ -11,10 +11,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.overrides import has_torch_function_unary
 
 from fastreg import random
 from fastreg.ops import backend
+from fastreg.ops.arguments import is_number, plain
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import (
     ACTIVATIONS,
@@ -64,11 +64,12 @@ def _before_mask(x: Tensor, bias: Tensor | None, activation: str | None) -> Tens
 
 def _mask(size: torch.Size, stride: tuple[int, ...], form: _Form, stream: Stream, device) -> Tensor:
     """The keep mask of a tensor with these dense strides, broadcast to it: elements count in memory order."""
+    drawn_size = size[: form.mask_dims] if form.mask_dims else size
+    drawn = random.lanes(torch.arange(drawn_size.numel(), dtype=torch.int64, device=device), stream)
     if form.mask_dims:
-        drawn = random.lanes(torch.arange(size[: form.mask_dims].numel(), device=device), stream)
-        drawn = drawn.view(*size[: form.mask_dims], *[1] * (len(size) - form.mask_dims))
+        drawn = drawn.view(*drawn_size, *[1] * (len(size) - form.mask_dims))
     else:
-        drawn = random.lanes(torch.arange(size.numel(), device=device), stream).as_strided(size, stride)
+        drawn = drawn.as_strided(size, stride)
     return drawn >= form.threshold
 
 
@@ -209,7 +210,7 @@ def _backward_launch(
     for name in ("tail", "RAGGED", "BIAS", "bias_repeat"):
         del arguments[name]  # rows of whole vectors, and the bias along the columns
     arguments["num_warps"] = warps
-    return Launch(kernels.backward_bias_columns, (programs, column_blocks), tensors | arguments)
+    return Launch(kernels.backward_bias_columns, (column_blocks, programs), tensors | arguments)
 
 
 def _run_forward(
@@ -441,16 +442,22 @@ def _dropout(
     generator: Generator | None = None,
 ) -> Tensor:
     """aten: torch's own function for the plain, unseeded form: (input, p, training, inplace) -> output."""
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    plain = bias is None and activation is None and residual is None
+    if type(p) is not float or type(training) is not bool or not 0.0 <= p <= 1.0:
+        p = checked_p(input, p, training, F.dropout if aten is _aten_drop_path else aten)
+    unfused = bias is None and activation is None and residual is None
     ours = backend.runs_kernels(input)
     seeded = seed is not None or generator is not None
-    if plain and inverted and not seeded and p < 1 and not (ours and _worth_a_launch(input)):
+    if (
+        unfused
+        and inverted
+        and not seeded
+        and p < 1
+        and not (ours and backend.worth_a_launch(input, ATEN_BELOW))
+    ):
         return aten(input, p, training, inplace)
 
     form = _form(p, training, inverted, alpha)._replace(mask_dims=mask_dims, activation=activation)
-    if plain and form.threshold == 0 and form.scale == 1:
+    if unfused and form.threshold == 0 and form.scale == 1:
         return aten(input, p, False, inplace)
     check_activation(activation)
     if input.dim() < mask_dims:
@@ -476,6 +483,14 @@ def _dropout(
     return input.copy_(y) if inplace else y
 
 
+def checked_p(input: Tensor, p: float, training: bool, aten=F.dropout) -> float:
+    """``p`` as Python's number. ``aten``, torch's function, refuses what is none, or out of bounds."""
+    found = plain(p)
+    if not (is_number(found) and 0.0 <= found <= 1.0 and type(training) is bool):
+        aten(input, p, training, False)
+    return found
+
+
 def _on_kernels(input, bias, residual, stream, form, inplace):
     if not torch.compiler.is_compiling():
         y = _Dropout.apply(input, bias, residual, *stream, form, inplace)
@@ -483,10 +498,6 @@ def _on_kernels(input, bias, residual, stream, form, inplace):
     seed = stream.seed_on(input.device)
     y = _dropout_op(input, bias, residual, seed, *form)
     return input.copy_(y) if inplace else y
-
-
-def _worth_a_launch(input: Tensor) -> bool:
-    return torch.compiler.is_compiling() or not input.is_cuda or input.numel() >= ATEN_BELOW
 
 
 def _form(p: float, training: bool, inverted: bool, alpha: bool) -> _Form:
@@ -614,12 +625,12 @@ def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
 
 
 def _channel_dropout(input, p, training, inplace, aten, unbatched, expected, fused, alpha=False):
-    plain = all(value is None for value in fused.values())
-    if plain and (has_torch_function_unary(input) or not expected):
+    unfused = all(value is None for value in fused.values())
+    if unfused and not (backend.is_plain(input) and expected):
         return aten(input, p, training, inplace)
     if not expected:
         # torch's own warning or error about the rank, from torch: on a tensor without data.
-        aten(torch.empty(input.shape, device="meta"), p, training)
+        aten(torch.empty(input.shape, dtype=input.dtype, device="meta"), p, False)
     if not unbatched:
         return _dropout(input, p, training, inplace, aten, mask_dims=2, alpha=alpha, **fused)
     if fused.get("residual") is not None:
@@ -673,5 +684,7 @@ def drop_path(input: Tensor, p: float = 0.5, training: bool = True, inplace: boo
 def _aten_drop_path(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
     if not training or p == 0:
         return input
-    keep = input.new_empty(input.shape[:1] + (1,) * (input.dim() - 1)).bernoulli_(1 - p).div_(1 - p)
+    # Not in place, which the vmap of a vmap refuses; in fp32, as 16 bits would round p.
+    drawn = torch.rand(input.shape[:1] + (1,) * (input.dim() - 1), device=input.device)
+    keep = (drawn >= p).to(input.dtype) / (1 - p)
     return input.mul_(keep) if inplace else input * keep

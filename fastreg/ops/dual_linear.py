@@ -10,6 +10,7 @@ factors are ``row_normals``, the signs ``signs``; those of W under the stream it
 stream further on, of an example and an output two.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -64,7 +65,7 @@ def _normals(rows: int, columns: int, stream: Stream | None, like: Tensor) -> Te
 
 def _signs(rows: int, columns: int, stream: Stream | None, like: Tensor) -> Tensor:
     if stream is None:
-        return torch.randint(2, (rows, columns), device=like.device).to(like.dtype).mul_(2).sub_(1)
+        return torch.randint(2, (rows, columns), dtype=like.dtype, device=like.device).mul_(2).sub_(1)
     return random.signs(rows, columns, stream, dtype=like.dtype, device=like.device)
 
 
@@ -77,7 +78,7 @@ def root(x: Tensor) -> Tensor:
 def squares(v: Tensor, weight: Tensor) -> Tensor:
     """(W ∘ W)(v ∘ v), in fp32 at least: the square of 1e-4 is no fp16 number."""
     wide = torch.promote_types(v.dtype, torch.float32)
-    with torch.autocast(v.device.type, enabled=False):
+    with contextlib.nullcontext() if v.is_meta else torch.autocast(v.device.type, enabled=False):
         return F.linear(v.to(wide).square(), weight.to(wide).square())
 
 
@@ -122,7 +123,7 @@ def _draw(stream: Stream) -> dict:
 
 
 def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if backend.allows_tf32() else "tf32x3"
 
 
 def second_launch(
@@ -187,7 +188,7 @@ def product_launch(
         block_rows = 128
     return Launch(
         kernels.product,
-        (ceil_div(examples, block_examples), ceil_div(rows, block_rows)),
+        (ceil_div(examples, block_examples) * ceil_div(rows, block_rows),),
         {
             "u_ptr": u,
             "u2_ptr": u2,
@@ -223,7 +224,7 @@ def weight_gradient_launch(dz, dz2, v, v2, weight, dweight, stream, form) -> Lau
     block = 64
     return Launch(
         kernels.weight_gradient,
-        (ceil_div(outputs, block), ceil_div(inputs, block)),
+        (ceil_div(outputs, block) * ceil_div(inputs, block),),
         {
             "dz_ptr": dz,
             "dz2_ptr": dz2,
@@ -484,7 +485,16 @@ _dual_op.register_autograd(_compiled_backward, setup_context=_save_for_compiled_
 
 
 def on_kernels(*tensors: Tensor | None) -> bool:
-    return all(t is None or (backend.runs_kernels(t) and t.dtype != torch.float64) for t in tensors)
+    """A row is a program at least."""
+    return all(
+        t is None
+        or (
+            backend.runs_kernels(t)
+            and t.dtype != torch.float64
+            and t.shape[:1].numel() <= backend.MOST_PROGRAMS
+        )
+        for t in tensors
+    )
 
 
 def _dual(v, weight, bias, sigma, weight_sigma, bias_sigma, form, activation, seed, generator) -> Tensor:

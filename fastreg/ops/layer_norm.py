@@ -15,8 +15,9 @@ from torch import Generator, Tensor
 
 from fastreg import random
 from fastreg.ops import backend
+from fastreg.ops.arguments import is_number, plain, plain_shape
 from fastreg.ops.backend import Launch, number
-from fastreg.ops.dropout import dropout
+from fastreg.ops.dropout import checked_p, dropout
 from fastreg.ops.fused import (
     activated,
     autocast_dtype,
@@ -195,7 +196,7 @@ def _columns_launch(tensors: dict, sums: _Sums, stream: Stream, form: _Form) -> 
     arguments = _arguments(rows, blocks, stream, form)
     arguments = _without(arguments, "seed_ptr", "seed", "offset", "threshold", "scale", "DROP")
     tensors = _without(tensors, "dh_ptr", *_GRADIENTS) | _partial(h, programs, form, sums)
-    return Launch(kernels.backward_columns, (programs, column_blocks), tensors | arguments)
+    return Launch(kernels.backward_columns, (column_blocks, programs), tensors | arguments)
 
 
 def _partial(h: Tensor, programs: int, form: _Form, sums: _Sums) -> dict:
@@ -210,17 +211,18 @@ def _partial(h: Tensor, programs: int, form: _Form, sums: _Sums) -> dict:
 
 def _sum_launch(partials: dict, sums: _Sums) -> Launch:
     """partials: what ``_partial`` made, among other arguments."""
-    partials = [partials[name] for name in ("dweight_ptr", "dbias_ptr") if partials[name] is not None]
+    first = next(partials[name] for name in ("dweight_ptr", "dbias_ptr") if partials[name] is not None)
     results = [t for t in sums if t is not None]
-    programs, columns = partials[0].shape
+    programs, columns = first.shape
     arguments = {
-        "partial_ptr": partials[0],
+        "partial_ptr": first.as_strided((len(results), *first.shape), (first.numel(), *first.stride())),
         "first_ptr": results[0],
         "second_ptr": results[1] if len(results) > 1 else None,
         "programs": programs,
         "columns": columns,
         "BLOCK_ROWS": 64,
         "BLOCK_COLUMNS": 32,
+        "WIDE": programs * columns >= 1 << 31,
         "num_warps": 8,
     }
     return Launch(kernels.sum_partials, (ceil_div(columns, 32), len(results)), arguments)
@@ -495,14 +497,14 @@ _layer_norm_op.register_autograd(_compiled_backward, setup_context=_save_for_com
 
 def _runs_kernels(
     input: Tensor,
-    normalized_shape: Sequence[int],
+    shape: tuple[int, ...] | None,
+    eps: float,
     others: Sequence[Tensor | None],
     *parameters: Tensor | None,
 ) -> bool:
-    """Whether the kernels take these tensors. What does not fit goes to ATen, which says why not."""
-    if not backend.runs_kernels(input) or not isinstance(normalized_shape, Sequence):
+    """Whether the kernels take these arguments. What does not fit goes to ATen, which says why not."""
+    if shape is None or not is_number(eps) or not backend.runs_kernels(input):
         return False
-    shape = tuple(normalized_shape)
     double = input.dtype == torch.float64
     return (
         len(shape) > 0
@@ -517,21 +519,13 @@ def _runs_kernels(
     )
 
 
-def _on_kernels(input, skip, weight, bias, residual, normalized_shape, stream, form):
+def _on_kernels(input, skip, weight, bias, residual, shape, stream, form):
     """y, and h or None where that is ``input``."""
     if not torch.compiler.is_compiling():
-        return _LayerNorm.apply(input, skip, weight, bias, residual, tuple(normalized_shape), *stream, form)
+        return _LayerNorm.apply(input, skip, weight, bias, residual, shape, *stream, form)
     seed = stream.seed_on(input.device) if form.threshold else None
     y, h, _ = _layer_norm_op(input, skip, weight, bias, residual, seed, *form)
     return y, h
-
-
-def _worth_a_launch(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
-    if torch.compiler.is_compiling() or not input.is_cuda or input.numel() >= ATEN_BELOW:
-        return True
-    return any(
-        t is not None and t.dtype != input.dtype for t in (weight, bias)
-    )  # which ATen refuses on a GPU
 
 
 def layer_norm(
@@ -564,15 +558,15 @@ def layer_norm(
     """
     check_activation(activation)
     check_residual(input, residual)
-    ours = _runs_kernels(input, normalized_shape, (residual,), weight, bias)
-    if ours and (activation is not None or residual is not None or _worth_a_launch(input, weight, bias)):
-        form = _Form(
-            math.prod(normalized_shape),
-            float(eps),
-            result_dtype(autocast_dtype(input), residual),
-            activation,
-        )
-        return _on_kernels(input, None, weight, bias, residual, normalized_shape, Stream(0), form)[0]
+    shape, epsilon = plain_shape(normalized_shape), plain(eps)
+    # ATen has no activation and no residual, and refuses parameters of another dtype on a GPU.
+    more = activation is not None or residual is not None
+    more = more or any(t is not None and t.dtype != input.dtype for t in (weight, bias))
+    ours = _runs_kernels(input, shape, epsilon, (residual,), weight, bias)
+    if ours and (more or backend.worth_a_launch(input, ATEN_BELOW)):
+        dtype = result_dtype(autocast_dtype(input), residual)
+        form = _Form(math.prod(shape), float(epsilon), dtype, activation)
+        return _on_kernels(input, None, weight, bias, residual, shape, Stream(0), form)[0]
     return activated(F.layer_norm(input, normalized_shape, weight, bias, eps), activation, residual)
 
 
@@ -612,30 +606,31 @@ def dropout_add_layer_norm(
     """
     check_activation(activation)
     check_residual(input, residual)
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    if type(p) is not float or type(training) is not bool or not 0.0 <= p <= 1.0:
+        p = checked_p(input, p, training)
+    shape, epsilon = plain_shape(normalized_shape), plain(eps)
     threshold = random.threshold(p) if training else 0
     if (
         threshold < LANE_VALUES
         and (threshold or residual is not None)
-        and _runs_kernels(input, normalized_shape, (residual,), weight, bias)
+        and _runs_kernels(input, shape, epsilon, (residual,), weight, bias)
         and input.is_contiguous()  # the mask counts in memory order, the kernel in rows
     ):
         stream = random.stream(input.device, seed, generator) if threshold else Stream(0)
         form = _Form(
-            math.prod(normalized_shape),
-            float(eps),
+            math.prod(shape),
+            float(epsilon),
             input.dtype,
             activation,
             threshold,
             LANE_VALUES / (LANE_VALUES - threshold),
         )
-        y, h = _on_kernels(input, residual, weight, bias, None, normalized_shape, stream, form)
+        y, h = _on_kernels(input, residual, weight, bias, None, shape, stream, form)
         return (y, h) if prenorm else y
     h = dropout(input, p, training, residual=residual, seed=seed, generator=generator)
-    if _runs_kernels(h, normalized_shape, (), weight, bias):
-        form = _Form(math.prod(normalized_shape), float(eps), input.dtype, activation)
-        y, _ = _on_kernels(h, None, weight, bias, None, normalized_shape, Stream(0), form)
+    if _runs_kernels(h, shape, epsilon, (), weight, bias):
+        form = _Form(math.prod(shape), float(epsilon), input.dtype, activation)
+        y, _ = _on_kernels(h, None, weight, bias, None, shape, Stream(0), form)
     else:
         y = _definition(h, normalized_shape, weight, bias, eps, activation, None).to(input.dtype)
     return (y, h) if prenorm else y

@@ -35,7 +35,9 @@ def dense_strides(x: Tensor) -> tuple[int, ...]:
         return torch.empty_like(x, device="meta").stride()
     if torch._C._are_functorch_transforms_active():
         # Under vmap the memory of an example also holds the others', and is_contiguous() speaks of all together.
-        return x.stride() if memory_order(x) is not None else torch.empty(x.shape, device="meta").stride()
+        if memory_order(x) is not None:
+            return x.stride()
+        return torch.empty(x.shape, dtype=x.dtype, device="meta").stride()
     return x.stride() if is_dense(x) else torch.empty_like(x, device="meta").stride()
 
 

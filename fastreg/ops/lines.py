@@ -16,6 +16,10 @@ WHOLE_BYTES = 224 << 10
 of the L2 cache, from which the second read comes. (An estimate, to be replaced by a measurement.)"""
 
 
+SHORTEST_TILE, LONGEST_TILE = 1 << 5, 1 << 13
+"""Elements along a line of a tile, where the line has so many."""
+
+
 class View(NamedTuple):
     """A dense tensor as lines: [segments, lines, along] in memory, or [batches, along, lines] (last)."""
 
@@ -45,6 +49,15 @@ class View(NamedTuple):
     def innermost(self) -> int:
         return self.lines if self.last else self.along
 
+    @property
+    def indexable(self) -> bool:
+        """Whether 32 bits hold what the kernels count in them: lines, their elements, tiles, and offsets in a tile."""
+        if self.batches * self.segments * self.lines * self.along < 1 << 31:
+            return True
+        counts = self.batches * self.lines, self.along, self.segments * ceil_div(self.along, SHORTEST_TILE)
+        offset = self.lines * LONGEST_TILE if self.last else 0
+        return max(*counts, offset) <= (1 << 31) - LONGEST_TILE
+
 
 def view(x: Tensor, groups: int) -> View | None:
     """How to see the dense tensor ``x`` [samples, channels, ...], or None if its layout tears samples apart."""
@@ -53,7 +66,8 @@ def view(x: Tensor, groups: int) -> View | None:
     spatial = math.prod(x.shape[2:])
     if groups == 0:
         if channels == 1:
-            return View(False, 1, 1, count, 1, 1, 1)
+            segments = 1 if count < 1 << 31 else samples
+            return View(False, 1, 1, count // segments, segments, 1, 1)
         after = x.stride(1)
         if after == 1:
             return View(True, 1, channels, count // channels, 1, channels, 1)
@@ -71,14 +85,28 @@ def view(x: Tensor, groups: int) -> View | None:
     return None
 
 
-def viewed(x: Tensor, groups: int) -> tuple[Tensor, View]:
-    """``x`` in a dense layout that the kernels can take (itself wherever possible), and the view."""
+def _viewed(x: Tensor, groups: int) -> tuple[Tensor, View]:
     x = dense(x)
     seen = view(x, groups)
     if seen is None:
         x = x.contiguous()
         seen = view(x, groups)
     return x, seen
+
+
+def viewed(x: Tensor, groups: int) -> tuple[Tensor, View]:
+    """``x`` in a dense layout that the kernels can take (itself wherever possible), and the view."""
+    x, seen = _viewed(x, groups)
+    if not seen.indexable:
+        raise RuntimeError(
+            f"the kernels cannot count the elements of a tensor of shape {tuple(x.shape)} in 32 bits"
+        )
+    return x, seen
+
+
+def indexable(x: Tensor, groups: int) -> bool:
+    """Whether ``viewed`` takes ``x``, which is asked for sizes that no 32 bits hold."""
+    return x.numel() < 1 << 31 or _viewed(torch.empty_like(x, device="meta"), groups)[1].indexable
 
 
 # --- plans -----------------------------------------------------------------------------------------------
@@ -122,7 +150,9 @@ class Plan(NamedTuple):
         return self.block == self.parts * self.lines and seen.lines % self.block == 0
 
     def even(self, seen: View) -> bool:
-        return seen.along % self.along == 0 and self.filled(seen)
+        """Whether all tiles are full: then none is masked. A line may have fewer tiles than a program keeps."""
+        tiles = self.kept or ceil_div(seen.along, self.along)
+        return tiles * self.along == seen.along and self.filled(seen)
 
     def run(self, seen: View) -> int:
         """Neighbouring lines that a thread has, and that touch no more than two units."""

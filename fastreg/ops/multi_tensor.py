@@ -63,17 +63,15 @@ def deal_rows(
 
 
 def upload(numbers: np.ndarray | Sequence, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """A tensor on the device, without waiting for it."""
-    tensor = torch.as_tensor(np.asarray(numbers)).to(dtype)
+    """A tensor on the device, without waiting for it.
+
+    In a CUDA graph it is written at every replay, from pinned memory that torch gives to no one else once it was
+    allocated and read while a graph was recorded.
+    """
+    tensor = torch.from_numpy(np.asarray(numbers)).to(dtype)
     if device.type != "cuda":
         return tensor.clone() if device.type == "cpu" else tensor.to(device)
-    pinned = tensor.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
-        _REPLAYED.append(pinned)
-    return pinned.to(device, non_blocking=True)
-
-
-_REPLAYED: list[Tensor] = []  # what the replays of CUDA graphs read again: a few numbers a recorded table
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Table:
@@ -84,7 +82,6 @@ class Table:
         self.device = device
         self.entries = upload(np.array(rows, dtype=np.int64), device)
         self.chunks = upload(np.stack(chunks), device)
-        self._kept: list[Tensor] = []
 
     @property
     def tensors(self) -> int:
@@ -95,12 +92,10 @@ class Table:
         return self.chunks.shape[1]
 
     def move(self, row: int, addresses: Sequence[int]) -> None:
-        """Writes the new addresses of a list. Recorded in a CUDA graph, every replay writes these."""
+        """Writes the new addresses of a list. In a CUDA graph every replay writes these, as with ``upload``."""
         numbers = torch.from_numpy(np.array(addresses, dtype=np.int64))
         if self.device.type == "cuda":
             numbers = numbers.pin_memory()
-            if torch.cuda.is_current_stream_capturing():
-                self._kept.append(numbers)  # a replay reads it again
         self.entries[row].copy_(numbers, non_blocking=True)
 
 
@@ -116,7 +111,7 @@ def kept_by_stream(build: Callable) -> Callable:
     def found(device: torch.device, *numbers: Any) -> Any:
         if device.type != "cuda":
             return kept(0, device, *numbers)
-        if torch.cuda.is_current_stream_capturing():
+        if backend.recording():
             return build(device, *numbers)
         return kept(torch.cuda.current_stream(device).cuda_stream, device, *numbers)
 

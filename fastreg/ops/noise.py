@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fastreg import random
-from fastreg.ops import backend
+from fastreg.ops import arguments, backend
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.dropout import ATEN_BELOW
 from fastreg.ops.layout import ceil_div, dense_strides, with_strides
@@ -153,13 +153,15 @@ def _with_noise(x: Tensor, stream: Stream, form: _Form, inplace: bool = False) -
     return x.copy_(y) if inplace else y
 
 
-def check_noise(std: float, mode: str) -> None:
-    if isinstance(std, Tensor):
-        raise TypeError("std has to be a number, but got a tensor: the noise has no gradient for it")
+def checked_std(std: float, mode: str) -> float:
+    """``std`` as Python's number."""
+    if type(std) is not float:
+        std = arguments.number("std", std)
     if not 0 <= std < math.inf:
         raise ValueError(f"std has to be finite and not negative, but got {std}")
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
+    return std
 
 
 def gaussian_noise(
@@ -191,7 +193,7 @@ def gaussian_noise(
 
     Raises:
         ValueError: std negative, infinite or NaN; unknown mode; seed and generator.
-        TypeError: input that is not floating point; std that is a tensor.
+        TypeError: input that is not floating point; std that is no number, such as a tensor that requires a gradient.
         RuntimeError: in-place on a leaf that requires a gradient.
 
     Source: Bishop 1995, "Training with Noise is Equivalent to Tikhonov Regularization" (Neural Computation 7);
@@ -201,7 +203,7 @@ def gaussian_noise(
         return handle_torch_function(
             gaussian_noise, (input,), input, std, training, inplace, mode=mode, seed=seed, generator=generator
         )
-    check_noise(std, mode)
+    std = checked_std(std, mode)
     if not input.is_floating_point():
         raise TypeError(f"gaussian_noise needs a floating point input, but got {input.dtype}")
     if not training or std == 0:
@@ -209,12 +211,9 @@ def gaussian_noise(
     if inplace and input.requires_grad and input.is_leaf and torch.is_grad_enabled():
         raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
     multiplicative = mode == "multiplicative"
-    if seed is not None or generator is not None or (backend.runs_kernels(input) and _worth_a_launch(input)):
+    ours = backend.runs_kernels(input) and backend.worth_a_launch(input, ATEN_BELOW)
+    if seed is not None or generator is not None or ours:
         stream = random.stream(input.device, seed, generator)
         return _with_noise(input, stream, _Form(std, multiplicative, dense_strides(input)), inplace)
     y = _definition(input, torch.randn_like(input, dtype=_computed_in(input)), std, multiplicative)
     return input.copy_(y) if inplace else y
-
-
-def _worth_a_launch(input: Tensor) -> bool:
-    return torch.compiler.is_compiling() or not input.is_cuda or input.numel() >= ATEN_BELOW

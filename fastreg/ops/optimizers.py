@@ -164,10 +164,10 @@ def define(member: Member, rule: Rule, numbers: Numbers, gain: float = 1.0, shar
         update = s["size"] * (g + s["decay_2"] * m if rule.nesterov else m)
     else:
         update = s["size"] * g
-    keep = s["keep"]
+    decayed = value * s["keep"]
     if rule.cautious:
-        keep = torch.where(update * value >= 0, keep, 1.0)
-    value = value * keep - update
+        decayed = torch.where(update * value >= 0, decayed, value)
+    value = decayed - update
     value = _constrained(value, rule, s, shards)
     stored = value
     if rule.at_random:
@@ -208,7 +208,7 @@ def _constrained(value: Tensor, rule: Rule, s: dict[str, float], shards: Any) ->
 def _rounded_at_random(x: Tensor, key: int, count: int) -> Tensor:
     """fp32 to what bf16 can hold: 16 random bits are added, and the last 16 cut off."""
     order = x.permute(_memory_order(x))
-    element = torch.arange(x.numel(), device=x.device).view(order.shape)
+    element = torch.arange(x.numel(), dtype=torch.int64, device=x.device).view(order.shape)
     bits = random.lanes(element, Stream(key, count)).to(torch.int64)
     pattern = order.contiguous().view(torch.int32).to(torch.int64) & 0xFFFFFFFF
     rounded = ((pattern + bits) & 0xFFFF0000).to(torch.int64)
@@ -415,11 +415,31 @@ def projection(parameter: Tensor, rule: Rule, shards: Any = None) -> tuple[str, 
     return "partial", 1
 
 
+def check_beside(parameter: Tensor, x: Tensor, name: str) -> None:
+    """Raises where ``x`` cannot be stepped together with the parameter, element by element, by its address.
+
+    name: what ``x`` is to the parameter.
+    """
+    if x.device != parameter.device:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"{parameter.device} and {x.device}! The first is that of a parameter, the second that of its {name}"
+        )
+    if x.shape != parameter.shape:
+        raise RuntimeError(
+            f"The size of tensor a {tuple(parameter.shape)} must match the size of tensor b {tuple(x.shape)}: "
+            f"a is a parameter, b its {name}"
+        )
+
+
+def same_strides(shape: Sequence[int], x: Sequence[int], y: Sequence[int]) -> bool:
+    """Whether tensors of one shape with these strides have the same order of elements. (One element has but one.)"""
+    return x == y or all(a == b or size == 1 for a, b, size in zip(x, y, shape, strict=True))
+
+
 def same_layout(x: Tensor, y: Tensor) -> bool:
-    """Whether the elements of two tensors of one shape lie in the same order. (Of one element there is but one.)"""
-    if x.stride() == y.stride():
-        return True
-    return all(a == b or size == 1 for a, b, size in zip(x.stride(), y.stride(), x.shape, strict=True))
+    """Whether two tensors have the same shape and the same order of elements in memory."""
+    return x.shape == y.shape and same_strides(x.shape, x.stride(), y.stride())
 
 
 def laid_out(x: Tensor, like: Tensor) -> Tensor:

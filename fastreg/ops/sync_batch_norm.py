@@ -15,6 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fastreg.ops import backend
+from fastreg.ops.arguments import number
 from fastreg.ops.batch_norm import batch_norm
 from fastreg.ops.channel_norm import (
     Form,
@@ -26,6 +27,7 @@ from fastreg.ops.channel_norm import (
     gradient_sums_launch,
     merge_gradients_launch,
     merge_statistics_launch,
+    share,
     statistics_launches,
     takes,
     unpacked_signs,
@@ -226,7 +228,7 @@ class _SyncBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, running, form, group):
-        on_kernels = takes(x, weight, bias, (None, None), fused=True)
+        on_kernels = takes(x, weight, bias, (None, None), 0, fused=True)
         mean, var, total = _merged(x, _gathered(_local_statistics(x, on_kernels), group), running)
         dtype, signs = result_dtype(x.dtype, residual), None
         if on_kernels:
@@ -254,7 +256,7 @@ class _SyncBatchNorm(torch.autograd.Function):
         if (
             not differentiable
             and backend.runs_kernels(dy)
-            and takes(x, weight, bias, (None, None), fused=True)
+            and takes(x, weight, bias, (None, None), 0, fused=True)
         ):
             dx, dweight, dbias, dv = _kernel_backward(
                 dy, x, weight, bias, residual, signs, mean, var, total, form, ctx.group,
@@ -343,8 +345,11 @@ def sync_batch_norm(
             check_activation(activation)
             check_residual(input, residual)
             _check(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-            running = Running(running_mean, running_var, momentum)
-            form = Form(0, eps, activation)
+            part = share(momentum, input)
+            running = Running(
+                running_mean, running_var, number("momentum", momentum) if part is None else part
+            )
+            form = Form(0, number("eps", eps), activation)
             function = _synchronized
             if torch.compiler.is_compiling():
                 function = torch.compiler.disable(function)

@@ -70,8 +70,9 @@ class Adam(_Adam, torch.optim.Adam):
             which is read in every step.{OPTIONS_DOC}
     Raises:
         ValueError: an argument out of range.
-        RuntimeError: sparse gradients; capture in a CUDA graph without capturable; parameters in pieces whose max-norm
-            needs them whole; complex ones with our options.
+        RuntimeError: sparse gradients; gradients or state of another shape or device than their parameter; capture in a
+            CUDA graph without capturable; parameters in pieces whose max-norm needs them whole; complex ones with our
+            options.
 
     Source: Kingma and Ba 2015 (ICLR); Reddi, Kale, Kumar 2018 (ICLR) for AMSGrad.
     """

@@ -8,10 +8,11 @@ can be loaded here and taken back. Where a step runs:
     ATen       all the rest, tensor by tensor, by the definition
 
 Between two steps a plan is kept, with the tables of addresses (``plan.py``). What may have changed since is asked in
-every step: gradients, the memory of parameters and of gradients, tensors of the state, options that choose another
-kernel.
+every step: gradients, the memory of parameters, gradients and state, tensors of the state, options that choose another
+kernel. A step that a CUDA graph records takes the plan along: its replays read those tables.
 """
 
+import sys
 import weakref
 from itertools import chain
 from typing import Any
@@ -20,12 +21,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from fastreg.ops.backend import recording
 from fastreg.ops.bulk import gradients
 from fastreg.ops.optimizers import (
     DTYPES,
     Member,
     Numbers,
     Rule,
+    check_beside,
     clipped,
     compute_dtype,
     define,
@@ -61,10 +64,22 @@ def _is_ordinary(p: Tensor, g: Tensor) -> bool:
     return p.is_floating_point() and not p.is_meta and g.layout == torch.strided
 
 
+def _counter(count: float | Tensor, device: torch.device | None) -> Tensor:
+    """A counter of steps: fp32 [] on the device of a kernel, or else a tensor as torch's own, which lie on the CPU."""
+    if isinstance(count, Tensor):
+        if device is not None:
+            count = count.to(device, torch.float32)
+            return count.reshape(()) if count.dim() else count
+        if count.dtype in (torch.float32, torch.float64):
+            return count
+        count = count.item()
+    wide = device is None and torch.get_default_dtype() == torch.float64
+    return torch.full((), count, dtype=torch.float64 if wide else torch.float32, device=device or "cpu")
+
+
 class Regularized(Optimizer):
     """Mixed into a class of torch, before it. What a class says for itself comes first."""
 
-    _step_supports_amp_scaling = True  # of the class: what __init__ sets is lost in copies
     _theirs: type[Optimizer] | None  # the class of torch with this step, where there is one
     _plan: Plan | None = None
     _loading: dict[str, Any] | None = None
@@ -92,6 +107,21 @@ class Regularized(Optimizer):
         walks: by its fused one, which walks over memory.
         """
         raise NotImplementedError
+
+    # --- gradient scaling
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether the step takes the scale of gradients, and whether one is infinite, from ``torch.amp.GradScaler``.
+
+        To torch, which asks this in the scaler's step: yes. Others take a yes to say that gradients cannot be unscaled
+        before the step, and refuse to clip them (Lightning, without a scale as well): to them, no.
+        """
+        return sys._getframe(1).f_globals.get("__name__", "").startswith("torch.")
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, value: bool) -> None:
+        """torch's ``__init__`` says it with ``fused=True``."""
 
     # --- options
 
@@ -128,6 +158,27 @@ class Regularized(Optimizer):
         self._plan, self._aside = None, {}
         if "state_dict" in loading:
             self._restore_dtypes(loading["state_dict"])
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's, counters of steps included: on the CPU, as they are now, unless a group is capturable or fused.
+
+        The kernels count on the device, where torch's other steps would wait for each counter.
+        """
+        found = super().state_dict()
+        states = found["state"]
+        alike: dict[tuple, list[int]] = {}
+        for group in found["param_groups"]:
+            if group.get("capturable") or group.get("fused"):
+                continue
+            for i in group["params"]:
+                counter = states.get(i, {}).get("step")
+                if isinstance(counter, Tensor) and counter.is_cuda:
+                    alike.setdefault((counter.device, counter.dtype, counter.shape), []).append(i)
+        for places in alike.values():
+            counters = torch.stack([states[i]["step"] for i in places]).cpu()
+            for i, counter in zip(places, counters, strict=True):
+                states[i] = {**states[i], "step": counter.clone()}
+        return found
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's, but state keeps its dtype beside parameters of 16 bits, to which torch rounds it.
@@ -185,7 +236,11 @@ class Regularized(Optimizer):
         params = list(chain.from_iterable(group["params"] for group in groups))
         grads = gradients(params)
         structure = tuple(self._structure(group) for group in groups)
-        plan = self._plan
+        plan, recorded = self._plan, recording()
+        if recorded:
+            self._plan = (
+                None  # the graph takes it along: its replays read those tables, which no other step may write
+            )
         if plan is not None and not plan.knows(structure, params, self.state):
             plan = None
         pieces = params
@@ -194,7 +249,10 @@ class Regularized(Optimizer):
         if plan is None or not plan.follow(grads, pieces):
             if all(g is None for g in grads) and all(group["max_grad_norm"] is None for group in groups):
                 return
-            plan = self._plan = self._make(structure, params, grads, pieces)
+            plan = self._make(structure, params, grads, pieces)
+            self._plan = None if recorded else plan
+        elif recorded:
+            plan.keep()
         self._run(plan, grads, pieces)
 
     def _structure(self, group: dict) -> tuple:
@@ -214,7 +272,7 @@ class Regularized(Optimizer):
             if group["max_norm"] is not None:
                 check_max_norm(p, group["max_norm_dim"])
             if grads[i] is not None:
-                self._refuse(p, grads[i], group)
+                self._refuse(p, pieces[i], grads[i], group)
         batches: dict[tuple, tuple[list[Member], list[int]]] = {}
         for i, (p, piece, g) in enumerate(zip(params, pieces, grads, strict=True)):
             if g is None:
@@ -279,8 +337,14 @@ class Regularized(Optimizer):
             plan.walks[owner] = False
         plan.torch.setdefault(owner, []).append(i)
 
-    def _refuse(self, p: Tensor, g: Tensor, group: dict) -> None:
+    def _refuse(self, p: Tensor, piece: Tensor, g: Tensor, group: dict) -> None:
         """Raises for what no step can take, before anything has changed."""
+        check_beside(piece, g, "gradient")
+        rule, state = self._rule_of(p, group), self.state.get(p, {})
+        used = {**dict.fromkeys(self._moments(group), True), "master": rule.master, "ema": rule.average}
+        for key, is_used in used.items():
+            if is_used and state.get(key) is not None:
+                check_beside(piece, local(state[key]), key)
         if g.is_sparse and "betas" in self.defaults:
             raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
         if self._has_options(group) and (g.is_sparse or not p.is_floating_point() or p.is_meta):
@@ -322,13 +386,8 @@ class Regularized(Optimizer):
             counter = counters.get("step")
             if counter is None or (fresh and "betas" not in group):
                 # torch's SGD counts no steps: where it has left a buffer, the first one is over
-                counter = torch.full((), 0.0 if fresh or "betas" in group or not moments else 1.0)
-            counter = torch.as_tensor(counter)
-            if kernels and (
-                counter.device != piece.device or counter.dtype != torch.float32 or counter.dim()
-            ):
-                counter = counter.to(piece.device, torch.float32).reshape(())
-            counters["step"] = counter
+                counter = 0.0 if fresh or "betas" in group or not moments else 1.0
+            counters["step"] = _counter(counter, piece.device if kernels else None)
         for key in moments:
             if state.get(key) is None:
                 state[key] = torch.zeros_like(p, dtype=dtype, memory_format=torch.preserve_format)
@@ -390,7 +449,7 @@ class Regularized(Optimizer):
                     batch.numbers_on_device(numbers),
                     mine,
                     norm,
-                    None if scale is None else torch.as_tensor(scale, dtype=torch.float32).to(device),
+                    None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=device),
                     None if found_inf is None else found_inf.to(device, torch.float32),
                 )
             )

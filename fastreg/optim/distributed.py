@@ -11,7 +11,7 @@ that hold the other pieces. Replicas hold the same values: nothing is summed ove
 """
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -37,6 +37,25 @@ def local(x: Tensor) -> Tensor:
         return x
     piece = x._local_tensor  # to_local() makes a new view of a parameter each time
     return piece.wait() if hasattr(piece, "wait") else piece  # a collective that is still under way
+
+
+def local_pairs(
+    targets: Sequence[Tensor], sources: Sequence[Tensor], names: Sequence[str] | None = None
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The pieces of targets and sources, where those of a pair are the same pieces of two tensors.
+
+    Raises:
+        ValueError: the pieces of a pair are cut otherwise. names: of the pairs.
+    """
+    if {*map(type, targets), *map(type, sources)} <= {*PLAIN}:
+        return list(targets), list(sources)
+    for i, pair in enumerate(zip(targets, sources, strict=True)):
+        if all(map(is_distributed, pair)):
+            target, source = ((x.device_mesh, x.placements) for x in pair)
+            if target != source:
+                name = names[i] if names else f"tensor {i}"
+                raise ValueError(f"{name} is in the pieces {source}, but was in {target}")
+    return list(map(local, targets)), list(map(local, sources))
 
 
 @torch.no_grad()
@@ -70,7 +89,11 @@ class Shards(NamedTuple):
         """Sums the elements of ``sums`` over the processes, in place: a collective, for all of them to call."""
         if self.mesh.get_coordinate() is None:  # no piece is here
             return sums
-        there = sums.to(self.mesh.device_type)  # parameters may be offloaded from where processes communicate
+        there = sums
+        if (
+            sums.device.type != self.mesh.device_type
+        ):  # parameters may be offloaded from where processes communicate
+            there = sums.to(self.mesh.device_type)  # the current device, as in FSDP
         for dimension in self.dimensions:
             torch.distributed.all_reduce(there, group=self.mesh.get_group(dimension))
         return sums if there is sums else sums.copy_(there)

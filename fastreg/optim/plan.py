@@ -4,14 +4,13 @@ import weakref
 from itertools import chain
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from fastreg.ops import backend
-from fastreg.ops.bulk import Watch, addresses
+from fastreg.ops.bulk import Watch, addresses, equal, kinds_of
 from fastreg.ops.multi_tensor import upload
-from fastreg.ops.optimizers import NUMBERS, WIDTH, Batch, Numbers, same_layout
+from fastreg.ops.optimizers import NUMBERS, WIDTH, Batch, Numbers, same_strides
 from fastreg.optim.distributed import is_distributed
 
 
@@ -42,15 +41,32 @@ class Plan:
         walked = (places for group, places in self.torch.items() if self.walks[group])
         self._places = list(chain(*(batch.places for batch in self.batches), *walked))
         self._whole = self._places == list(range(len(grads)))
-        self._addresses = addresses(self._placed(pieces))
+        dtypes = [batch.dtypes[1] for batch in self.batches for _ in batch.places]
+        dtypes += [None] * (len(self._places) - len(dtypes))
+        placed = self._placed(pieces)
+        self._wanted = [(x.shape, x.stride(), dtype) for x, dtype in zip(placed, dtypes, strict=True)]
+        self._addresses = addresses(placed)
+        self._state_addresses = addresses([], dicts=state.values()) if self.batches else None
         self._gradient_addresses = addresses(self._placed(grads))
 
     def _placed(self, tensors: list) -> list:
         return tensors if self._whole else [tensors[i] for i in self._places]
 
+    def keep(self) -> None:
+        """Keeps the tables that a CUDA graph reads while a parameter lives that it steps: nobody says when it ends.
+
+        What is made while it is recorded is in its own pool, and not to be kept.
+        """
+        if self.batches:
+            first = self.params[self.batches[0].places[0]]
+            weakref.finalize(first, tuple, [{**vars(batch)} for batch in self.batches]).atexit = False
+
     def knows(self, structure: tuple, params: list[Tensor], state: dict) -> bool:
         """Whether parameters, options and state are those it was made for."""
-        return structure == self.structure and self._kept.finds(params, state.values())
+        if structure != self.structure or not self._kept.finds(params, state.values()):
+            return False
+        # Who moves the state of a parameter, as by ``x.data = x.data.cuda()``, moves all of it.
+        return not self.batches or equal(addresses([], True, state.values()), self._state_addresses)
 
     def follow(self, grads: list[Tensor | None], pieces: list[Tensor]) -> bool:
         """Takes up new gradients in the place of the old ones. False where they are not of the same kind, or the
@@ -59,21 +75,21 @@ class Plan:
         if not known:
             if [g is None for g in grads] != self._absent:
                 return False
-            ours = [grads[i] for batch in self.batches for i in batch.places]
+            ours = self._placed(grads)
             if len(ours) < len(grads) and any(g is not None and g.layout != torch.strided for g in grads):
                 return False
             alike = self._kinds is not None and self._kinds.check(*ours)
-            if not alike and not self._fit(grads, pieces):
+            if not alike and not self._fit(grads):
                 return False
             if self._kinds is None:
-                self._kinds = _kinds_of(ours)
+                self._kinds = kinds_of(ours)
             known = alike and len(ours) == len(grads)
             # Who replaces gradients does so in every step (``zero_grad``): from now on their kind is asked at once.
             self._gradients = None
-        if not np.array_equal(addresses(self._placed(pieces), not self.distributed), self._addresses):
+        if not equal(addresses(self._placed(pieces), not self.distributed), self._addresses):
             return False
         found = addresses(self._placed(grads), known)
-        if not np.array_equal(found, self._gradient_addresses):
+        if not equal(found, self._gradient_addresses):
             start = 0
             for batch in self.batches:
                 batch.move_gradients(found[start : start + batch.count])
@@ -81,11 +97,9 @@ class Plan:
             self._gradient_addresses = found
         return not self.copies
 
-    def _fit(self, grads: list[Tensor | None], pieces: list[Tensor]) -> bool:
-        """Whether the kernels of the plan take these gradients in the place of its own."""
-        return all(
-            _fits(grads[i], pieces[i], batch.dtypes[1]) for batch in self.batches for i in batch.places
-        )
+    def _fit(self, grads: list[Tensor | None]) -> bool:
+        """Whether the plan takes these gradients in the place of its own."""
+        return all(_fits(g, *wanted) for g, wanted in zip(self._placed(grads), self._wanted, strict=True))
 
 
 class Placed(Batch):
@@ -116,20 +130,10 @@ class Placed(Batch):
         return self._on_device
 
 
-def _fits(g: Tensor, piece: Tensor, dtype: torch.dtype) -> bool:
-    return g.dtype == dtype and g.layout == torch.strided and backend.is_plain(g) and same_layout(g, piece)
-
-
-def _kinds_of(tensors: list[Tensor]) -> Any:
-    """What knows, for all of them in one call, whether others have their types, dtypes, devices, sizes and strides.
-
-    Of the guards of torch.compile, which are not public: None where they are not there. A no of theirs needs not be
-    one of ours, as where a gradient can itself be differentiated.
-    """
-    try:
-        from torch._C._dynamo.guards import TensorGuards
-
-        sizes, strides = ([list(ask(x)) for x in tensors] for ask in (Tensor.size, Tensor.stride))
-        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
-    except Exception:
-        return None
+def _fits(g: Tensor, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype | None) -> bool:
+    """dtype: that of a kernel. Whether torch may walk over a gradient is asked in every step."""
+    if g.shape != shape or g.layout != torch.strided:
+        return False
+    return dtype is None or (
+        g.dtype == dtype and backend.is_plain(g) and same_strides(shape, g.stride(), stride)
+    )

@@ -22,7 +22,8 @@ class SGD(Regularized, torch.optim.SGD):
             On the kernels foreach and fused choose nothing. lr may be a tensor, read in every step.{OPTIONS_DOC}
     Raises:
         ValueError: an argument out of range.
-        RuntimeError: parameters in pieces whose max-norm needs them whole, sparse or complex ones with our options.
+        RuntimeError: gradients or state of another shape or device than their parameter; parameters in pieces whose
+            max-norm needs them whole, sparse or complex ones with our options.
 
     Source: Sutskever, Martens, Dahl, Hinton 2013 (ICML); the options have theirs in ``kernels/optimizers.py``.
     """

@@ -235,14 +235,14 @@ def train_all(
             trial.load_state_dict(current)
             current = None
             display.line(f"Continuing {name}, after epoch {trial.epoch}.")
-        trials_before = sum(result["setting"] == setting for result in results)
-        display.begin(setting, trials_before * settings.epochs + trial.epoch)
+        epochs_before = settings.epochs * sum(result["setting"] == setting for result in results)
+        display.begin(name, setting, epochs_before + trial.epoch)
         while not trial.finished:
-            record = trial.run_epoch()
+            record = trial.run_epoch(display.step)
             state = {**identity, "results": results, "current": trial.state_dict()}
             if workers.is_first:
                 folder.write_checkpoint(state)
-            display.epoch(name, setting, record)
+            display.epoch(record)
         results.append(trial.result())
         if workers.is_first:
             folder.write_weights(name, trial.model.state_dict())

@@ -269,7 +269,7 @@ def split(dataset: Dataset, seed: int) -> Split:
     Raises:
         InputError: there are too few images of some class to have it in every part.
     """
-    index = torch.arange(len(dataset.labels))
+    index = torch.arange(len(dataset.labels), dtype=torch.int64, device="cpu")
     if dataset.test_labels is None:
         index, held_out = _stratified(dataset.labels, index, TEST_SHARE, seed_for(seed, "test"))
         test_images, test_labels = dataset.images[held_out], dataset.labels[held_out]

@@ -1,13 +1,24 @@
 """What a run shows: bars on a terminal, plain lines elsewhere, a table in the end."""
 
 import sys
+from collections.abc import Iterator
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from fastreg.training.settings import Settings
+
+
+class Bars(Progress):
+    """A bar for each setting and one for the whole run, in epochs; below them a line of text."""
+
+    below = ""
+
+    def get_renderables(self) -> Iterator[RenderableType]:
+        yield from super().get_renderables()
+        yield Text(self.below, overflow="ellipsis", no_wrap=True)
 
 
 class Display:
@@ -23,20 +34,22 @@ class Display:
             sys.stdout.reconfigure(errors="replace")  # an ASCII terminal gets a ? for ±, not an error
         self.settings = settings
         self.console = Console(quiet=quiet, highlight=False)
-        self.bars = Progress(
+        self.bars = Bars(
             TextColumn("[bold]{task.description}"),
-            BarColumn(),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TextColumn("{task.fields[state]}"),
             TimeRemainingColumn(compact=True),
             console=self.console,
             disable=quiet or not self.console.is_interactive,
+            expand=True,
         )
-        total = settings.epochs * settings.seeds * len(settings.comparisons())
+        epochs = settings.epochs * settings.seeds * len(settings.comparisons())
         self.tasks = {
-            setting: self.bars.add_task(setting, total=total, start=False, state="")
+            setting: self.bars.add_task(setting, total=epochs, start=False, state="")
             for setting in settings.compare
         }
+        self.run = self.bars.add_task("all", total=epochs * len(settings.compare), state="")
 
     def __enter__(self) -> "Display":
         self.bars.start()
@@ -46,25 +59,33 @@ class Display:
         self.bars.stop()
 
     def line(self, text: str) -> None:
-        """One line of text, unwrapped."""
-        self.console.print(text, markup=False, soft_wrap=True)
+        """A line of text, which only a terminal has to wrap."""
+        self.console.print(text, markup=False, soft_wrap=not self.console.is_terminal)
 
-    def begin(self, setting: str, epochs: int) -> None:
-        """A trial of ``setting`` begins, or goes on, after ``epochs`` epochs of all its trials."""
-        self.bars.start_task(self.tasks[setting])
-        self.bars.update(self.tasks[setting], completed=epochs)
+    def begin(self, name: str, setting: str, epochs: int) -> None:
+        """The trial ``name`` begins, or goes on, after ``epochs`` epochs of all trials of its ``setting``."""
+        self.trial, self.task, self.epochs = name, self.tasks[setting], epochs
+        self.bars.start_task(self.task)
+        self.step(0)
 
-    def epoch(self, name: str, setting: str, record: dict) -> None:
-        """An epoch of the trial ``name`` is finished; ``record`` is what ``Trial.run_epoch`` returned."""
+    def step(self, share: float) -> None:
+        """A step of the trial is taken, behind which is this share of the epoch."""
+        self.bars.update(self.task, completed=self.epochs + share)
+        self.bars.update(
+            self.run, completed=sum(self.bars.tasks[task].completed for task in self.tasks.values())
+        )
+
+    def epoch(self, record: dict) -> None:
+        """An epoch of the trial is finished; ``record`` is what ``Trial.run_epoch`` returned."""
         loss, error = record["step_loss"], record["validation_error"]
         epoch = f"epoch {record['epoch']}/{self.settings.epochs}"
+        text = f"{self.trial}, {epoch}: loss {loss:.4f}, validation error {error:.2f} %"
         if self.bars.disable:
-            seconds = record["seconds"]
-            self.line(f"{name}, {epoch}: loss {loss:.4f}, validation error {error:.2f} %, {seconds:.2f} s")
-        else:
-            where = name.removeprefix(f"{setting}, ")
-            state = f"{where}, {epoch}  loss {loss:.4f}  validation error {error:5.2f} %"
-            self.bars.update(self.tasks[setting], advance=1, state=state)
+            self.line(f"{text}, {record['seconds']:.2f} s")
+            return
+        self.bars.below = text
+        self.epochs += 1
+        self.bars.update(self.task, state=f"{error:5.2f} %")
 
     def results(self, metrics: dict) -> None:
         """The table of a finished run, and by how much each setting differs from the first."""

@@ -3,6 +3,7 @@
 import copy
 import math
 import time
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,7 @@ class Trial:
         self.best = {"validation_error": math.inf, "epoch": 0, "weights": {}}
 
         # The order of the examples is the same on every worker, the masks and the noise are not.
-        self.order = torch.Generator().manual_seed(seed_for(seed, "order"))
+        self.order = torch.Generator("cpu").manual_seed(seed_for(seed, "order"))
         torch.manual_seed(seed_for(seed, "layers", workers.rank))
 
     @property
@@ -60,8 +61,11 @@ class Trial:
     def finished(self) -> bool:
         return self.epoch >= self.settings.epochs
 
-    def run_epoch(self) -> dict:
+    def run_epoch(self, tell: Callable[[float], None] = lambda share: None) -> dict:
         """Train for one epoch and evaluate.
+
+        Args:
+            tell: is called after every step with the share of the epoch that is behind it.
 
         Returns:
             ``epoch``, from 1; ``step_loss``, the mean over the steps as they were taken, with the layers and the images
@@ -74,7 +78,7 @@ class Trial:
             DivergedError: a loss is not finite.
         """
         start = time.perf_counter()
-        step_loss = self._train_once_through().item()  # the only wait for the device
+        step_loss = self._train_once_through(tell).item()  # the only wait for the device
         seconds = time.perf_counter() - start
         train_loss, train_error = self.evaluate(self.split.train)
         validation_loss, validation_error = self.evaluate(self.split.validation)
@@ -98,13 +102,15 @@ class Trial:
             self.best = {"validation_error": validation_error, "epoch": self.epoch, "weights": weights}
         return record
 
-    def _train_once_through(self) -> Tensor:
+    def _train_once_through(self, tell: Callable[[float], None]) -> Tensor:
         """One step for each batch of a new random order. Returns the epoch's mean loss, on the device."""
         examples = self.split.train
-        total_loss = torch.zeros((), device=self.workers.device)
-        order = torch.randperm(len(examples), generator=self.order).to(self.workers.device)
+        total_loss = torch.zeros((), dtype=torch.float32, device=self.workers.device)
+        order = torch.randperm(len(examples), generator=self.order, dtype=torch.int64, device="cpu")
+        order = order.to(self.workers.device)
         self.network.train()
-        for batch in self._batches(order):
+        batches = self._batches(order)
+        for step, batch in enumerate(batches, 1):
             mine = examples[self.workers.shard(batch)]
             images = mine.images
             for transform in self.recipe.transforms:
@@ -116,6 +122,7 @@ class Trial:
             self.optimizer.step()
             self.optimizer.zero_grad()
             total_loss += loss.detach()
+            tell(step / len(batches))
         self.workers.average_buffers(self.model)
         return self.workers.sum(total_loss) / len(examples)
 

@@ -4,8 +4,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-#: Okabe and Ito's colours, which the colour-blind can tell apart.
-COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+#: Okabe and Ito's colours, which the colour-blind can tell apart, the most different ones first; and marks beside them.
+COLOURS = ("#D55E00", "#0072B2", "#000000", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
 
 
 def draw_learning_curves(metrics: dict, file: BinaryIO) -> None:
@@ -26,14 +27,18 @@ def draw_learning_curves(metrics: dict, file: BinaryIO) -> None:
         panels, ("error", "loss"), ("error (%)", "cross-entropy (nats)"), strict=True
     ):
         for number, setting in enumerate(settings["compare"]):
-            colour = COLOURS[number % len(COLOURS)]
+            look = _look(number)
             histories = [trial["history"] for trial in metrics["trials"] if trial["setting"] == setting]
             for part, style in (("train", "--"), ("validation", "-")):
                 curves = np.array([[record[f"{part}_{what}"] for record in history] for history in histories])
                 epochs = np.arange(1, curves.shape[1] + 1)
-                panel.plot(epochs, curves.mean(0), style, color=colour, linewidth=1.8)
+                # A few marks on each curve, on no two curves at the same epochs.
+                marks = (number % 4 * len(epochs) // 20, max(1, len(epochs) // 5))
+                panel.plot(epochs, curves.mean(0), style, **look, markevery=marks, linewidth=1.6)
                 if len(curves) > 1:
-                    panel.fill_between(epochs, curves.min(0), curves.max(0), color=colour, alpha=0.13, lw=0)
+                    panel.fill_between(
+                        epochs, curves.min(0), curves.max(0), color=look["color"], alpha=0.1, lw=0
+                    )
         panel.set_xlabel("epoch")
         panel.set_ylabel(label)
         panel.set_ylim(bottom=0, top=_top(metrics["trials"], what))
@@ -42,7 +47,7 @@ def draw_learning_curves(metrics: dict, file: BinaryIO) -> None:
         _tidy(panel)
 
     handles = [
-        Line2D([], [], color=COLOURS[number % len(COLOURS)], linewidth=3, label=setting)
+        Line2D([], [], **_look(number), linewidth=2, label=setting)
         for number, setting in enumerate(settings["compare"])
     ]
     handles += [
@@ -68,10 +73,10 @@ def draw_study(metrics: dict, file: BinaryIO) -> None:
         errors = np.array(
             [summary[setting]["test_error"]["values"] for summary in metrics["summary"].values()]
         )
-        colour = COLOURS[number % len(COLOURS)]
-        panel.plot(values, errors.mean(1), ".-", color=colour, linewidth=1.8, markersize=8, label=setting)
+        look = _look(number)
+        panel.plot(values, errors.mean(1), **look, linewidth=1.6, label=setting)
         if settings["seeds"] > 1:
-            panel.fill_between(values, errors.min(1), errors.max(1), color=colour, alpha=0.13, lw=0)
+            panel.fill_between(values, errors.min(1), errors.max(1), color=look["color"], alpha=0.1, lw=0)
     panel.set_xscale("log", base=2)
     panel.set_xticks(values, metrics["summary"].keys())
     panel.set_xlabel(settings["study"].replace("-", " "))
@@ -80,6 +85,12 @@ def draw_study(metrics: dict, file: BinaryIO) -> None:
     _tidy(panel)
     figure.legend(loc="outside lower center", ncols=len(settings["compare"]), frameon=False)
     figure.savefig(file, format="png")
+
+
+def _look(number: int) -> dict:
+    """Colour and mark of the setting with this number."""
+    mark = {"marker": MARKS[number % len(MARKS)], "markersize": 5.5, "markeredgecolor": "white"}
+    return {"color": COLOURS[number % len(COLOURS)], **mark}
 
 
 def _new_figure(metrics: dict, width: float):

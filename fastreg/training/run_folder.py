@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,11 +29,16 @@ class RunFolder:
 
     def check_usable(self) -> None:
         """Raises InputError where files cannot be written here. Leaves nothing behind."""
-        existing = next(folder for folder in (self.path, *self.path.absolute().parents) if folder.exists())
-        if not existing.is_dir():
-            raise InputError(f"cannot write to {self.path}: {existing} is not a folder")
-        if not os.access(existing, os.W_OK | os.X_OK):
-            raise InputError(f"cannot write to {self.path}: no permission in {existing}")
+        try:
+            existing = next(
+                folder for folder in (self.path, *self.path.absolute().parents) if folder.exists()
+            )
+            if not existing.is_dir():
+                raise InputError(f"cannot write to {self.path}: {existing} is not a folder")
+            with tempfile.TemporaryFile(dir=existing):
+                pass
+        except OSError as error:
+            raise InputError(f"cannot write to {self.path}: {error.strerror}") from error
 
     def read_metrics(self, settings: Settings) -> dict | None:
         """The results of a finished run, or None. Raises InputError where they belong to other settings."""

@@ -1,0 +1,49 @@
+"""The test command itself: what pytest-xdist asks of a collection, which each of its workers makes for itself."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import conftest
+import pytest
+
+HERE = Path(__file__).parent
+
+
+def test_bytes_are_in_no_name():
+    assert conftest.pytest_make_parametrize_id(None, "text", "content") is None
+    with pytest.raises(TypeError, match="content is bytes"):
+        conftest.pytest_make_parametrize_id(None, b"\x1f\x8b", "content")
+
+
+@pytest.mark.slow
+def test_all_processes_find_the_same_tests():
+    """Started at other times, and with other hashes of strings."""
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-qq",
+        "-o",
+        "addopts=",
+        "-p",
+        "no:cacheprovider",
+    ]
+    found = []
+    for seed in ("1", "2"):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+        done = subprocess.run(
+            [*command, str(HERE)],
+            env={**environment, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr
+        found.append([line for line in done.stdout.splitlines() if "::" in line])
+        time.sleep(1.1)  # gzip counts seconds
+    assert len(found[0]) > 1000
+    assert found[0] == found[1]
