@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 pytest.importorskip("triton")
 
-from compile_only import stages  # noqa: E402
+from compile_only import stages
 
-import fastreg.functional as F  # noqa: E402
-from fastreg import ops, optim, penalties  # noqa: E402
-from fastreg.averages import ExponentialMovingAverage  # noqa: E402
-from fastreg.bench.sass import Kernel, Program, compile_for, one_sided_sums  # noqa: E402
-from fastreg.ops import backend  # noqa: E402
-from fastreg.ops.fused import ACTIVATIONS  # noqa: E402
+import fastreg.functional as F
+from fastreg import ops, optim, penalties
+from fastreg.averages import ExponentialMovingAverage
+from fastreg.bench.sass import Kernel, Program, compile_for, one_sided_sums
+from fastreg.ops import backend
+from fastreg.ops.fused import ACTIVATIONS
 
 pytestmark = pytest.mark.xdist_group("compiled")  # one process compiles, once, on all cores
 
