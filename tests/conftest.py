@@ -138,7 +138,7 @@ def pytest_runtest_setup(item) -> None:
 # Tests marked ``sampled`` choose themselves which of their cases run on the kernels in every run.
 _SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py")
 # Tests of some ten seconds each, which compile or start processes: first, so that none is left for the end.
-_LONG = ("test_gpu_host.py", "test_inspect.py", "test_training.py", "test_bench.py")
+_LONG = ("test_gpu_host.py", "test_inspect.py", "test_compiled.py", "test_training.py", "test_bench.py")
 
 
 @pytest.hookimpl(tryfirst=True)
