@@ -130,9 +130,8 @@ def _hidden(
     h = _load(x_ptr, first, element, inside)
     if DROP:
         h, scale = _dropout(h, draw, first, shape, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR)
-        h = (
-            product(h, scale) if skip_ptr is None else mul(h, scale)
-        )  # as it is summed, or taken into the next sum
+        # Where nothing is added next, the mean is: a sum over lanes, which must not take in the product.
+        h = product(h, scale) if skip_ptr is None else mul(h, scale)
     if skip_ptr is not None:
         h = total(_stored(skip_ptr, first, element, inside), h)
     if h_ptr is not None:
