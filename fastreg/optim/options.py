@@ -59,6 +59,17 @@ def check(group: dict[str, Any], decoupled: bool) -> None:
         raise ValueError("master_weights and stochastic_rounding exclude each other")
 
 
+def has_options(group: dict[str, Any]) -> bool:
+    """Whether a group has more than torch's arguments."""
+    return any(group[key] != OPTIONS[key] for key in OPTIONS if key not in ("l1_mode", "max_norm_dim"))
+
+
+def changes_before(group: dict[str, Any]) -> bool:
+    """Whether options change gradients or weights before the step of torch, and not after it alone."""
+    subgradient = group["l1"] != 0 and group["l1_mode"] == "subgradient"
+    return group["max_grad_norm"] is not None or bool(group["cautious"]) or subgradient
+
+
 def rule_of(group: dict[str, Any], **rest: bool) -> Rule:
     """The rule of a group, as far as all the optimizers share it."""
     return Rule(
