@@ -1,11 +1,16 @@
 """``python -m bench`` (in a checkout) and ``fastreg bench`` (installed): run, steps, host, report, check."""
 
+import contextlib
 import importlib
 import math
 import os
 import re
+import subprocess
+import sys
 import time
-from itertools import product
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import product, zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +21,7 @@ from rich.table import Table
 
 from . import FAMILIES
 from .cases import Case
+from .check import TOTAL
 from .check import check as check_all
 from .harness import (
     CPU_QUICK_SIZES,
@@ -24,6 +30,7 @@ from .harness import (
     QUICK_SIZES,
     SIZES,
     explain,
+    prepare,
     wrong,
 )
 from .harness import run as sweep
@@ -32,7 +39,7 @@ from .peers import CPU_PEERS, PEERS, select
 from .provenance import REPOSITORY, provenance
 from .report import OURS, Entry, entries, human, ratio_cell
 from .report import report as render
-from .steps import IMPLEMENTATIONS
+from .steps import IMPLEMENTATIONS, Step, networks_of
 from .steps import run as time_steps
 
 # Results belong to the checkout; an installed package writes none into itself.
@@ -83,6 +90,8 @@ def run(
     device: Annotated[str, typer.Option(help="cuda or cpu; cuda where there is one.")] = "",
     budget: Annotated[float | None, typer.Option(help="Milliseconds for one timing.")] = None,
     stop_after: Annotated[float, typer.Option(help="Seconds after which no new case is begun.")] = math.inf,
+    without: Annotated[str, typer.Option(help="Not these implementations.")] = "",
+    label: Annotated[str, typer.Option(help="A word for the result files, to keep them beside others.")] = "",
 ) -> None:
     """Time every case against every peer that is installed, and write a result file for each family and
     dtype."""
@@ -98,6 +107,7 @@ def run(
     names = words(peers) or (
         [p.name for p in PEERS if not quick or p.name != "compile-max"] if gpu else CPU_PEERS
     )
+    names = [name for name in names if name not in words(without)]
     try:
         found, versions = select(tuple(names))
     except ValueError as error:
@@ -107,18 +117,22 @@ def run(
         raise typer.BadParameter(f"no such dtype: {', '.join(sorted(unknown))}")
     if not gpu:  # what we add on the host is on one thread, and the noise of waiting for others hides it
         torch.set_num_threads(1)
-    deadline = time.monotonic() + stop_after
-    failed = False
-
-    def tell(rows: list[dict]) -> None:
-        nonlocal failed
-        failed |= any(row["error"] and row["implementation"] == OURS for row in rows)
-        show(rows)
-
     chosen = {name: cases_of(name, words(cases)) for name in family or FAMILIES}
     if not any(chosen.values()):
         raise typer.BadParameter(f"no case has {cases!r} in its name; see the command list")
     sweeps = list(product(filter(chosen.get, chosen), dtypes))
+    started = time.monotonic()
+    deadline = started + stop_after
+    timed, total = 0, len(chosen_sizes) * sum(len(chosen[name]) for name, _ in sweeps)
+    failed = False
+
+    def tell(rows: list[dict]) -> None:
+        nonlocal failed, timed
+        failed |= any(row["error"] and row["implementation"] == OURS for row in rows)
+        show(rows)
+        timed += 1
+        console.print(progress_of(timed, total, time.monotonic() - started), style="dim", markup=False)
+
     for done, (name, one) in enumerate(sweeps):
         now = time.monotonic()
         path = sweep(
@@ -131,6 +145,7 @@ def run(
             versions=versions,
             folder=out or RESULTS / provenance(where)["slug"],
             quick=quick,
+            label=label,
             budget=(budget or (30 if quick else 100)) / 1e3,
             deadline=now + (deadline - now) / (len(sweeps) - done),  # an equal share of what is left
             tell=tell,
@@ -138,6 +153,15 @@ def run(
         console.print(f"wrote {path}", markup=False)
     if failed:  # a peer that fails is a result, we are not
         raise typer.Exit(1)
+
+
+def progress_of(done: int, total: int, seconds: float) -> str:
+    left = seconds / done * (total - done)
+    return (
+        f"{done} of {total}, about {left / 60:.0f} min left"
+        if left >= 60
+        else f"{done} of {total}, {left:.0f} s left"
+    )
 
 
 def show(rows: list[dict]) -> None:
@@ -227,10 +251,9 @@ def check(
     tests: Annotated[
         str | None, typer.Option(help='Arguments for pytest: a path, or "tests -k name".')
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Time for everything.")] = 600,
+    seconds: Annotated[float, typer.Option(help="Time for everything.")] = TOTAL,
 ) -> None:
-    """Tests, sanitizer, quick benchmarks and report in at most ten minutes: the command for a fresh GPU
-    machine."""
+    """Tests, sanitizer, quick benchmarks and report in nine minutes: the command for a fresh GPU machine."""
     dry = not torch.cuda.is_available() if dry_run is None else dry_run
     if not dry and not torch.cuda.is_available():
         raise typer.BadParameter("there is no GPU here: only a dry run is possible")
@@ -241,7 +264,9 @@ def check(
 
     def tell(result: dict) -> None:
         reason = f" ({result['reason']})" if "reason" in result else ""
-        console.print(f"{result['stage']}: {result['status']}{reason}, {result['seconds']} s", markup=False)
+        says = f": {result['says']}" if result.get("says") else ""
+        line = f"{result['stage']}: {result['status']}{reason}, {result['seconds']} s{says}"
+        console.print(line, markup=False)
 
     results, ok = check_all(out, dry=dry, tests=tests, total=seconds, tell=tell)
     table = Table(title="dry run" if dry else "check", title_justify="left")
@@ -270,32 +295,86 @@ def list_all() -> None:
         console.print(f"peer {name}: {version}{f' (pip install {absent})' if absent else ''}", markup=False)
 
 
+def shapes(where: torch.device) -> list[tuple[torch.dtype, int]]:
+    """dtypes and sizes of what is run once: even, and ragged; on a GPU, enough for a kernel."""
+    least = 2**18 if where.type == "cuda" else 0  # smaller plain tensors go to ATen
+    return [(torch.bfloat16, least + 2048), (torch.float32, least + 2051)]
+
+
+def in_turns(names: list[str] | None) -> list[Case]:
+    """The first case of each family, then the second, and so on: whenever one stops, all have had their share."""
+    families = [cases_of(name, []) for name in names or FAMILIES]
+    return [case for turn in zip_longest(*families) for case in turn if case is not None]
+
+
+def once(case: Case, dtype: torch.dtype, numel: int, where: torch.device) -> str | None:
+    """What is wrong with one forward and backward pass of a case."""
+    try:
+        return wrong(case, case.ours, case.inputs(numel, dtype, where))
+    except Exception as error:
+        if isinstance(error, NotImplementedError) and where.type == "cpu":
+            return None  # torch has none there
+        return explain(error)
+
+
 @app.command(hidden=True)
 def sanitize(
     family: Annotated[list[str] | None, typer.Argument()] = None,
     device: Annotated[str, typer.Option()] = "",
+    stop_after: Annotated[float, typer.Option()] = math.inf,
 ) -> None:
-    """Every case once, small and ragged, forward and backward, checked: what runs under compute-sanitizer."""
-    where, failed = choose_device(device), False
-    shapes = [(torch.bfloat16, 2048), (torch.float32, 2051)]  # half a tile, a ragged tail
-    if where.type == "cuda":  # and enough for a kernel where small tensors go to ATen
-        shapes.append((torch.bfloat16, 2**18 + 4096))
-    for name in family or FAMILIES:
-        for case in cases_of(name, []):
-            for dtype, numel in shapes:
-                inputs = case.inputs(numel, dtype, where)
-                try:
-                    problem = wrong(case, case.ours, inputs)
-                except Exception as error:
-                    problem = explain(error)
-                    if isinstance(error, NotImplementedError) and where.type == "cpu":
-                        console.print(f"{case.name} {dtype}: torch has none here", markup=False)
-                        continue
-                failed |= problem is not None
-                console.print(
-                    f"{case.name} {dtype} {tuple(inputs[0].shape)}: {problem or 'ok'}", markup=False
-                )
+    """Every case once, forward and backward, checked: what runs under compute-sanitizer. Says what it left out."""
+    where, end, failed = choose_device(device), time.monotonic() + stop_after, False
+    runs = [(case, *shape) for shape in shapes(where) for case in in_turns(family)]
+    done = 0
+    for case, dtype, numel in runs:
+        if time.monotonic() > end:
+            break
+        problem = once(case, dtype, numel, where)
+        failed |= problem is not None
+        console.print(f"{case.name} {dtype} {numel}: {problem or 'ok'}", markup=False)
+        done += 1
+    left = ", ".join(f"{case.name} {dtype}".replace("torch.", "") for case, dtype, _ in runs[done:])
+    console.print(f"checked {done} of {len(runs)} runs{f'; left out: {left}' if left else ''}", markup=False)
     if failed:
+        raise typer.Exit(1)
+
+
+@app.command(hidden=True)
+def warm(
+    part: Annotated[int | None, typer.Option(help="Of what a process of all has to do.")] = None,
+    processes: Annotated[int, typer.Option()] = os.cpu_count() or 1,
+    device: Annotated[str, typer.Option()] = "",
+) -> None:
+    """Compiles into Triton's cache what the quick sweep, the sanitizer and the networks run: on all cores."""
+    where = choose_device(device)
+    gpu = where.type == "cuda"
+
+    def launch(case: Case, dtype: torch.dtype, numel: int) -> None:
+        prepare("both", case.ours, case.inputs(numel, dtype, where))()
+
+    jobs = [
+        partial(lambda network: Step(network, IMPLEMENTATIONS[0], where)(), one) for one in networks_of(where)
+    ]
+    sizes = [(torch.bfloat16, size // 2) for size in (QUICK_SIZES if gpu else CPU_QUICK_SIZES[:1])]
+    jobs += [partial(launch, case, *run) for case in in_turns(None) for run in (*shapes(where), *sizes)]
+    if part is not None:
+        for job in jobs[part::processes]:
+            with contextlib.suppress(Exception):  # whatever is wrong, the stages behind this one say so
+                job()
+            if gpu:
+                torch.cuda.empty_cache()
+        return
+
+    def run_part(number: int) -> int:
+        command = [sys.executable, "-m", __package__, "warm", "--part", str(number)]
+        command += ["--processes", str(processes), "--device", device]
+        return subprocess.run(command, check=False).returncode
+
+    with ThreadPoolExecutor(processes) as pool:
+        ended = list(pool.map(run_part, range(processes)))
+    console.print(f"ran {len(jobs)} jobs in {processes} processes", markup=False)
+    if any(ended):
         raise typer.Exit(1)
 
 

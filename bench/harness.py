@@ -2,8 +2,8 @@
 
 On a GPU three methods, each named in its rows:
 
-- ``events``: CUDA events around each call, the L2 cache overwritten before it. What the kernels take, with
-  their data in memory (and what the host takes, where it falls behind the overwriting: the smallest inputs).
+- ``events``: CUDA events around each call, other data in the L2 cache. What the kernels take, with their data in
+  memory. Before the first event the GPU sleeps for as long as the host needs to launch, so that it never waits.
 - ``wall`` (small inputs): host time of back-to-back eager calls. What a training step pays, with launches.
 - ``graph`` (small inputs): replay of a CUDA graph of many calls, the data warm in L2. What the kernels take
   without their launches.
@@ -34,7 +34,9 @@ SCHEMA = 1
 SMALL = 16 * 2**20  # up to this many input bytes launches matter: time them eagerly and from a graph too
 CEILING = 2**30  # bytes of the large copy that defines the copy rate
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
-FLUSH = 2**28  # bytes written between repetitions, at least; twice the L2 cache where that is more
+FLUSH = 2**28  # bytes read between repetitions, at least; twice the L2 cache where that is more
+FASTEST_CLOCK = 2e9  # cycles a second of a multiprocessor, at most: what a sleep is counted in
+LONGEST_SLEEP = 0.02  # seconds: who waits for the GPU in a call is not helped by it
 MINIMUM, MAXIMUM = 5, 1000  # repetitions
 
 SIZES = (*(2**k for k in range(12, 31, 2)), 2**31)  # 4 KB, ×4, to 1 GB, and 2 GB
@@ -119,7 +121,9 @@ class Cuda:
 
     def __init__(self, device: torch.device):
         properties = torch.cuda.get_device_properties(device)
-        self.flush = torch.empty(max(2 * properties.L2_cache_size, FLUSH), dtype=torch.uint8, device=device)
+        size = max(2 * properties.L2_cache_size, FLUSH)
+        self.flushed = torch.ones(size // 4, dtype=torch.float32, device=device)
+        self.sum = torch.zeros((), device=device)
         self.ceiling = 2 * min(CEILING, properties.total_memory // 8)  # bytes that the large copy moves
         self.device = device
         self.copies: dict[tuple[int, str], dict] = {}
@@ -130,11 +134,27 @@ class Cuda:
             methods |= {"wall": self.wall, "graph": self.graph}
         return methods
 
+    def flush(self) -> None:
+        """Fills the L2 cache with other data. They are read: what is written would have to leave it during the call."""
+        torch.sum(self.flushed, dim=0, out=self.sum)
+
+    def _launching(self, call: Callable) -> float:
+        """Twice the seconds that the host takes to launch a call: how long the GPU has to sleep before it."""
+        taken = []
+        for _ in range(3):
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+        return min(2 * max(taken), LONGEST_SLEEP)
+
     def _timed(self, call: Callable, n: int, before: Callable = lambda: None) -> list[float]:
         """Device time in seconds of each of ``n`` calls; ``before`` runs untimed ahead of each."""
         pairs = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(n)]
+        cycles = int(FASTEST_CLOCK * self._launching(call))
         for start, end in pairs:
             before()
+            torch.cuda._sleep(cycles)
             start.record()
             call()
             end.record()
@@ -152,10 +172,10 @@ class Cuda:
         call = make()
 
         def cold():
-            self.flush.zero_()
+            self.flush()
             call()
 
-        return self._timed(call, repetitions(budget, self._warm(cold, budget)), before=self.flush.zero_)
+        return self._timed(call, repetitions(budget, self._warm(cold, budget)), before=self.flush)
 
     def wall(self, make: Callable[[], Callable], budget: float) -> list[float]:
         call = make()
@@ -366,6 +386,7 @@ def run(
     versions: dict[str, str],
     folder: Path,
     quick: bool = False,
+    label: str = "",
     budget: float = 0.1,
     deadline: float = math.inf,
     limit: float = 120,
@@ -385,14 +406,15 @@ def run(
         "family": family,
         "dtype": dtype,
         "quick": quick,
+        "label": label,
         "complete": False,
         "provenance": origin,
         "peers": versions,
         "copy": [],
         "rows": [],
     }
-    name = f"{family}-{dtype}-{'quick-' if quick else ''}{origin['date'][:10]}-{origin['commit']}.json"
-    path = folder / name
+    words = [family, dtype, "quick" if quick else "", label, origin["date"][:10], origin["commit"]]
+    path = folder / f"{'-'.join(filter(None, words))}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def save() -> None:

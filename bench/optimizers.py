@@ -63,13 +63,21 @@ SGD_ARGUMENTS = {"lr": LR, "momentum": 0.9, "weight_decay": DECAY}
 RADIUS, CLIP, EMA = 20.0, 1.0, 0.999  # of the options
 
 
+def recordable(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """On a GPU its step can be recorded in a CUDA graph, as the harness does: it counts its steps there."""
+    for group in optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = group["params"][0].is_cuda
+    return optimizer
+
+
 def stepping(cls: type, **arguments) -> Stepped:
-    return Stepped(lambda parameters: cls(parameters, **arguments).step)
+    return Stepped(lambda parameters: recordable(cls(parameters, **arguments)).step)
 
 
 def separately(parameters: list[nn.Parameter]) -> Callable[[], None]:
     """What all of it takes with torch: clipping, the fused step, a projection, an average."""
-    optimizer = torch.optim.AdamW(parameters, **ADAM_ARGUMENTS, fused=True)
+    optimizer = recordable(torch.optim.AdamW(parameters, **ADAM_ARGUMENTS, fused=True))
     averages = [p.detach().clone() for p in parameters]
 
     @torch.no_grad()
@@ -143,7 +151,9 @@ CASES = (
         forward_bytes=lambda e: 7 * e,  # read p, g, m, v; write p, m, v
         backward_bytes=lambda e: 0,
         check=stepped(adamw),
-        compiled=compiled(lambda parameters: torch.optim.AdamW(parameters, **ADAM_ARGUMENTS).step),
+        compiled=compiled(
+            lambda parameters: recordable(torch.optim.AdamW(parameters, **ADAM_ARGUMENTS)).step
+        ),
         peers={
             "apex": elsewhere("apex.optimizers", "FusedAdam", adam_w_mode=True, **ADAM_ARGUMENTS),
             "optimi": elsewhere("optimi", "AdamW", triton=True, **ADAM_ARGUMENTS),

@@ -44,7 +44,7 @@ def load(folder: Path) -> list[dict]:
         if origin["interpreted"] or not document["rows"]:
             continue
         document["folder"] = path.parent
-        key = (origin["slug"], document["family"], document["dtype"])
+        key = (origin["slug"], document["family"], document["dtype"], document.get("label", ""))
         if key not in best or rank(document) > rank(best[key]):
             best[key] = document
     return [best[key] for key in sorted(best)]
@@ -141,6 +141,10 @@ def markdown(header: list[str], lines: Iterable[list[str]], left: int = 1) -> st
     """A Markdown table; the first ``left`` columns are text, the rest numbers."""
     rule = [":--"] * left + ["--:"] * (len(header) - left)
     return "\n".join("| " + " | ".join(line) + " |" for line in [header, rule, *lines])
+
+
+def title_of(document: dict) -> str:
+    return ", ".join(filter(None, (document["family"], document["dtype"], document.get("label"))))
 
 
 def origin_line(document: dict) -> str:
@@ -268,7 +272,7 @@ def results_page(
     parts = ["# Benchmark results", LEGEND]
     for document in documents:
         origin = document["provenance"]
-        title = f"## {document['family']}, {document['dtype']}, {origin['gpu'] or 'CPU'}"
+        title = f"## {title_of(document)}, {origin['gpu'] or 'CPU'}"
         if document["family"] == STEPS:
             note = "" if origin["gpu"] else "Tiny networks on a CPU: they show that it runs, and no more."
             parts += [title, origin_line(document) + ".", note, steps_table(document)]
@@ -323,7 +327,7 @@ def readme_section(documents: list[dict], static: Path, readme: Path, page: Path
         headline = [entry for entry in timed if entry.bytes > largest / 2]  # shapes round the size down
         losses = [entry for entry in timings if entry.loss]
         parts += [
-            f"### {document['family']}, {document['dtype']}, {document['provenance']['gpu']}",
+            f"### {title_of(document)}, {document['provenance']['gpu']}",
             f"{origin_line(document)}. Copy rate {copy_rate(document):.0f} GB/s.",
             gpu_table(document, headline),
             loss_line(losses, len(timings)),
@@ -441,7 +445,7 @@ def draw_predictions(content: dict, path: Path) -> None:
 
 
 def pictures_of(document: dict) -> list[Path]:
-    stem = f"{document['family']}-{document['dtype']}"
+    stem = title_of(document).replace(", ", "-")
     return [document["folder"] / f"{stem}-{direction}.png" for direction in DIRECTIONS]
 
 

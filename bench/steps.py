@@ -73,6 +73,10 @@ SMALL_NETWORKS = (
 )
 
 
+def networks_of(device: torch.device) -> tuple[Network, ...]:
+    return NETWORKS if device.type == "cuda" else SMALL_NETWORKS
+
+
 @dataclass(frozen=True)
 class Implementation:
     name: str
@@ -184,7 +188,7 @@ def run(
     which is written anew after each. ``budget``: seconds of one timing; ``limit``: of one implementation."""
     gpu = device.type == "cuda"
     clock = clock or (Cuda(device) if gpu else Cpu())
-    networks = networks or (NETWORKS if gpu else SMALL_NETWORKS)
+    networks = networks or networks_of(device)
     chosen = [i for i in IMPLEMENTATIONS if not names or i.name in names]
     origin = provenance(device)
     document = {

@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -211,7 +212,8 @@ class BestWeights(_Kept):
         """Copies the model as it is now, if ``improved``.
 
         Args:
-            improved: a bool, or a bool tensor of one element. One on the device of the model is read there.
+            improved: a bool of Python or numpy, or a bool tensor of one element. One on the device of the model is
+                read there.
 
         Raises:
             TypeError, ValueError: neither of them.
@@ -223,7 +225,7 @@ class BestWeights(_Kept):
                 raise ValueError(f"improved has to have one element, but got {tuple(improved.shape)}")
             names = self._tensors.names
             copy_if_(*local_pairs(self._kept, self._tensors.now(), names), local(improved), names)
-        elif not isinstance(improved, bool):
+        elif not isinstance(improved, (bool, np.bool_)):
             raise TypeError(
                 f"improved has to be a bool or a bool tensor, but got a {type(improved).__name__}"
             )

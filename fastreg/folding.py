@@ -164,7 +164,6 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return (
             isinstance(module, (_BatchNorm, ChannelAffine, Folded))
-            or type(module).__module__.startswith("fastreg.nn")
             or bool(module._forward_hooks or module._forward_pre_hooks)  # not to be called with proxies
             or super().is_leaf_module(module, name)
         )

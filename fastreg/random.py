@@ -29,6 +29,7 @@ import torch
 from torch import Generator, Tensor
 
 from fastreg.ops import backend
+from fastreg.ops.arguments import is_integer, plain
 
 LANE_VALUES = 1 << 16
 
@@ -250,8 +251,10 @@ def stream(
         if generator is not None:
             raise ValueError("seed and generator exclude each other: give one of them")
         return Stream(_checked_seed(seed, device))
-    if torch.compiler.is_compiling():
-        return Stream(_drawn(device, generator))  # every call of the compiled graph draws anew
+    if torch.compiler.is_compiling() or backend.watched() or device.type == "meta":
+        # Every call of a graph draws anew, ``torch.func.vmap`` may draw for each example, and without data there is no
+        # number.
+        return Stream(_drawn(device, generator))
     if device.type != "cuda":
         return Stream(int(_drawn(device, generator)))
     if torch.cuda.is_current_stream_capturing():
@@ -312,8 +315,10 @@ def _checked_seed(seed: int | Tensor, device: torch.device) -> int | Tensor:
                 f"but got {seed.dtype} with {seed.numel()} elements on {seed.device}"
             )
         return seed
-    if isinstance(seed, bool) or not isinstance(seed, int):
+    number = plain(seed)
+    if not is_integer(number):
         raise TypeError(f"seed has to be an int or an int64 tensor, but got {type(seed).__name__}")
+    seed = number
     if not -(2**63) <= seed < 2**64:
         raise ValueError(f"seed has to fit in 64 bits, but got {seed}")
     return _signed(seed)

@@ -1,6 +1,8 @@
 """The kernels run natively where there is a GPU, and through Triton's interpreter on the CPU where there is none."""
 
 import os
+import time
+from collections import Counter
 
 import pytest
 import torch
@@ -114,6 +116,24 @@ def as_users() -> None:
     """Dispatch as users have it."""
 
 
+_started = time.monotonic()
+
+
+def pytest_addoption(parser) -> None:
+    parser.addoption(
+        "--stop-after",
+        type=float,
+        help="Seconds after which tests are left out; until then, cases of all take turns.",
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item) -> None:
+    most = item.config.getoption("--stop-after")
+    if most is not None and time.monotonic() - _started > most:
+        pytest.skip("left out: no time")
+
+
 # Thousands of cases, minutes on the interpreter: by default these run on ATen, and with ``-m slow`` on the kernels.
 # Tests marked ``sampled`` choose themselves which of their cases run on the kernels in every run.
 _SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py")
@@ -122,10 +142,14 @@ _LONG = ("test_gpu_host.py", "test_inspect.py", "test_training.py", "test_bench.
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items) -> None:
+def pytest_collection_modifyitems(config, items) -> None:
     for item in items:
         interpreted = getattr(item, "callspec", None) and item.callspec.params.get("path") == "kernels"
         swept = item.path.name in _SWEEPS and not item.get_closest_marker("sampled")
         if swept and interpreted and not torch.cuda.is_available():
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name not in _LONG)
+    if config.getoption("--stop-after") is not None:
+        turns = Counter()
+        turn = {item: turns.update([item.function]) or turns[item.function] for item in items}
+        items.sort(key=turn.__getitem__)

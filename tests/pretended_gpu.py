@@ -20,19 +20,21 @@ that of a GPU.
 
 ``gpu.weightless = True``: new tensors have no memory, so that they may have any shape.
 
-What it cannot show: times, what kernels compute (without the interpreter), what lies behind an address in a table, and
-the device that autograd's own C++ sees, which is the CPU: a backward pass runs on the stream that called it, and no
-thread but the caller's may make tensors.
+What it cannot show: times, what kernels compute (without the interpreter), and what lies behind an address in a table.
+C++ sees tensors of the CPU: a backward pass runs on the stream that called it, gradients that autograd makes out of
+nothing lie on the host, torch.func and torch.compile do not see the device, and no thread but the test's may make
+tensors.
 
 ``PYTHONPATH=tests pytest -p pretended_gpu tests/test_x.py`` runs any test with it.
 """
 
 import contextlib
 import itertools
+import math
 import time
 import weakref
 from collections.abc import Callable
-from types import SimpleNamespace
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -54,8 +56,8 @@ CROSSING = ("copy_", "_to_copy", "_copy_from")
 _numbers = itertools.count(1)  # of streams and of graphs, never twice in a process
 
 _host_device = torch._C.TensorBase.device.__get__
-_host_is_cuda = torch._C.TensorBase.is_cuda.__get__
-_host_to, _host_pin = torch._C.TensorBase.to, torch._C.TensorBase.pin_memory
+_host_to = torch._C.TensorBase.to
+_host_grouped = torch._C._group_tensors_by_device_and_dtype
 _host_tensor, _host_as_tensor, _HostGenerator = torch.tensor, torch.as_tensor, torch.Generator
 
 
@@ -73,12 +75,13 @@ class Launched(NamedTuple):
     options: dict[str, Any]
     stream: int
     graph: "Graph | None"  # that records it
-    values: dict[str, Any]  # of tensors of one element, at that moment
+    values: dict[str, Any] = MappingProxyType({})  # of tensors of one element, at that moment
 
     def check(self, device: int) -> None:
         """Raises where CUDA or Triton's launcher would, or where a kernel would read what it cannot reach."""
         limits = zip(self.grid, LARGEST_GRID, strict=True)
-        if any(not 0 <= size <= most for size, most in limits):
+        # Triton multiplies the three as C's int, and launches nothing where the product is not positive.
+        if any(not 0 <= size <= most for size, most in limits) or math.prod(self.grid) >= 1 << 31:
             raise RuntimeError(
                 f"Triton Error [CUDA]: invalid argument: {self.name} with a grid of {self.grid}"
             )
@@ -345,12 +348,9 @@ class Gpu:
 
     def device(self, device: Any = None) -> torch.device:
         """With its index."""
-        index = (
-            torch.device("cuda" if device is None else device).index
-            if not isinstance(device, int)
-            else device
-        )
-        index = self.current if index is None or index < 0 else index
+        if not isinstance(device, int):
+            device = torch.device("cuda" if device is None else device).index
+        index = self.current if device is None or device < 0 else device
         if index >= DEVICES:
             raise RuntimeError("CUDA error: invalid device ordinal")
         return torch.device("cuda", index)
@@ -521,7 +521,7 @@ class _Again(NamedTuple):
     made: list
 
     def __call__(self) -> None:
-        with _disable_current_modes(), torch.no_grad():
+        with _disable_current_modes(), torch.no_grad(), _gpu.on_host():
             again = self.function(*self.args, **self.kwargs)
             for x, y in zip(tree_leaves(self.result), tree_leaves(again), strict=True):
                 if any(x is one for one in self.made):
@@ -564,7 +564,7 @@ def _to(x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
 
 def _tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> torch.Tensor:
     x = _host_tensor(data, *args, **kwargs)
-    return x if device is None else _keep_requires_grad(x, _to(x.detach(), device))
+    return x if device is None else _to(x.detach(), device).requires_grad_(x.requires_grad)
 
 
 def _as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor:
@@ -572,8 +572,10 @@ def _as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor
     return x if device is None else _to(x, device)
 
 
-def _keep_requires_grad(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-    return y.requires_grad_(x.requires_grad)
+def _grouped(tensors: list, with_indices: bool = False) -> dict:
+    """Of one device, as torch's clipping and optimizers sort their tensors."""
+    found = _host_grouped(tensors, with_indices)
+    return {(lists[0][0].device, dtype): (lists, places) for (_, dtype), (lists, places) in found.items()}
 
 
 def _exchange(device: int) -> int:
@@ -633,6 +635,10 @@ def _replacements() -> dict[Any, dict[str, Any]]:
         "current_stream": cuda["current_stream"],
     }
     numbers = {"capture_id": lambda device: _gpu.stream(device).graph.number}
+    accelerator = {
+        "current_accelerator": lambda check_available=False: torch.device("cuda"),
+        "current_stream": cuda["current_stream"],
+    }
     graphs = {"CUDAGraph": Graph, "graph_pool_handle": lambda: (0, next(_numbers))}
     return {
         torch: {"tensor": _tensor, "as_tensor": _as_tensor, "Generator": Generator},
@@ -643,7 +649,11 @@ def _replacements() -> dict[Any, dict[str, Any]]:
         torch.cuda.random: {"device_count": cuda["device_count"]},
         torch.cuda.graphs: graphs,
         torch.cuda.graph: {"default_capture_stream": None},
-        torch._C: {"_host_emptyCache": lambda: None, "_cuda_getDevice": lambda: _gpu.current},
+        torch._C: {
+            "_host_emptyCache": lambda: None,
+            "_cuda_getDevice": lambda: _gpu.current,
+            "_group_tensors_by_device_and_dtype": _grouped,
+        },
     }
 
 
@@ -703,18 +713,8 @@ def _launcher(gpu: Gpu, source: Any, options: dict[str, Any]) -> Any:
             return
         found = dict(zip(names, arguments, strict=True))
         flat = {name: kind for name, kind in types.items() if isinstance(kind, str)}
-        one = Launched(
-            source.fn.__name__,
-            (x, y, z),
-            found,
-            constants,
-            flat,
-            options,
-            stream,
-            gpu.streams[stream].graph,
-            {},
-        )
-        gpu.launched(one._replace(values=_values(one)))
+        name, graph = source.fn.__name__, gpu.streams[stream].graph
+        gpu.launched(Launched(name, (x, y, z), found, constants, flat, options, stream, graph))
 
     return launch
 
@@ -778,10 +778,8 @@ def _interpreted(gpu: Gpu) -> Callable:
             stream = gpu.stream()
             if stream.graph is None:
                 again()
-            one = Launched(
-                launch.kernel.__name__, grid, launch.arguments, frozenset(), pointers, {},
-                stream.cuda_stream, stream.graph, {},
-            )  # fmt: skip
+            name, number = launch.kernel.__name__, stream.cuda_stream
+            one = Launched(name, grid, launch.arguments, frozenset(), pointers, {}, number, stream.graph)
             gpu.launched(one, again)
 
     return run

@@ -5,6 +5,7 @@ import io
 import pickle
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -297,6 +298,17 @@ def test_bad_improved():
         best.update(torch.tensor([True, False]))
     with pytest.raises(TypeError, match="bool or a bool tensor"):
         best.update(1.0)
+
+
+def test_a_bool_of_numpy_is_one():
+    model = nn.Linear(2, 2)
+    best = BestWeights(model)
+    with torch.no_grad():
+        model.weight.zero_()
+    best.update(np.float64(1.0) > np.float64(2.0))
+    assert not (best.tensors["weight"] == 0).all()
+    best.update(np.float64(1.0) < np.float64(2.0))
+    assert (best.tensors["weight"] == 0).all()
 
 
 # --- models that change -----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -286,6 +287,19 @@ def test_run_fails_when_ours_is_wrong(tmp_path, monkeypatch, ours, code):
     assert json.loads(path.read_text())["complete"]
 
 
+@pytest.mark.usefixtures("aten")
+def test_run_says_how_much_is_left(tmp_path):
+    options = ["--device", "cpu", "--out", str(tmp_path), "--sizes", "1KB,4KB", "--peers", "fastreg,torch"]
+    options += ["--cases", "dropout", "--budget", "1"]
+    lines = CliRunner().invoke(command.app, ["run", "noise", "dropout", *options]).output.splitlines()
+    counts = [re.match(r"(\d+) of (\d+), ", line) for line in lines]
+    found = [(int(count[1]), int(count[2])) for count in counts if count]
+    assert found == [(number, len(found)) for number in range(1, len(found) + 1)]
+    assert len(found) >= 4
+    assert command.progress_of(1, 5, 30.0) == "1 of 5, about 2 min left"
+    assert command.progress_of(4, 5, 40.0) == "4 of 5, 10 s left"
+
+
 @pytest.mark.parametrize(
     "options",
     [["--sizes", "4TB"], ["--peers", "nobody"], ["--dtype", "int3"], ["--cases", "none"], ["nothing"]],
@@ -359,62 +373,32 @@ class Halved(networks.PlainNorm):
 
 
 @pytest.fixture
-def pretended_gpu(monkeypatch):
-    """Events, streams and graphs that run on the host: exercises the control flow, not the hardware."""
+def pretended_gpu(gpu, monkeypatch):
+    """The control flow on a GPU, and not the hardware: replays take 0.1 ms, and all else what it takes here."""
+    calls = {"replay": 0, "capture": 0, "sleep": []}
+    replay, begin = torch.cuda.CUDAGraph.replay, torch.cuda.CUDAGraph.capture_begin
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
+    def replayed(graph):
+        calls["replay"] += 1
+        time.sleep(1e-4)
+        replay(graph)
 
-        def record(self):
-            self.time = time.perf_counter()
-
-        def elapsed_time(self, end):
-            return (end.time - self.time) * 1e3
-
-    class Graph:
-        def replay(self):
-            calls["replay"] += 1
-            time.sleep(1e-4)
-
-    calls = {"replay": 0, "capture": 0}
-
-    @contextlib.contextmanager
-    def graph(graph, stream):
+    def begun(graph, *arguments, **options):
         calls["capture"] += 1
-        yield
+        begin(graph, *arguments, **options)
 
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    properties = SimpleNamespace(
-        name="NVIDIA H100 80GB HBM3", L2_cache_size=64, total_memory=80 * 2**30, multi_processor_count=132
-    )
-    fakes = {
-        "Event": Event,
-        "CUDAGraph": Graph,
-        "graph": graph,
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "synchronize": lambda: None,
-        "get_device_properties": lambda device: properties,
-        "reset_peak_memory_stats": lambda device: None,
-        "memory_allocated": lambda device: 100,
-        "max_memory_allocated": lambda device: 500,
-    }
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", replayed)
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_begin", begun)
+    monkeypatch.setattr(torch.cuda, "_sleep", calls["sleep"].append)
     monkeypatch.setattr(harness, "FLUSH", 2**10)
     monkeypatch.setattr(harness, "CEILING", 2**16)
+    monkeypatch.setattr(
+        gpu, "properties", lambda device=None: SimpleNamespace(**PROPERTIES, major=9, minor=0)
+    )
     original = provenance.provenance
 
     def pretended(device):
-        return original(torch.device("cpu")) | {
-            "device": "cuda",
-            "gpu": properties.name,
-            "slug": "h100",
-            "driver": "0",
-            "interpreted": False,
-        }
+        return original(device) | {"driver": "0", "interpreted": False}
 
     monkeypatch.setattr(harness, "provenance", pretended)
     gc.freeze()  # a collection before every graph: of what the test makes, not of all that the tests before it left
@@ -422,11 +406,20 @@ def pretended_gpu(monkeypatch):
     gc.unfreeze()
 
 
+PROPERTIES = {
+    "name": "NVIDIA H100 80GB HBM3",
+    "L2_cache_size": 64,
+    "total_memory": 80 * 2**30,
+    "multi_processor_count": 132,
+}
+CUDA = torch.device("cuda", 0)
+
+
 def test_gpu_path_times_by_three_methods_and_compares_with_copies(tmp_path, pretended_gpu, monkeypatch):
     monkeypatch.setattr(harness, "SMALL", 4096)
-    clock = harness.Cuda(torch.device("cpu"))
-    assert clock.flush.numel() == 2**10
-    _, document = sweep(tmp_path, OURS, TORCH, clock=clock)
+    clock = harness.Cuda(CUDA)
+    assert clock.flushed.nbytes == 2**10
+    _, document = sweep(tmp_path, OURS, TORCH, clock=clock, device=CUDA)
     methods = {(row["bytes"], row["method"]) for row in document["rows"]}
     assert methods == {(4096, "events"), (4096, "wall"), (4096, "graph"), (8192, "events")}
     assert pretended_gpu["capture"] > 0
@@ -442,8 +435,45 @@ def test_gpu_path_times_by_three_methods_and_compares_with_copies(tmp_path, pret
     assert twice["median_us"] == 2 * clock.copy(clock.ceiling, "events", 1e-3)["median_us"]
 
 
+def test_events_time_the_gpu_and_not_the_host(pretended_gpu, monkeypatch):
+    """Before the first event the GPU sleeps, at least as long as the host takes to launch the call."""
+    order = []
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: order.append(("sleep", cycles)))
+    record = torch.cuda.Event.record
+
+    def record_of(event, *stream):
+        if not stream:
+            order.append("event")
+        record(event, *stream)
+
+    monkeypatch.setattr(torch.cuda.Event, "record", record_of)
+    clock = harness.Cuda(CUDA)
+    monkeypatch.setattr(clock, "flush", lambda: order.append("flush"))
+
+    def call():
+        order.append("call")
+        time.sleep(2e-3)
+
+    clock._timed(call, 2, before=clock.flush)
+    assert order[:3] == ["call"] * 3  # to see how long it takes
+    (_, cycles) = order[4]
+    assert 2e-3 < cycles / harness.FASTEST_CLOCK <= harness.LONGEST_SLEEP
+    assert order[3:] == 2 * ["flush", ("sleep", cycles), "event", "call", "event"]
+
+
+def test_the_cache_is_flushed_by_reading(gpu):
+    clock = harness.Cuda(CUDA)
+    gpu.forget()
+    before = clock.flushed._version
+    clock.flush()
+    assert clock.flushed.nbytes >= 2 * gpu.properties().L2_cache_size
+    assert [one.name for one in gpu.operations] == ["sum"]  # and writes one number
+    assert clock.flushed._version == before
+    assert gpu.waits == []
+
+
 def test_gpu_results_render(tmp_path, pretended_gpu):
-    sweep(tmp_path / "results" / "h100", OURS, TORCH, clock=harness.Cuda(torch.device("cpu")))
+    sweep(tmp_path / "results" / "h100", OURS, TORCH, clock=harness.Cuda(CUDA), device=CUDA)
     readme = tmp_path / "README.md"
     readme.write_text(f"top\n{report.BEGIN}\nold\n{report.END}\nbottom\n")
     written = report.report(tmp_path / "results", tmp_path / "RESULTS.md", readme)
@@ -560,6 +590,14 @@ def test_failures_are_listed_ours_first(tmp_path):
         "compile, toy, 1 GB: `TimeoutError: slow`"
     )
     assert "🔴 **not timed**" in page
+
+
+def test_a_labelled_sweep_stands_beside_the_others(tmp_path):
+    page = page_of(
+        tmp_path, a_document(a_row("fastreg", 1)), a_document(a_row("fastreg", 2)) | {"label": "compiled"}
+    )
+    assert "## toys, bf16, NVIDIA H100" in page
+    assert "## toys, bf16, compiled, NVIDIA H100" in page
 
 
 def test_newest_full_sweep_counts(tmp_path):
@@ -707,13 +745,105 @@ def test_a_stage_that_hangs_is_ended_and_its_output_kept(tmp_path):
 def test_stages_for_a_gpu(tmp_path, monkeypatch):
     monkeypatch.setattr("shutil.which", lambda name: f"/opt/{name}")
     plan = {stage.name: stage for stage in stages(tmp_path, dry=False, tests=None)}
-    assert list(plan) == ["tests", "memcheck", "racecheck", "bench", "steps", "report"]
+    assert list(plan) == ["tests", "warm", "memcheck", "racecheck", "bench", "compiled", "steps", "report"]
     assert plan["tests"].environment["TRITON_INTERPRET"] is None  # the real kernels, natively
     assert plan["racecheck"].command[:3] == ["/opt/compute-sanitizer", "--tool", "racecheck"]
     assert "--device" not in plan["bench"].command
     monkeypatch.setattr("shutil.which", lambda name: None)
     missing = {stage.name: stage.skip for stage in stages(tmp_path, dry=False, tests=None)}
     assert missing["memcheck"] == "compute-sanitizer not found"
+
+
+def test_tests_without_time_are_left_out_and_said_to_be(tmp_path):
+    """Until then the cases of all functions take turns."""
+    (tmp_path / "conftest.py").write_text((ROOT / "tests/conftest.py").read_text())
+    (tmp_path / "test_time.py").write_text(
+        "import time, pytest\n"
+        "@pytest.mark.parametrize('case', range(50))\n"
+        "def test_many(case): time.sleep(0.1)\n"
+        "def test_one(): pass\n"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-v",
+        "-p",
+        "no:cacheprovider",
+        str(tmp_path),
+        "--stop-after",
+        "1",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [line for line in done.stdout.splitlines() if "::" in line]
+    assert "test_many[0] PASSED" in lines[0]
+    assert "test_one PASSED" in lines[1]
+    assert "test_many[49] SKIPPED (left out: no time)" in lines[-1]
+
+
+def test_the_stages_fit_into_what_a_machine_is_lent_for(tmp_path):
+    """A command on a lent machine has ten minutes; its first process takes some of them."""
+    plan = stages(tmp_path, dry=False, tests=None)
+    assert {stage.name for stage in plan} == set(check.SHARES)
+    assert sum(check.SHARES.values()) == check.TOTAL <= 600 - 45
+
+
+def test_a_stage_that_stops_by_itself_is_told_when(tmp_path, monkeypatch):
+    say = "import sys; print('of', sys.argv[1:])"
+    plan = [
+        Stage("bench", [sys.executable, "-c", say], stops=True),
+        Stage("report", [sys.executable, "-c", say]),
+    ]
+    monkeypatch.setattr(check, "stages", lambda *arguments: plan)
+    (told, report), ok = check.check(tmp_path, dry=True)
+    seconds = int(told["command"].rpartition(" ")[2])
+    assert 0.5 * check.TOTAL < seconds < 0.8 * check.TOTAL
+    assert told["says"] == f"of ['--stop-after', '{seconds}']"
+    assert report["says"] == "of []"
+    assert ok
+
+
+def test_the_sanitizers_runs_take_turns_and_what_is_left_out_is_said(monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "once", lambda case, *shape: seen.append(case.name))
+    done = CliRunner().invoke(command.app, ["sanitize", "--device", "cpu"])
+    assert done.exit_code == 0
+    families = [len(command.cases_of(name, [])) for name in command.FAMILIES]
+    assert len(seen) == 2 * sum(families)
+    assert f"checked {len(seen)} of {len(seen)} runs" in done.output
+    first = {command.cases_of(name, [])[0].name for name in command.FAMILIES if command.cases_of(name, [])}
+    assert set(seen[: len(first)]) == first
+
+    seen.clear()
+    ticks = itertools.count()
+    monkeypatch.setattr(command.time, "monotonic", lambda: next(ticks))
+    done = CliRunner().invoke(command.app, ["sanitize", "--device", "cpu", "--stop-after", "3"])
+    assert len(seen) == 3
+    assert f"checked 3 of {2 * sum(families)} runs; left out: " in done.output
+
+
+def test_a_wrong_case_fails_under_the_sanitizer(monkeypatch):
+    monkeypatch.setattr(command, "cases_of", lambda family, parts: [a_case(lambda x: x * 3)])
+    done = CliRunner().invoke(command.app, ["sanitize", "dropout", "--device", "cpu"])
+    assert done.exit_code == 1
+    assert "wrong: " in done.output
+
+
+def test_what_is_warmed_up_is_all_that_follows(monkeypatch):
+    """Each case in every shape that is timed or sanitized, each network once; every job in one of the processes."""
+    launched, steps_taken = [], []
+    monkeypatch.setattr(
+        command, "prepare", lambda direction, function, inputs: lambda: launched.append(inputs)
+    )
+    monkeypatch.setattr(command, "Step", lambda network, *rest: lambda: steps_taken.append(network.name))
+    monkeypatch.setattr(command, "in_turns", lambda names: [a_case()] * 3)
+    for part in range(4):
+        options = ["--part", str(part), "--processes", "4", "--device", "cpu"]
+        assert CliRunner().invoke(command.app, ["warm", *options]).exit_code == 0
+    assert len(launched) == 3 * (2 + 1)
+    assert sorted(steps_taken) == sorted(network.name for network in steps.SMALL_NETWORKS)
 
 
 @pytest.mark.skipif("FASTREG_CHECK" in os.environ, reason="runs within the check itself")
@@ -730,9 +860,11 @@ def test_check_makes_a_dry_run_end_to_end(tmp_path):
     statuses = {stage["stage"]: stage["status"] for stage in summary["stages"]}
     assert statuses == {
         "tests": "ok",
+        "warm": "ok",
         "memcheck": "ok",
         "racecheck": "skipped",
         "bench": "ok",
+        "compiled": "skipped",
         "steps": "ok",
         "report": "ok",
     }

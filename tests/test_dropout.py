@@ -383,8 +383,10 @@ def test_the_ends_of_p(path, device, function, p):
 @pytest.mark.parametrize("p", [-0.1, 1.1, math.nan, 1.5])
 def test_p_outside_the_unit_interval_is_torchs_error(device, p):
     x = torch.randn(3, device=device)
-    with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1, but got"):
-        F.dropout(x, p)
+    error = ValueError if p == p else RuntimeError
+    for function in (F.dropout, torch.nn.functional.dropout):
+        with pytest.raises(error, match="dropout probability has to be between 0 and 1, but got"):
+            function(x, p)
     if p == p:
         with pytest.raises(ValueError, match="dropout probability has to be between 0 and 1, but got"):
             fnn.Dropout(p)

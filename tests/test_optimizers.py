@@ -421,6 +421,14 @@ def test_wrong_options_are_refused(option):
     assert len(optimizer.param_groups) == 1
 
 
+def test_a_dimension_of_no_norm_is_refused():
+    first, second = (nn.Parameter(torch.ones(2, 2)) for _ in range(2))
+    with pytest.raises(ValueError, match="no group has a max_norm"):
+        optim.AdamW([first], max_norm_dim=0)
+    groups = [{"params": [first], "max_norm": 1.0}, {"params": [second]}]
+    assert optim.AdamW(groups, max_norm_dim=0).param_groups[1]["max_norm"] is None
+
+
 def test_options_exclude_each_other():
     with pytest.raises(ValueError, match="exclude each other"):
         optim.AdamW([nn.Parameter(torch.ones(2))], master_weights=True, stochastic_rounding=True)

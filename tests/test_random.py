@@ -15,6 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+import fastreg
 from fastreg import functional, random
 from fastreg.kernels import philox
 from fastreg.ops import backend
@@ -813,8 +814,53 @@ def test_seed_stays_on_the_device_when_compiled(monkeypatch):
     assert isinstance(random.stream(torch.device("cpu")).seed, torch.Tensor)
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@needs_gpu
+def test_graphs_have_numbers_and_draw_one_seed_each(device):
+    """What the stand-in of a GPU takes for granted."""
+    where = torch.device("cuda", torch.cuda.current_device())
+    numbers, seeds, graphs = [], [], [torch.cuda.CUDAGraph() for _ in range(2)]
+    for graph in graphs:
+        with torch.cuda.graph(graph, pool=graphs[0].pool() if numbers else None):
+            numbers.append([backend.capture_id(where), backend.capture_id(where)])
+            seeds.append([random.stream(where), random.stream(where)])
+    (a, b), (c, d) = numbers
+    assert a == b != c == d
+    assert None not in (a, c)
+    for first, second in seeds:
+        assert first.seed is second.seed
+        assert first.offset != second.offset
+    drawn = []
+    for graph in (*graphs, *graphs):
+        graph.replay()
+        drawn.append([int(first.seed) for first, _ in seeds])
+    assert len({*(numbers[0] for numbers in drawn[::2]), *(numbers[1] for numbers in drawn[1::2])}) == 4
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_graphed_callables_draw_new_masks(device):
+    """Kernels that were launched in the warm-up alone: nothing may be loaded while a graph is recorded."""
+    n = 1 << 9
+    layer = torch.nn.Sequential(
+        fastreg.nn.Dropout(0.5, activation="relu"), fastreg.nn.DropoutAddLayerNorm(n, 0.5)
+    ).to(device)
+    x = torch.ones(n, n, device=device, requires_grad=True)
+    graphed = torch.cuda.make_graphed_callables(layer, (x,))
+    results = []
+    for _ in range(3):
+        y = graphed(torch.ones(n, n, device=device, requires_grad=True))
+        results.append(y.detach().clone())
+        y.sum().backward()
+    assert not torch.equal(results[0], results[1])
+    assert not torch.equal(results[1], results[2])
+
+
+@pytest.mark.gpu
+@needs_gpu
 def test_streams_share_the_counter_of_torch(device):
     """torch's own kernels and ours advance one generator; ours makes no CUDA call."""
     generator = torch.Generator(device).manual_seed(9)

@@ -8,6 +8,7 @@ import copy
 import pickle
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -525,6 +526,27 @@ def job_errors(rank: int):
 
 def test_errors_come_before_communication(processes):
     processes(2)(job_errors, "aten")
+
+
+def job_numbers(rank: int):
+    x = torch.randn(3 + rank, 4, 2)
+    expected = fnn.SyncBatchNorm(4, 0.125, 0.25)
+    y = expected(x)
+    for eps, momentum in (
+        (np.float32(0.125), np.float64(0.25)),
+        (torch.tensor(0.125), torch.tensor(0.25)),
+    ):
+        layer = fnn.SyncBatchNorm(4, eps, momentum)
+        assert torch.equal(layer(x), y)
+        assert torch.equal(layer.running_var, expected.running_var)
+    for bad in ({"eps": "1"}, {"momentum": [0.1]}):
+        with counted() as calls, pytest.raises(TypeError, match="has to be a number, but got"):
+            fnn.SyncBatchNorm(4, **bad)(x)
+        assert calls == []
+
+
+def test_numbers_of_other_kinds(processes, path):
+    processes(2)(job_numbers, path)
 
 
 # --- in one process ---------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Batch normalization layers. What they add to torch's: ``fastreg/nn/fused.py``."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
@@ -10,10 +12,26 @@ from fastreg.ops.sync_batch_norm import sync_batch_norm
 
 
 class _BatchNorm(FusedNorm):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+    ) -> None:
+        self._make(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            bias=bias, activation=activation,
+        )  # fmt: skip
+
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """activation(norm(input) + residual)."""
-        if self._is_leaf(input):
-            return self._leaf(input, residual)
         self._check_input_dim(input)
         updates = self.training and self.track_running_stats
         momentum = self.momentum
@@ -42,27 +60,58 @@ class _BatchNorm(FusedNorm):
 
 
 class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
-    """Batch normalization of ``[N, C]`` or ``[N, C, L]``. See :class:`torch.nn.BatchNorm1d`.
+    """Batch normalization of ``[N, C]`` or ``[N, C, L]``.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in
+            :class:`torch.nn.BatchNorm1d`.
+        activation: applied to the result, in the same pass: a name of ``fastreg.ops.fused.ACTIVATIONS``.
+
+    ``forward(input, *, residual=None)`` is activation(norm(input) + residual), with a residual of the input's shape.
 
     Source: Ioffe and Szegedy 2015 (arXiv 1502.03167).
     """
 
 
 class BatchNorm2d(_BatchNorm, torch.nn.BatchNorm2d):
-    """Batch normalization of ``[N, C, H, W]``. See :class:`torch.nn.BatchNorm2d`."""
+    """Batch normalization of ``[N, C, H, W]``. Arguments as in :class:`BatchNorm1d`."""
 
 
 class BatchNorm3d(_BatchNorm, torch.nn.BatchNorm3d):
-    """Batch normalization of ``[N, C, D, H, W]``. See :class:`torch.nn.BatchNorm3d`."""
+    """Batch normalization of ``[N, C, D, H, W]``. Arguments as in :class:`BatchNorm1d`."""
 
 
 class SyncBatchNorm(_BatchNorm, torch.nn.SyncBatchNorm):
-    """Batch normalization of ``[N, C, *]`` over the batches of all processes. See :class:`torch.nn.SyncBatchNorm`.
+    """Batch normalization of ``[N, C, *]`` over the batches of all processes.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype, bias: as in
+            :class:`torch.nn.SyncBatchNorm`.
+        activation: as in :class:`BatchNorm1d`, as is ``forward``.
 
     Batches may differ in size, and be empty. Nothing waits for the GPU (CUDA graphs can be captured), and CPU tensors
     work where the processes communicate with gloo; DistributedDataParallel, though, refuses every SyncBatchNorm on
     the CPU. In evaluation, and in a single process, it is ``BatchNorm*d``.
     """
+
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        process_group: Any | None = None,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+    ) -> None:
+        self._make(
+            num_features, eps, momentum, affine, track_running_stats, process_group, device, dtype,
+            bias=bias, activation=activation,
+        )  # fmt: skip
 
     def _check_input_dim(self, input: Tensor) -> None:
         super()._check_input_dim(input)

@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from fastreg.nn.layer import Layer
 from fastreg.ops import drop_connect as ops
 from fastreg.ops.dropout import dropout
 from fastreg.ops.fused import activated
 
 
-class DropConnectLinear(torch.nn.Linear):
+class DropConnectLinear(Layer, torch.nn.Linear):
     """A linear layer whose connections are dropped in training: see :func:`fastreg.functional.drop_connect_linear`.
 
     Args:
@@ -28,6 +29,15 @@ class DropConnectLinear(torch.nn.Linear):
 
     stochastic = True  # for mc_dropout
 
+    # Of layers whose class was changed: __init__ did not run.
+    p = 0.5
+    mask = "example"
+    group_size: int | None = None
+    inverted = True
+    inference = "gaussian"
+    samples: int | None = None
+    activation: str | None = None
+
     def __init__(
         self,
         in_features: int,
@@ -44,7 +54,7 @@ class DropConnectLinear(torch.nn.Linear):
         device=None,
         dtype=None,
     ) -> None:
-        ops.check_arguments(p, mask, group_size, inference, samples, activation)
+        p, group_size, samples = ops.checked_arguments(p, mask, group_size, inference, samples, activation)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.p = p
         self.mask = mask
@@ -83,22 +93,46 @@ class DropConnectLinear(torch.nn.Linear):
         return text
 
 
-class DropConnectConv2d(torch.nn.Conv2d):
+class DropConnectConv2d(Layer, torch.nn.Conv2d):
     """A convolution whose weights are dropped in training, with one mask a step for all examples and places.
 
     Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
+            in :class:`torch.nn.Conv2d`.
         p: probability of dropping a weight.
         activation: applied to the result.
-        The others: as of :class:`torch.nn.Conv2d`.
 
     In evaluation it is torch's convolution: kept weights are scaled by 1 / (1 - p) in training.
     """
 
     stochastic = True  # for mc_dropout
 
-    def __init__(self, *arguments, p: float = 0.5, activation: str | None = None, **keywords) -> None:
-        ops.check_arguments(p, activation=activation)
-        super().__init__(*arguments, **keywords)
+    # Of layers whose class was changed: __init__ did not run.
+    p = 0.5
+    activation: str | None = None
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: str | int | tuple[int, int] = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        device=None,
+        dtype=None,
+        *,
+        p: float = 0.5,
+        activation: str | None = None,
+    ) -> None:
+        p, _, _ = ops.checked_arguments(p, activation=activation)
+        super().__init__(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
+            device, dtype,
+        )  # fmt: skip
         self.p = p
         self.activation = activation
 

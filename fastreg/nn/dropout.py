@@ -6,14 +6,19 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from fastreg.nn.layer import Layer
 from fastreg.ops import dropout as ops
 from fastreg.ops.fused import check_activation
 
 
-class _Fused:
+class _Fused(Layer):
     """What all dropout layers of fastreg add to torch's: ``activation=``, ``inverted=``, and fused inputs."""
 
     _function = None
+
+    # Of layers whose class was changed: __init__ did not run.
+    activation: str | None = None
+    inverted = True
 
     def __init__(
         self, p: float = 0.5, inplace: bool = False, *, activation: str | None = None, inverted: bool = True
@@ -78,20 +83,30 @@ class Dropout3d(_Fused, torch.nn.Dropout3d):
     _function = staticmethod(ops.dropout3d)
 
 
-class AlphaDropout(_Fused, torch.nn.AlphaDropout):
-    """Dropout that keeps mean and variance for SELU networks. See :class:`torch.nn.AlphaDropout`."""
+class _Alpha(_Fused):
+    """Alpha dropout has one form only: the inverted one."""
+
+    def __init__(self, p: float = 0.5, inplace: bool = False, *, activation: str | None = None) -> None:
+        super().__init__(p, inplace, activation=activation)
+
+
+class AlphaDropout(_Alpha, torch.nn.AlphaDropout):
+    """Dropout that keeps mean and variance for SELU networks. See :class:`Dropout`, :class:`torch.nn.AlphaDropout`."""
 
     _function = staticmethod(ops.alpha_dropout)
 
 
-class FeatureAlphaDropout(_Fused, torch.nn.FeatureAlphaDropout):
-    """Alpha dropout of channels. See :class:`torch.nn.FeatureAlphaDropout`."""
+class FeatureAlphaDropout(_Alpha, torch.nn.FeatureAlphaDropout):
+    """Alpha dropout of channels. See :class:`Dropout` and :class:`torch.nn.FeatureAlphaDropout`."""
 
     _function = staticmethod(ops.feature_alpha_dropout)
 
 
 class DropPath(_Fused, torch.nn.modules.dropout._DropoutNd):
-    """Zeroes whole samples: stochastic depth. torch has no such layer; ``DropPath(p)(branch, residual=x)``."""
+    """Zeroes whole samples: stochastic depth. torch has no such layer; ``DropPath(p)(branch, residual=x)``.
+
+    Arguments as in :class:`Dropout`.
+    """
 
     _function = staticmethod(ops.drop_path)
 

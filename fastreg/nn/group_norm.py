@@ -10,15 +10,33 @@ from fastreg.nn.fused import FusedNorm
 
 
 class GroupNorm(FusedNorm, torch.nn.GroupNorm):
-    """Group normalization of ``[N, C, *]``. See :class:`torch.nn.GroupNorm`.
+    """Group normalization of ``[N, C, *]``.
+
+    Args:
+        num_groups, num_channels, eps, affine, device, dtype, bias: as in :class:`torch.nn.GroupNorm`.
+        activation: applied to the result, in the same pass: a name of ``fastreg.ops.fused.ACTIVATIONS``.
+
+    ``forward(input, *, residual=None)`` is activation(norm(input) + residual), with a residual of the input's shape.
 
     Source: Wu and He 2018 (arXiv 1803.08494).
     """
 
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+    ) -> None:
+        self._make(num_groups, num_channels, eps, affine, device, dtype, bias=bias, activation=activation)
+
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """activation(norm(input) + residual)."""
-        if self._is_leaf(input):
-            return self._leaf(input, residual)
         return F.group_norm(
             input,
             self.num_groups,
@@ -31,10 +49,26 @@ class GroupNorm(FusedNorm, torch.nn.GroupNorm):
 
 
 class _InstanceNorm(FusedNorm):
+    def __init__(
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device=None,
+        dtype=None,
+        *,
+        bias: bool = True,
+        activation: str | None = None,
+    ) -> None:
+        self._make(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            bias=bias, activation=activation,
+        )  # fmt: skip
+
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """activation(norm(input) + residual)."""
-        if self._is_leaf(input):
-            return self._leaf(input, residual)
         self._check_input_dim(input)
         dim = input.dim() - self._get_no_batch_dim()
         if input.size(dim) != self.num_features:
@@ -69,15 +103,22 @@ class _InstanceNorm(FusedNorm):
 
 
 class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
-    """Instance normalization of ``[N, C, L]`` or ``[C, L]``. See :class:`torch.nn.InstanceNorm1d`.
+    """Instance normalization of ``[N, C, L]`` or ``[C, L]``.
+
+    Args:
+        num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in
+            :class:`torch.nn.InstanceNorm1d`.
+        activation: applied to the result, in the same pass: a name of ``fastreg.ops.fused.ACTIVATIONS``.
+
+    ``forward(input, *, residual=None)`` is activation(norm(input) + residual), with a residual of the input's shape.
 
     Source: Ulyanov, Vedaldi and Lempitsky 2016 (arXiv 1607.08022).
     """
 
 
 class InstanceNorm2d(_InstanceNorm, torch.nn.InstanceNorm2d):
-    """Instance normalization of ``[N, C, H, W]`` or ``[C, H, W]``. See :class:`torch.nn.InstanceNorm2d`."""
+    """Instance normalization of ``[N, C, H, W]`` or ``[C, H, W]``. Arguments as in :class:`InstanceNorm1d`."""
 
 
 class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
-    """Instance normalization of ``[N, C, D, H, W]`` or ``[C, D, H, W]``. See :class:`torch.nn.InstanceNorm3d`."""
+    """Instance normalization of ``[N, C, D, H, W]`` or ``[C, D, H, W]``. Arguments as in :class:`InstanceNorm1d`."""

@@ -1,17 +1,39 @@
 """Layer normalization, alone and behind a residual branch. What it adds to torch's: ``fastreg/nn/fused.py``."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastreg import functional as F
 from fastreg.nn.fused import FusedNorm
+from fastreg.ops.arguments import number
 
 
 class LayerNorm(FusedNorm, torch.nn.LayerNorm):
-    """Layer normalization over the last dimensions. See :class:`torch.nn.LayerNorm`.
+    """Layer normalization over the last dimensions.
+
+    Args:
+        normalized_shape, eps, elementwise_affine, bias, device, dtype: as in :class:`torch.nn.LayerNorm`.
+        activation: applied to the result, in the same pass: a name of ``fastreg.ops.fused.ACTIVATIONS``.
+
+    ``forward(input, *, residual=None)`` is activation(norm(input) + residual), with a residual of the input's shape.
 
     Source: Ba, Kiros and Hinton 2016 (arXiv 1607.06450).
     """
+
+    def __init__(
+        self,
+        normalized_shape: int | Sequence[int],
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device=None,
+        dtype=None,
+        *,
+        activation: str | None = None,
+    ) -> None:
+        self._make(normalized_shape, eps, elementwise_affine, bias, device, dtype, activation=activation)
 
     def forward(self, input: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """activation(norm(input) + residual)."""
@@ -41,6 +63,10 @@ class DropoutAddLayerNorm(FusedNorm, torch.nn.LayerNorm):
 
     stochastic = True  # for mc_dropout
 
+    # Of layers whose class was changed: __init__ did not run.
+    p = 0.5
+    prenorm = False
+
     def __init__(
         self,
         normalized_shape,
@@ -54,11 +80,10 @@ class DropoutAddLayerNorm(FusedNorm, torch.nn.LayerNorm):
         prenorm: bool = False,
         activation: str | None = None,
     ) -> None:
+        p = number("p", p)
         if not 0.0 <= p <= 1.0:
             raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-        super().__init__(
-            normalized_shape, eps, elementwise_affine, bias, device, dtype, activation=activation
-        )
+        self._make(normalized_shape, eps, elementwise_affine, bias, device, dtype, activation=activation)
         self.p = p
         self.prenorm = prenorm
 

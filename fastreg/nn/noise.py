@@ -3,10 +3,11 @@
 import torch
 from torch import Tensor
 
-from fastreg.ops.noise import check_noise, gaussian_noise
+from fastreg.nn.layer import Layer
+from fastreg.ops.noise import checked_std, gaussian_noise
 
 
-class GaussianNoise(torch.nn.Module):
+class GaussianNoise(Layer, torch.nn.Module):
     """Adds normal noise in training, and is the identity otherwise. torch has no such layer.
 
     Args:
@@ -24,8 +25,7 @@ class GaussianNoise(torch.nn.Module):
 
     def __init__(self, std: float = 0.1, inplace: bool = False, *, mode: str = "additive") -> None:
         super().__init__()
-        check_noise(std, mode)
-        self.std = std
+        self.std = checked_std(std, mode)
         self.inplace = inplace
         self.mode = mode
 

@@ -5,10 +5,11 @@ import math
 import torch
 from torch import Tensor
 
+from fastreg.nn.layer import Layer
 from fastreg.ops import noisy_linear as ops
 
 
-class NoisyLinear(torch.nn.Linear):
+class NoisyLinear(Layer, torch.nn.Linear):
     """A linear layer whose weights are noisy in training: see :func:`fastreg.functional.noisy_linear`.
 
     Args:
@@ -30,6 +31,13 @@ class NoisyLinear(torch.nn.Linear):
 
     stochastic = True  # for mc_dropout
 
+    # Of layers whose class was changed: __init__ did not run. (sigma and bias_sigma may be parameters, which an
+    # attribute of the class would hide.)
+    initial_sigma = 0.1
+    kind = "additive"
+    learn_sigma = False
+    activation: str | None = None
+
     def __init__(
         self,
         in_features: int,
@@ -43,7 +51,7 @@ class NoisyLinear(torch.nn.Linear):
         device=None,
         dtype=None,
     ) -> None:
-        ops.check_arguments(sigma, kind, None, activation)
+        sigma, _ = ops.checked_arguments(sigma, kind, None, activation)
         self.kind, self.activation = kind, activation
         self.initial_sigma = sigma
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -84,10 +92,10 @@ class NoisyLinear(torch.nn.Linear):
             input,
             self.weight,
             self.bias,
-            self.sigma,
+            getattr(self, "sigma", self.initial_sigma),
             self.training,
             kind=self.kind,
-            bias_sigma=self.bias_sigma,
+            bias_sigma=getattr(self, "bias_sigma", None),
             activation=self.activation,
         )
 

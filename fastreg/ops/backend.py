@@ -8,6 +8,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active as transforms_active
+from torch._C import _get_dispatch_mode as dispatch_mode
+from torch._C import _is_tracing as is_tracing
+from torch._C import _len_torch_dispatch_stack as dispatch_modes
+from torch._C import _TorchDispatchModeKey as _Mode
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None and torch.version.hip is None
@@ -33,21 +39,18 @@ def runs_kernels(x: Tensor) -> bool:
     """Whether ``x`` goes to the Triton kernels.
 
     Everything else goes to ATen, with the same function: CPU tensors, dtypes ATen refuses or promotes, tensor
-    subclasses (DTensor, FakeTensor), proxies of ``torch.fx``, and tensors inside ``torch.func`` transforms or
-    forward-mode AD, where ATen brings the batching and tangent rules.
+    subclasses (DTensor, FakeTensor), proxies of ``torch.fx``, and what is ``watched``.
     """
     compiling = torch.compiler.is_compiling()
     # The type first: there is nothing to decide about a Proxy of torch.fx.
-    if not HAS_TRITON or not is_plain(x):
+    if not HAS_TRITON or not (compiling or type(x) in PLAIN):
         return False
     if x.dtype not in _KERNEL_DTYPES or not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
         return False
     if not (INTERPRETED or _capable(x.device.index)):
         return False
     return compiling or (
-        not torch._C._are_functorch_transforms_active()
-        and not torch._C._functorch.is_legacy_batchedtensor(x)  # a backward pass with is_grads_batched=True
-        and forward_ad._current_level < 0
+        not watched() and not is_legacy_batchedtensor(x)  # a backward pass with is_grads_batched=True
     )
 
 
@@ -57,6 +60,20 @@ def worth_a_launch(x: Tensor, least: int) -> bool:
     A compiled graph takes batches of any size, and on the CPU there is no launch.
     """
     return torch.compiler.is_compiling() or not x.is_cuda or x.numel() >= least
+
+
+def watched() -> bool:
+    """Whether every operation of ATen is watched, so that a kernel or an ``autograd.Function`` would go unseen.
+
+    By a transform of ``torch.func`` or forward-mode AD, for which ATen brings the batching and tangent rules; by
+    ``torch.jit.trace`` or ``make_fx``, which record operations; by ``FakeTensorMode``, where tensors have no data.
+    """
+    return (
+        transforms_active()
+        or forward_ad._current_level >= 0
+        or is_tracing()
+        or (dispatch_modes() > 0 and any(dispatch_mode(key) is not None for key in (_Mode.PROXY, _Mode.FAKE)))
+    )
 
 
 def choose(x: Tensor) -> str:
@@ -106,6 +123,11 @@ def capture_id(device: torch.device) -> int | None:
     if ask is None or ask(stream, ctypes.byref(status), ctypes.byref(number), None, None, None):
         return None
     return number.value
+
+
+def allows_tf32() -> bool:
+    """Whether torch's products of fp32 matrices may take TF32, whichever of torch's switches says so."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"  # allow_tf32 raises beside the newer switches
 
 
 OPTIONS = {"enable_fp_fusion": True}

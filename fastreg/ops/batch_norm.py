@@ -4,7 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastreg.ops.channel_norm import Form, Running, normalize, numbers, takes, update_running
+from fastreg.ops import backend
+from fastreg.ops.arguments import is_number, plain
+from fastreg.ops.channel_norm import Form, Running, by_torch, normalize, plain_momentum, takes, update_running
 from fastreg.ops.fused import activated, check_activation, check_residual
 
 
@@ -48,23 +50,31 @@ def batch_norm(
     check_residual(input, residual)
     fused = activation is not None or residual is not None
     statistics = (running_mean, running_var)
-    good = takes(input, weight, bias, statistics, 0, fused) and numbers(momentum, eps) and eps > 0
+    epsilon = part = None
+    if takes(input, weight, bias, statistics, 0, fused) and type(training) is bool:
+        epsilon, part = plain(eps), plain_momentum(momentum, input)
+    good = part is not None and is_number(epsilon) and epsilon > 0
     if not (good and (input.numel() > input.shape[1] if training else running_mean is not None)):
         y = _in_aten(input, statistics, weight, bias, training, momentum, eps)
         return activated(y, activation, residual)
-    running = Running(*statistics, momentum) if training and running_mean is not None else None
-    form = Form(0, eps, activation)
+    running = Running(*statistics, part) if training and running_mean is not None else None
+    form = Form(0, epsilon, activation)
     return normalize(
         input, weight, bias, residual, None if training else statistics, running, form, input.dtype
     )
 
 
 def _in_aten(input, statistics, weight, bias, training, momentum: float | Tensor, eps) -> Tensor:
-    if not isinstance(momentum, Tensor) or not training:
-        return F.batch_norm(input, *statistics, weight, bias, training, momentum, eps)
-    if not (momentum.is_cuda or torch.compiler.is_compiling()):
-        return F.batch_norm(input, *statistics, weight, bias, training, momentum.item(), eps)
-    # torch would wait for the number.
+    if isinstance(momentum, Tensor) and plain_momentum(momentum, input) is momentum and training is True:
+        return _with_momentum_in_memory(input, statistics, weight, bias, momentum, eps)
+    return by_torch(F.batch_norm, input, *statistics, weight, bias, training, momentum, eps)
+
+
+def _with_momentum_in_memory(input, statistics, weight, bias, momentum: Tensor, eps) -> Tensor:
+    known = momentum.device.type == "cpu" and type(momentum) in backend.PLAIN
+    if known and not (torch.compiler.is_compiling() or backend.watched()):
+        return by_torch(F.batch_norm, input, *statistics, weight, bias, True, momentum.item(), eps)
+    # torch would ask for the number: it would wait for a GPU, and without data there is none.
     of_batch = [None if t is None else torch.zeros_like(t) for t in statistics]
     y = F.batch_norm(input, *of_batch, weight, bias, True, 1.0, eps)
     update_running(Running(*statistics, momentum), *of_batch)

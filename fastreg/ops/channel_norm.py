@@ -4,12 +4,14 @@
 take (CPU tensors, ``torch.func`` transforms, bad input) its callers give to ATen, with torch's own errors.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastreg.ops import backend
+from fastreg.ops.arguments import is_number, plain
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import activated, result_dtype, sum_dtype
 from fastreg.ops.layout import ceil_div, dense_strides, with_strides
@@ -45,6 +47,39 @@ class Running(NamedTuple):
 # --- the definition, in ATen ------------------------------------------------------------------------------
 
 
+def by_torch(norm: Callable[..., Tensor], x: Tensor, *arguments, one_sample: bool = False) -> Tensor:
+    """norm(x, *arguments), where ``norm`` is torch's batch or instance normalization.
+
+    It sees one dimension behind the channels where with more of them it might misread a gradient.
+    one_sample: all samples are channels of one, as in torch's instance normalization.
+    """
+    if _may_be_misread(x, one_sample):
+        return norm(x.flatten(2), *arguments).view(x.shape)
+    return norm(x, *arguments)
+
+
+def _may_be_misread(x: Tensor, one_sample: bool) -> bool:
+    """Whether torch's backward pass on the CPU may read x or its gradient in the order of the other.
+
+    It takes the fast path where each of them is contiguous or channels last, and asks whether they are the same of the
+    two by strides that mean nothing where the size is 1. Tensors of three dimensions are never channels last.
+    """
+    if type(x) not in backend.PLAIN or x.dim() not in (4, 5) or not (one_sample or 1 in x.shape):
+        return False
+    channels = x.shape[:2].numel() if one_sample else x.shape[1]
+    if (
+        channels == 1 or x.shape[2:].numel() == 1 or x.device.type != "cpu"
+    ):  # of the first two, there is one order
+        return False
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling() or backend.is_tracing():
+        return False
+    if x.is_contiguous():
+        return True
+    last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    unmistakable = torch.empty(x.shape, device="meta", memory_format=last).stride()
+    return x.is_contiguous(memory_format=last) and x.stride() != unmistakable
+
+
 def definition(
     x: Tensor,
     weight: Tensor | None,
@@ -62,7 +97,7 @@ def definition(
     if form.groups:
         y = torch.group_norm(x, form.groups, weight, bias, form.eps, False)
     else:
-        y = torch.batch_norm(x, weight, bias, mean, var, mean is None, 0.0, form.eps, False)
+        y = by_torch(torch.batch_norm, x, weight, bias, mean, var, mean is None, 0.0, form.eps, False)
     return activated(y, form.activation, residual)
 
 
@@ -701,7 +736,7 @@ def takes(
 ) -> bool:
     """Whether the kernels take it. All else, also whatever is wrong with it, is for ATen to do, or to refuse.
 
-    groups: as in ``Form``. fused: something stands around the normalization.
+    groups: 0 where the statistics are those of the batch. fused: something stands around the normalization.
     """
     if not (backend.runs_kernels(input) and input.dim() >= 2 and input.numel() > 0):
         return False
@@ -724,9 +759,14 @@ def takes(
     )
 
 
-def numbers(*values) -> bool:
-    """Whether momentum and eps are what the kernels can take. Whatever else they are, torch refuses."""
-    return all(isinstance(value, (int, float, Tensor)) for value in values)
+def plain_momentum(momentum: float | Tensor, x: Tensor) -> float | Tensor | None:
+    """``momentum`` as Python's number, or a tensor of one element beside ``x``. None if torch has to refuse it."""
+    if type(momentum) is float:
+        return momentum
+    if isinstance(momentum, Tensor) and momentum.device == x.device and momentum.is_floating_point():
+        return momentum if momentum.numel() == 1 and not momentum.requires_grad else None
+    momentum = plain(momentum)
+    return momentum if is_number(momentum) else None
 
 
 def normalize(

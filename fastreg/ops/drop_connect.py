@@ -13,10 +13,9 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.autograd import forward_ad
 
 from fastreg import random
-from fastreg.ops import backend, dual_linear, expectation
+from fastreg.ops import arguments, backend, dual_linear, expectation
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.dropout import activation_backward
 from fastreg.ops.fused import (
@@ -258,7 +257,7 @@ def product_launches(
 
 def _three(x: Tensor) -> bool:
     """Whether fp32 takes three products of TF32."""
-    return x.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    return x.dtype == torch.float32 and not backend.allows_tf32()
 
 
 def weight_gradient_launch(dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: _Form) -> Launch:
@@ -501,7 +500,7 @@ def _masked_linear(v, weight, bias, activation: str | None, stream: Stream, form
     if torch.compiler.is_compiling():
         seed, keep = stream.seed_on(v.device), needs_argument(activation) and differentiated(*tensors)
         return _drop_connect_op(*tensors, seed, stream.offset, *form, activation, keep)[0]
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+    if backend.watched():
         z = _definition(v, weight, stream, form)
         return z if bias is None else z + bias
     if _on_kernels(*tensors) and not differentiated(*tensors):
@@ -567,7 +566,7 @@ def drop_connect_linear(
 
     Source: Wan, Zeiler, Zhang, LeCun, Fergus 2013 (Regularization of neural networks using DropConnect, ICML).
     """
-    check_arguments(p, mask, group_size, inference, samples, activation)
+    p, group_size, samples = checked_arguments(p, mask, group_size, inference, samples, activation)
     if not training:
         return _inference(input, weight, bias, p, inverted, inference, samples, activation, seed, generator)
     if mask == "gaussian" and p == 1 and inverted:
@@ -597,14 +596,19 @@ def drop_connect_linear(
     return z.view(*input.shape[:-1], weight.shape[0])
 
 
-def check_arguments(
+def checked_arguments(
     p: float,
     mask: str = "example",
     group_size: int | None = None,
     inference: str = "gaussian",
     samples: int | None = None,
     activation: str | None = None,
-) -> None:
+) -> tuple[float, int | None, int | None]:
+    """p, group_size and samples as Python's numbers."""
+    if type(p) is not float:
+        p = arguments.number("p", p)
+    group_size = None if group_size is None else arguments.integer("group_size", group_size)
+    samples = None if samples is None else arguments.integer("samples", samples)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     for name, value, choices in (("mask", mask, MASKS), ("inference", inference, INFERENCE)):
@@ -622,12 +626,13 @@ def check_arguments(
         if value is not None and value < 1:
             raise ValueError(f"{name} has to be at least 1, but got {value}")
     check_activation(activation)
+    return p, group_size, samples
 
 
 def cast_by_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     """What autocast does to the arguments of torch's linear."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):  # which refuses to answer for "meta"
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [

@@ -11,9 +11,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
+from torch.fx import Proxy
 
 from fastreg import random
 from fastreg.ops import backend
+from fastreg.ops.arguments import is_number, plain
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import (
     ACTIVATIONS,
@@ -441,13 +443,13 @@ def _dropout(
     generator: Generator | None = None,
 ) -> Tensor:
     """aten: torch's own function for the plain, unseeded form: (input, p, training, inplace) -> output."""
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    plain = bias is None and activation is None and residual is None
+    if type(p) is not float or type(training) is not bool or not 0.0 <= p <= 1.0:
+        p = checked_p(input, p, training, F.dropout if aten is _aten_drop_path else aten)
+    unfused = bias is None and activation is None and residual is None
     ours = backend.runs_kernels(input)
     seeded = seed is not None or generator is not None
     if (
-        plain
+        unfused
         and inverted
         and not seeded
         and p < 1
@@ -456,7 +458,7 @@ def _dropout(
         return aten(input, p, training, inplace)
 
     form = _form(p, training, inverted, alpha)._replace(mask_dims=mask_dims, activation=activation)
-    if plain and form.threshold == 0 and form.scale == 1:
+    if unfused and form.threshold == 0 and form.scale == 1:
         return aten(input, p, False, inplace)
     check_activation(activation)
     if input.dim() < mask_dims:
@@ -480,6 +482,14 @@ def _dropout(
     else:
         y = _definition(input, bias, residual, stream, form)
     return input.copy_(y) if inplace else y
+
+
+def checked_p(input: Tensor, p: float, training: bool, aten=F.dropout) -> float:
+    """``p`` as Python's number. ``aten``, torch's function, refuses what is none, or out of bounds."""
+    found = plain(p)
+    if not (is_number(found) and 0.0 <= found <= 1.0 and type(training) in (bool, Proxy)):
+        aten(input, p, training, False)
+    return found
 
 
 def _on_kernels(input, bias, residual, stream, form, inplace):
@@ -592,41 +602,97 @@ def dropout(
     )  # fmt: skip
 
 
-def dropout1d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **fused) -> Tensor:
+def dropout1d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    inverted: bool = True,
+    seed: int | Tensor | None = None,
+    generator: Generator | None = None,
+) -> Tensor:
     """Zeroes whole channels of ``[N, C, L]`` or ``[C, L]``, each with probability ``p``, one draw a channel.
 
-    Dropped channels are not read. ``fused``: the keyword arguments of :func:`dropout`.
+    Dropped channels are not read. Keyword arguments as in :func:`dropout`.
     Drop-in for :func:`torch.nn.functional.dropout1d`. Source: Tompson et al. 2015 (SpatialDropout, arXiv 1411.4280).
     """
     return _channel_dropout(
-        input, p, training, inplace, F.dropout1d, input.dim() == 2, input.dim() == 3, fused
-    )
+        input, p, training, inplace, F.dropout1d, input.dim() == 2, input.dim() == 3,
+        bias=bias, activation=activation, residual=residual, inverted=inverted, seed=seed, generator=generator,
+    )  # fmt: skip
 
 
-def dropout2d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **fused) -> Tensor:
-    """Zeroes whole channels of ``[N, C, H, W]``. As :func:`dropout1d`; ``[N, C, L]`` is taken with torch's warning."""
-    return _channel_dropout(input, p, training, inplace, F.dropout2d, False, input.dim() == 4, fused)
+def dropout2d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    inverted: bool = True,
+    seed: int | Tensor | None = None,
+    generator: Generator | None = None,
+) -> Tensor:
+    """Zeroes whole channels of ``[N, C, H, W]``; ``[N, C, L]`` is taken with torch's warning.
+
+    Arguments as in :func:`dropout`, dropped channels as in :func:`dropout1d`.
+    """
+    return _channel_dropout(
+        input, p, training, inplace, F.dropout2d, False, input.dim() == 4,
+        bias=bias, activation=activation, residual=residual, inverted=inverted, seed=seed, generator=generator,
+    )  # fmt: skip
 
 
-def dropout3d(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **fused) -> Tensor:
-    """Zeroes whole channels of ``[N, C, D, H, W]`` or ``[C, D, H, W]``. As :func:`dropout1d`."""
+def dropout3d(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    inverted: bool = True,
+    seed: int | Tensor | None = None,
+    generator: Generator | None = None,
+) -> Tensor:
+    """Zeroes whole channels of ``[N, C, D, H, W]`` or ``[C, D, H, W]``.
+
+    Arguments as in :func:`dropout`, dropped channels as in :func:`dropout1d`.
+    """
     unbatched = input.dim() != 5
     expected = (input.dim() == 4) | (input.dim() == 5)  # "in" would ask a proxy of torch.fx for its value
-    return _channel_dropout(input, p, training, inplace, F.dropout3d, unbatched, expected, fused)
+    return _channel_dropout(
+        input, p, training, inplace, F.dropout3d, unbatched, expected,
+        bias=bias, activation=activation, residual=residual, inverted=inverted, seed=seed, generator=generator,
+    )  # fmt: skip
 
 
-def _channel_dropout(input, p, training, inplace, aten, unbatched, expected, fused, alpha=False):
-    plain = all(value is None for value in fused.values())
-    if plain and not (backend.is_plain(input) and expected):
+def _channel_dropout(
+    input, p, training, inplace, aten, unbatched, expected, inverted=True, alpha=False, **fused
+):
+    """unbatched: there is no dimension of samples. expected: torch takes such a rank. fused: other arguments."""
+    unfused = inverted and all(value is None for value in fused.values())
+    if unfused and not (backend.is_plain(input) and expected):
         return aten(input, p, training, inplace)
     if not expected:
         # torch's own warning or error about the rank, from torch: on a tensor without data.
-        aten(torch.empty(input.shape, dtype=input.dtype, device="meta"), p, training)
+        aten(torch.empty(input.shape, dtype=input.dtype, device="meta"), p, False)
     if not unbatched:
-        return _dropout(input, p, training, inplace, aten, mask_dims=2, alpha=alpha, **fused)
+        return _dropout(
+            input, p, training, inplace, aten, mask_dims=2, inverted=inverted, alpha=alpha, **fused
+        )
     if fused.get("residual") is not None:
         fused["residual"] = fused["residual"].unsqueeze(0)
-    y = _dropout(input.unsqueeze(0), p, training, inplace, _squeezed(aten), mask_dims=2, **fused)
+    y = _dropout(
+        input.unsqueeze(0), p, training, inplace, _squeezed(aten), mask_dims=2, inverted=inverted, **fused
+    )
     return input if inplace else y.squeeze(0)
 
 
@@ -635,45 +701,79 @@ def _squeezed(aten):
 
 
 def alpha_dropout(
-    input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False, **fused
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
     """Drops elements to the negative saturation of SELU and rescales, so that mean 0 and variance 1 stay.
 
-    ``fused``: the keyword arguments of :func:`dropout` but ``inverted``. Drop-in for
-    :func:`torch.nn.functional.alpha_dropout`. Source: Klambauer et al. 2017 (arXiv 1706.02515).
+    Keyword arguments as in :func:`dropout`. Drop-in for :func:`torch.nn.functional.alpha_dropout`.
+    Source: Klambauer et al. 2017 (arXiv 1706.02515).
     """
-    return _dropout(input, p, training, inplace, F.alpha_dropout, alpha=True, **_without_inverted(fused))
+    return _dropout(
+        input, p, training, inplace, F.alpha_dropout, alpha=True,
+        bias=bias, activation=activation, residual=residual, seed=seed, generator=generator,
+    )  # fmt: skip
 
 
 def feature_alpha_dropout(
-    input: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False, **fused
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = False,
+    inplace: bool = False,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    seed: int | Tensor | None = None,
+    generator: Generator | None = None,
 ) -> Tensor:
-    """:func:`alpha_dropout` of whole channels of ``[N, C, ...]``. Drop-in for torch's ``feature_alpha_dropout``."""
-    fused = _without_inverted(fused)
-    expected = input.dim() >= 2
+    """:func:`alpha_dropout` of whole channels of ``[N, C, ...]``. Drop-in for torch's ``feature_alpha_dropout``.
+
+    Arguments as in :func:`dropout`, which has one form more: there is no ``inverted``.
+    """
     return _channel_dropout(
-        input, p, training, inplace, F.feature_alpha_dropout, False, expected, fused, alpha=True
-    )
+        input, p, training, inplace, F.feature_alpha_dropout, False, input.dim() >= 2, alpha=True,
+        bias=bias, activation=activation, residual=residual, seed=seed, generator=generator,
+    )  # fmt: skip
 
 
-def _without_inverted(fused: dict) -> dict:
-    if "inverted" in fused:
-        raise TypeError("alpha dropout has one form only: it takes no argument 'inverted'")
-    return fused
-
-
-def drop_path(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **fused) -> Tensor:
+def drop_path(
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+    *,
+    bias: Tensor | None = None,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    inverted: bool = True,
+    seed: int | Tensor | None = None,
+    generator: Generator | None = None,
+) -> Tensor:
     """Zeroes whole samples of ``[N, ...]``, each with probability ``p``: the branch of a residual network.
 
     ``drop_path(branch, p, residual=x)`` is the whole block's end, x + D(branch), in one pass; what is dropped is not
-    read. ``fused``: the keyword arguments of :func:`dropout`.
+    read. Keyword arguments as in :func:`dropout`.
     Source: Huang et al. 2016, "Deep Networks with Stochastic Depth" (arXiv 1603.09382); Larsson et al. 2017.
     """
-    return _dropout(input, p, training, inplace, _aten_drop_path, mask_dims=1, **fused)
+    return _dropout(
+        input, p, training, inplace, _aten_drop_path, mask_dims=1,
+        bias=bias, activation=activation, residual=residual, inverted=inverted, seed=seed, generator=generator,
+    )  # fmt: skip
 
 
 def _aten_drop_path(input: Tensor, p: float, training: bool, inplace: bool) -> Tensor:
     if not training or p == 0:
         return input
-    keep = input.new_empty(input.shape[:1] + (1,) * (input.dim() - 1)).bernoulli_(1 - p).div_(1 - p)
+    size = input.shape[:1] + (1,) * (input.dim() - 1)
+    samples = torch.empty(size, dtype=input.dtype, device=input.device)
+    keep = torch.bernoulli(samples, 1 - p).div_(1 - p)  # drawn out of place, as vmap wants it
     return input.mul_(keep) if inplace else input * keep

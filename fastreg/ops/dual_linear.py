@@ -10,6 +10,7 @@ factors are ``row_normals``, the signs ``signs``; those of W under the stream it
 stream further on, of an example and an output two.
 """
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -77,7 +78,7 @@ def root(x: Tensor) -> Tensor:
 def squares(v: Tensor, weight: Tensor) -> Tensor:
     """(W ∘ W)(v ∘ v), in fp32 at least: the square of 1e-4 is no fp16 number."""
     wide = torch.promote_types(v.dtype, torch.float32)
-    with torch.autocast(v.device.type, enabled=False):
+    with contextlib.nullcontext() if v.is_meta else torch.autocast(v.device.type, enabled=False):
         return F.linear(v.to(wide).square(), weight.to(wide).square())
 
 
@@ -122,7 +123,7 @@ def _draw(stream: Stream) -> dict:
 
 
 def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    return "tf32" if backend.allows_tf32() else "tf32x3"
 
 
 def second_launch(

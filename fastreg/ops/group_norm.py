@@ -1,9 +1,11 @@
 """Group and instance normalization, fused with residual and activation: y = f(GN(x) + residual)."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastreg.ops.channel_norm import Form, Running, normalize, numbers, takes
+from fastreg.ops.arguments import is_integer, is_number, plain
+from fastreg.ops.channel_norm import Form, Running, by_torch, normalize, plain_momentum, takes
 from fastreg.ops.fused import activated, autocast_dtype, check_activation, check_residual
 
 
@@ -38,11 +40,16 @@ def group_norm(
     check_activation(activation)
     check_residual(input, residual)
     fused = activation is not None or residual is not None
-    good = num_groups > 0 and takes(input, weight, bias, (None, None), num_groups, fused) and numbers(eps)
+    groups = epsilon = None
+    if takes(input, weight, bias, (None, None), 1, fused):
+        groups, epsilon = plain(num_groups), plain(eps)
+    good = is_integer(groups) and groups > 0 and is_number(epsilon)
     # Where a channel has one value, and each group one channel, torch refuses.
-    if not (good and input.shape[1] % num_groups == 0 and input.numel() > num_groups):
+    if not (good and input.shape[1] % groups == 0 and input.numel() > groups):
+        if weight is None and bias is not None and bias.shape == input.shape[1:2]:
+            weight = torch.ones_like(bias)  # up to 2.13 torch has no gradients of a bias alone
         return activated(F.group_norm(input, num_groups, weight, bias, eps), activation, residual)
-    form = Form(num_groups, eps, activation)
+    form = Form(groups, epsilon, activation)
     return normalize(input, weight, bias, residual, None, None, form, autocast_dtype(input))
 
 
@@ -70,15 +77,28 @@ def instance_norm(
     check_residual(input, residual)
     fused = activation is not None or residual is not None
     statistics = (running_mean, running_var)
-    good = takes(input, weight, bias, statistics, int(use_input_stats), fused) and numbers(momentum, eps)
+    epsilon = part = None
+    if type(use_input_stats) is bool and takes(input, weight, bias, statistics, int(use_input_stats), fused):
+        epsilon, part = plain(eps), plain_momentum(momentum, input)
+    good = part is not None and is_number(epsilon)
     spatial = good and input.numel() // (input.shape[0] * input.shape[1])
     if not (good and spatial > 1 if use_input_stats else good and running_mean is not None):
-        y = F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+        y = by_torch(
+            F.instance_norm,
+            input.contiguous(),  # as torch would make it
+            *statistics,
+            weight,
+            bias,
+            use_input_stats,
+            momentum,
+            eps,
+            one_sample=True,
+        )
         return activated(y, activation, residual)
     if not use_input_stats:  # fixed statistics of channels: batch normalization in evaluation
         return normalize(
-            input, weight, bias, residual, statistics, None, Form(0, eps, activation), input.dtype
+            input, weight, bias, residual, statistics, None, Form(0, epsilon, activation), input.dtype
         )
-    running = None if running_mean is None else Running(*statistics, momentum)
-    form = Form(input.shape[1], eps, activation)
+    running = None if running_mean is None else Running(*statistics, part)
+    form = Form(input.shape[1], epsilon, activation)
     return normalize(input, weight, bias, residual, None, running, form, input.dtype)

@@ -15,8 +15,9 @@ from torch import Generator, Tensor
 
 from fastreg import random
 from fastreg.ops import backend
+from fastreg.ops.arguments import is_number, plain, plain_shape
 from fastreg.ops.backend import Launch, number
-from fastreg.ops.dropout import dropout
+from fastreg.ops.dropout import checked_p, dropout
 from fastreg.ops.fused import (
     activated,
     autocast_dtype,
@@ -496,14 +497,14 @@ _layer_norm_op.register_autograd(_compiled_backward, setup_context=_save_for_com
 
 def _runs_kernels(
     input: Tensor,
-    normalized_shape: Sequence[int],
+    shape: tuple[int, ...] | None,
+    eps: float,
     others: Sequence[Tensor | None],
     *parameters: Tensor | None,
 ) -> bool:
-    """Whether the kernels take these tensors. What does not fit goes to ATen, which says why not."""
-    if not backend.runs_kernels(input) or not isinstance(normalized_shape, Sequence):
+    """Whether the kernels take these arguments. What does not fit goes to ATen, which says why not."""
+    if shape is None or not is_number(eps) or not backend.runs_kernels(input):
         return False
-    shape = tuple(normalized_shape)
     double = input.dtype == torch.float64
     return (
         len(shape) > 0
@@ -518,10 +519,10 @@ def _runs_kernels(
     )
 
 
-def _on_kernels(input, skip, weight, bias, residual, normalized_shape, stream, form):
+def _on_kernels(input, skip, weight, bias, residual, shape, stream, form):
     """y, and h or None where that is ``input``."""
     if not torch.compiler.is_compiling():
-        return _LayerNorm.apply(input, skip, weight, bias, residual, tuple(normalized_shape), *stream, form)
+        return _LayerNorm.apply(input, skip, weight, bias, residual, shape, *stream, form)
     seed = stream.seed_on(input.device) if form.threshold else None
     y, h, _ = _layer_norm_op(input, skip, weight, bias, residual, seed, *form)
     return y, h
@@ -557,18 +558,18 @@ def layer_norm(
     """
     check_activation(activation)
     check_residual(input, residual)
-    # ATen has no activation and no residual, and refuses parameters of another dtype on a GPU.
-    more = activation is not None or residual is not None
-    more = more or any(t is not None and t.dtype != input.dtype for t in (weight, bias))
-    ours = _runs_kernels(input, normalized_shape, (residual,), weight, bias)
-    if ours and (more or backend.worth_a_launch(input, ATEN_BELOW)):
-        form = _Form(
-            math.prod(normalized_shape),
-            float(eps),
-            result_dtype(autocast_dtype(input), residual),
-            activation,
-        )
-        return _on_kernels(input, None, weight, bias, residual, normalized_shape, Stream(0), form)[0]
+    shape, epsilon = plain_shape(normalized_shape), plain(eps)
+    ours = _runs_kernels(input, shape, epsilon, (residual,), weight, bias)
+    if ours and (
+        activation is not None
+        or residual is not None
+        or backend.worth_a_launch(input, ATEN_BELOW)
+        # which ATen refuses on a GPU
+        or any(t is not None and t.dtype != input.dtype for t in (weight, bias))
+    ):
+        dtype = result_dtype(autocast_dtype(input), residual)
+        form = _Form(math.prod(shape), float(epsilon), dtype, activation)
+        return _on_kernels(input, None, weight, bias, residual, shape, Stream(0), form)[0]
     return activated(F.layer_norm(input, normalized_shape, weight, bias, eps), activation, residual)
 
 
@@ -608,30 +609,31 @@ def dropout_add_layer_norm(
     """
     check_activation(activation)
     check_residual(input, residual)
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+    if type(p) is not float or type(training) is not bool or not 0.0 <= p <= 1.0:
+        p = checked_p(input, p, training)
+    shape, epsilon = plain_shape(normalized_shape), plain(eps)
     threshold = random.threshold(p) if training else 0
     if (
         threshold < LANE_VALUES
         and (threshold or residual is not None)
-        and _runs_kernels(input, normalized_shape, (residual,), weight, bias)
+        and _runs_kernels(input, shape, epsilon, (residual,), weight, bias)
         and input.is_contiguous()  # the mask counts in memory order, the kernel in rows
     ):
         stream = random.stream(input.device, seed, generator) if threshold else Stream(0)
         form = _Form(
-            math.prod(normalized_shape),
-            float(eps),
+            math.prod(shape),
+            float(epsilon),
             input.dtype,
             activation,
             threshold,
             LANE_VALUES / (LANE_VALUES - threshold),
         )
-        y, h = _on_kernels(input, residual, weight, bias, None, normalized_shape, stream, form)
+        y, h = _on_kernels(input, residual, weight, bias, None, shape, stream, form)
         return (y, h) if prenorm else y
     h = dropout(input, p, training, residual=residual, seed=seed, generator=generator)
-    if _runs_kernels(h, normalized_shape, (), weight, bias):
-        form = _Form(math.prod(normalized_shape), float(eps), input.dtype, activation)
-        y, _ = _on_kernels(h, None, weight, bias, None, normalized_shape, Stream(0), form)
+    if _runs_kernels(h, shape, epsilon, (), weight, bias):
+        form = _Form(math.prod(shape), float(epsilon), input.dtype, activation)
+        y, _ = _on_kernels(h, None, weight, bias, None, shape, Stream(0), form)
     else:
         y = _definition(h, normalized_shape, weight, bias, eps, activation, None).to(input.dtype)
     return (y, h) if prenorm else y

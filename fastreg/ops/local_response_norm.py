@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastreg.ops import backend
+from fastreg.ops.arguments import is_integer, is_number, plain
 from fastreg.ops.backend import Launch
 from fastreg.ops.fused import activated, check_activation, check_residual, result_dtype
 from fastreg.ops.layout import ceil_div, dense, with_strides
@@ -53,8 +54,9 @@ def _runs_kernels(x: Tensor, form: _Form) -> bool:
         backend.runs_kernels(x)
         and x.dim() >= 3
         and x.numel() > 0
-        and isinstance(form.size, int)
+        and is_integer(form.size)
         and form.size >= 1
+        and all(map(is_number, form[1:4]))  # tensors are for torch: they may have gradients
         and sum(_window(x.shape[1], form.size)) < WIDEST
         and form.alpha >= 0
         and form.k > 1e-37  # the kernels flush denormal numbers to 0
@@ -285,7 +287,8 @@ def local_response_norm(
     """
     check_activation(activation)
     check_residual(input, residual)
-    form = _Form(size, alpha, beta, k, activation)
+    whole = plain(size)
+    form = _Form(whole if is_integer(whole) else size, alpha, beta, k, activation)
     if not _runs_kernels(input, form):
         return _definition(input, residual, form)
     if torch.compiler.is_compiling():

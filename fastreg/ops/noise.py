@@ -14,7 +14,7 @@ from torch import Generator, Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from fastreg import random
-from fastreg.ops import backend
+from fastreg.ops import arguments, backend
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.dropout import ATEN_BELOW
 from fastreg.ops.layout import ceil_div, dense_strides, with_strides
@@ -153,13 +153,15 @@ def _with_noise(x: Tensor, stream: Stream, form: _Form, inplace: bool = False) -
     return x.copy_(y) if inplace else y
 
 
-def check_noise(std: float, mode: str) -> None:
-    if isinstance(std, Tensor):
-        raise TypeError("std has to be a number, but got a tensor: the noise has no gradient for it")
+def checked_std(std: float, mode: str) -> float:
+    """``std`` as Python's number."""
+    if type(std) is not float:
+        std = arguments.number("std", std)
     if not 0 <= std < math.inf:
         raise ValueError(f"std has to be finite and not negative, but got {std}")
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
+    return std
 
 
 def gaussian_noise(
@@ -191,7 +193,7 @@ def gaussian_noise(
 
     Raises:
         ValueError: std negative, infinite or NaN; unknown mode; seed and generator.
-        TypeError: input that is not floating point; std that is a tensor.
+        TypeError: input that is not floating point; std that is no number, such as a tensor that requires a gradient.
         RuntimeError: in-place on a leaf that requires a gradient.
 
     Source: Bishop 1995, "Training with Noise is Equivalent to Tikhonov Regularization" (Neural Computation 7);
@@ -201,7 +203,7 @@ def gaussian_noise(
         return handle_torch_function(
             gaussian_noise, (input,), input, std, training, inplace, mode=mode, seed=seed, generator=generator
         )
-    check_noise(std, mode)
+    std = checked_std(std, mode)
     if not input.is_floating_point():
         raise TypeError(f"gaussian_noise needs a floating point input, but got {input.dtype}")
     if not training or std == 0:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from fastreg import random
-from fastreg.ops import backend, dual_linear
+from fastreg.ops import arguments, backend, dual_linear
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.drop_connect import cast_by_autocast, torch_refuses
 from fastreg.ops.dual_linear import on_kernels, row_blocks
@@ -232,7 +232,7 @@ def noisy_linear(
     Source: Fortunato et al. 2018 (arXiv 1706.10295; there one draw serves a batch) for factorised noise; Kingma,
     Salimans, Welling 2015 (arXiv 1506.02557) for drawing it at the sums.
     """
-    check_arguments(sigma, kind, bias_sigma, activation)
+    sigma, bias_sigma = checked_arguments(sigma, kind, bias_sigma, activation)
     if not training:
         return activated(F.linear(input, weight, bias), activation)
     input, weight, bias = cast_by_autocast(input, weight, bias)
@@ -268,20 +268,31 @@ def _filled(sigma: float | Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
     return sigma.to(weight.dtype) if isinstance(sigma, Tensor) else weight.new_full(shape, sigma)
 
 
-def check_arguments(
+def checked_arguments(
     sigma: float | Tensor,
     kind: str = "additive",
     bias_sigma: float | Tensor | None = None,
     activation: str | None = None,
-) -> None:
+) -> tuple[float | Tensor, float | Tensor | None]:
+    """sigma and bias_sigma, as Python's numbers where they are no tensors."""
     if kind not in KINDS:
         raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
-    for name, value in (("sigma", sigma), ("bias_sigma", bias_sigma)):
-        if value is not None and not isinstance(value, Tensor) and not value >= 0:
-            raise ValueError(f"{name} has to be at least 0, but got {value}")
+    sigma = _checked_sigma("sigma", sigma)
+    bias_sigma = None if bias_sigma is None else _checked_sigma("bias_sigma", bias_sigma)
     if kind == "multiplicative" and bias_sigma is not None:
         raise ValueError('kind="multiplicative" has no bias_sigma')
     check_activation(activation)
+    return sigma, bias_sigma
+
+
+def _checked_sigma(name: str, value: float | Tensor) -> float | Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if type(value) is not float:
+        value = arguments.number(name, value)
+    if not value >= 0:
+        raise ValueError(f"{name} has to be at least 0, but got {value}")
+    return value
 
 
 def _check_shapes(weight: Tensor, sigma, kind: str, bias_sigma) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from fastreg.ops import backend
+from fastreg.ops.arguments import number
 from fastreg.ops.batch_norm import batch_norm
 from fastreg.ops.channel_norm import (
     Form,
@@ -26,6 +27,7 @@ from fastreg.ops.channel_norm import (
     gradient_sums_launch,
     merge_gradients_launch,
     merge_statistics_launch,
+    plain_momentum,
     statistics_launches,
     takes,
     unpacked_signs,
@@ -343,8 +345,11 @@ def sync_batch_norm(
             check_activation(activation)
             check_residual(input, residual)
             _check(input, running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-            running = Running(running_mean, running_var, momentum)
-            form = Form(0, eps, activation)
+            part = plain_momentum(momentum, input)
+            running = Running(
+                running_mean, running_var, number("momentum", momentum) if part is None else part
+            )
+            form = Form(0, number("eps", eps), activation)
             function = _synchronized
             if torch.compiler.is_compiling():
                 function = torch.compiler.disable(function)

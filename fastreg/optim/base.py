@@ -122,6 +122,8 @@ class Regularized(Optimizer):
             for key, value in options.items():
                 group.setdefault(key, value)
             self._check(group)
+        if options["max_norm_dim"] is not None and all(g["max_norm"] is None for g in self.param_groups):
+            raise ValueError("max_norm_dim says along what max_norm goes, but no group has a max_norm")
 
     def _check(self, group: dict) -> None:
         check(group, self._decoupled(group))

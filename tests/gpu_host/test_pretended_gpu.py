@@ -102,6 +102,14 @@ def test_grids_have_limits(gpu, dimension):
         launch(x, tuple(grid))
 
 
+def test_all_programs_together_have_a_limit(gpu):
+    """Triton's launcher multiplies the dimensions as C's int: beyond it launches nothing, and says nothing."""
+    x = torch.ones(1024, device="cuda")
+    launch(x, (1 << 15, 65535))
+    with pytest.raises(RuntimeError, match="invalid argument"):
+        launch(x, (1 << 16, 1 << 15))
+
+
 def test_a_launch_wants_tensors_of_its_device(gpu):
     with pytest.raises(ValueError, match="pointer argument x_ptr is on cpu"):
         scaled[(1,)](torch.ones(3), torch.ones(3, device="cuda"), 2.0, 3, BLOCK=128)

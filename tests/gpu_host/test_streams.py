@@ -402,6 +402,6 @@ def test_cpu_tensors_ask_cuda_nothing(gpu, monkeypatch):
         lambda: F.drop_connect_linear(x, weight),
         lambda: F.noisy_linear(x, weight),
         lambda: F.dropout_add_layer_norm(x, x, (8,)),
-        lambda: F.drop_connect_linear(x, weight, training=False, activation="tanh"),
+        lambda: F.drop_connect_linear(x, weight, training=False, activation="tanh", samples=8),
     ):
         call().sum().backward()
