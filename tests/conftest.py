@@ -116,7 +116,7 @@ def as_users() -> None:
     """Dispatch as users have it."""
 
 
-_start = time.monotonic()
+_started = time.monotonic()
 
 
 def pytest_addoption(parser) -> None:
@@ -130,7 +130,7 @@ def pytest_addoption(parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item) -> None:
     most = item.config.getoption("--stop-after")
-    if most is not None and time.monotonic() - _start > most:
+    if most is not None and time.monotonic() - _started > most:
         pytest.skip("left out: no time")
 
 
