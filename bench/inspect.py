@@ -40,6 +40,7 @@ from .sass import (
     count_of,
     for_target,
     kind,
+    one_sided_sums,
     turns_of,
 )
 
@@ -100,6 +101,7 @@ class Report:
     predictions: list[Prediction]
     budget: Budget
     headline: bool = False
+    one_sided_sums: int = 0  # over lanes, which then hold different ones
 
 
 def report_on(kernel: Kernel, cc: int) -> Report:
@@ -136,6 +138,7 @@ def report_on(kernel: Kernel, cc: int) -> Report:
         predictions=[predict(kernel.bytes_per_element, gpu, counts) for gpu in GPUS if gpu.cc == cc],
         budget=kernel.budget,
         headline=kernel.headline,
+        one_sided_sums=len(one_sided_sums(program)),
     )
 
 
@@ -167,6 +170,8 @@ def _violations(report: Report) -> Iterator[str]:
     budget = report.budget
     if report.stack_bytes or report.spill_instructions:
         yield f"spills: {report.spill_instructions} local accesses, {report.stack_bytes} bytes of stack"
+    if report.one_sided_sums:
+        yield f"{report.one_sided_sums} sums over lanes take in the product of one side: see fastmath.terms"
     for way, allowed in (("loads", budget.narrow_loads), ("stores", budget.narrow_stores)):
         widths = getattr(report, way)
         narrow = {width: count for width, count in widths.items() if width < budget.access_bytes}

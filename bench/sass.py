@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
@@ -394,6 +395,40 @@ class Program:
         rare = [loop.blocks for count, loop in zip(trips, self.loops, strict=True) if count == 0]
         blocks = [block for block in self.successors if not any(block in left_out for left_out in rare)]
         return Counter(instruction.opcode for block in blocks for instruction in self.blocks[block])
+
+
+_REGISTER = re.compile(r"\bR(\d+)\b")
+_PRODUCTS = ("FFMA", "FFMA2", "DFMA")
+
+
+def one_sided_sums(program: Program) -> list[str]:
+    """Sums of a lane and another (SHFL.BFLY) that took in the product of one of them: fma(a, b, the other's).
+
+    The other lane rounds the other product. So lanes that should hold one sum hold several, and the one that is stored
+    last wins.
+    """
+    exchanged: set[int] = set()  # registers that hold what another lane has sent
+    found = []
+    for instruction in chain.from_iterable(program.blocks):
+        registers = [int(number) for number in _REGISTER.findall(instruction.operands)]
+        if instruction.base in _PRODUCTS and "RZ" not in instruction.operands:
+            found += [f"{instruction.opcode} {instruction.operands}"] * bool(exchanged & {*registers[1:]})
+        written = range(registers[0], registers[0] + _registers_of(instruction.opcode)) if registers else ()
+        exchanged.difference_update(written)
+        if instruction.opcode.startswith("SHFL.BFLY"):
+            exchanged.update(written)
+    return found
+
+
+def _registers_of(opcode: str) -> int:
+    """How many registers an instruction writes, at most."""
+    base, *modifiers = opcode.split(".")
+    if base.endswith("MMA"):
+        return 128
+    if base == "LDSM" or "128" in modifiers:
+        return 4
+    wide = base in ("DADD", "DMUL", "DFMA", "FADD2", "FMUL2", "FFMA2", "CS2R")
+    return 2 if wide or {"64", "WIDE", "F64"} & {*modifiers} else 1
 
 
 # -----------------------------------------------------------------------------------------------------------

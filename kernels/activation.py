@@ -103,7 +103,7 @@ def _tanh(v, STORED: tl.constexpr):
     if STORED.primitive_bitwidth > 16:
         s = v * v
         near = v + v * s * (-0.3333333333333333 + s * (0.13333333333333333 + s * -0.05396825396825397))
-        return tl.where(tl.abs(v) < (0.015 if v.dtype == tl.float64 else 0.2), near, far)
+        return tl.where(tl.abs(v) < (2.0**-6 if v.dtype == tl.float64 else 0.2), near, far)
     else:
         return tl.where(tl.abs(v) < 0.01, v, far)
 
@@ -116,7 +116,7 @@ def _expm1_negative(v, STORED: tl.constexpr):
         near = v + v * v * (
             0.5 + v * (0.16666666666666666 + v * (0.041666666666666664 + v * 0.008333333333333333))
         )
-        return tl.where(v > (-0.002 if v.dtype == tl.float64 else -0.1), near, far)
+        return tl.where(v > (-(2.0**-9) if v.dtype == tl.float64 else -0.1), near, far)
     else:
         return tl.where(v > -0.02, v + 0.5 * v * v, far)
 

@@ -45,7 +45,7 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import add, difference, fma, in_lanes, mul, packed, renamed, settled, total, upcast
+from .fastmath import add, difference, fma, in_lanes, mul, packed, product, renamed, settled, total, upcast
 
 # --- where a program works --------------------------------------------------------------------------------
 
@@ -664,7 +664,9 @@ def whole_forward(
             _apply_tiles(tensors, values, own, split, _one(), shape, ACTIVATION, EVEN, LAST, LINES, ALONG)
 
 
-@triton.jit
+# Of one split the compiler would know, where a line is one tile, that the loop over further tiles never runs. Triton
+# 3.6 aborts on a load in such a loop: it has no alignment of what is never computed.
+@triton.jit(do_not_specialize=["splits"])
 def statistics(
     x_ptr,
     mean_ptr,  # fp32 (fp64) [splits, batches x lines]: moments of each line over a split's tiles
@@ -714,8 +716,8 @@ def _merged_moments(partials, line, there, splits, stride, SPLITS: tl.constexpr,
         var = tl.load(var_ptr + index, mask=inside, other=0.0)
         d = tl.where(count > 0, d, 0.0)  # an empty split says nothing about the mean
         total += tl.sum(count, axis=0)
-        off += tl.sum(count * d, axis=0)
-        squares += tl.sum(count * (var + d * d), axis=0)
+        off += tl.sum(product(d, count), axis=0)
+        squares += tl.sum(product(var + d * d, count), axis=0)
         start += SPLITS
     off /= total
     var = squares / total - off * off

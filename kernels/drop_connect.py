@@ -16,8 +16,10 @@ binary digit.
 place of 16 dot products of a row of W with 16 examples, example e multiplies the tile (W and its mask, 2
 instructions for two elements) with the examples' columns, of which all but e are zero. So all accumulate in one tile of
 z, and the tensor cores do 16 times the work, which they can: 2.8 instructions a connection are issued (sm_90, p = 1/2),
-and the limit is their issue, not the tensor cores. Zero columns times an infinite weight are NaN: what is NaN in the
-end is computed once more without them (``_repair``), which costs those that have none a test a program.
+and the limit is their issue, not the tensor cores. fp32 takes three products of TF32 (``_halves``) and 7 instructions.
+Zero columns times an infinite weight are NaN, and so are the halves of infinities and of numbers that round to them:
+what is NaN in the end is computed once more, without either (``_repair``), which costs those that have none a test a
+program.
 
 ``weight_gradient`` has a mask in all three indices, so there is no matrix product in it: one predicated FFMA a
 connection, and one instruction that makes a predicate of its bit; 3.6 with all that comes with them.
@@ -41,9 +43,9 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import INTERPRETED, bound, upcast
+from .fastmath import INTERPRETED, bound, terms, tf32, upcast
 from .philox import high_word, low_word, philox4x32
-from .tiles import block_of_program, weight_tile
+from .tiles import block_of_program, plus_product, weight_tile
 
 EXAMPLES = tl.constexpr(16)  # that a lane has bits for
 # Examples at a time. With all 16, sm_90 takes three times the shared memory, and the code for sm_100 is one trap.
@@ -101,26 +103,43 @@ def _horner(kept, bits, one):
 @triton.jit
 def _lanes(
     output, call, word, bit, seed, offset, keep,
-    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, DIGITS: tl.constexpr, DTYPE: tl.constexpr,
+    OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, DIGITS: tl.constexpr,
 ):  # fmt: skip
-    """DTYPE [OUTPUTS, INPUTS]: the sign bit is that of example ``bit`` of the word, behind it those of the next ones.
-
-    DTYPE: int16, or int32. Below the last example's bit is anything.
-    """
+    """int16 [OUTPUTS, INPUTS]: the sign bit is that of example ``bit`` of the word; behind it are those of the next."""
     a0, a1, a2, a3 = _kept(output, call, word, seed, offset, keep, OUTPUTS, INPUTS // CALL, DIGITS)
     # Shifted in words, where it takes one instruction for two lanes.
     pairs = tl.join(tl.join(a0, a2), tl.join(a1, a3)) << bit
-    if DTYPE == tl.int16:
-        lanes = tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16))
+    return tl.reshape(tl.join(pairs.to(tl.int16), (pairs >> 16).to(tl.int16)), [OUTPUTS, INPUTS])
+
+
+@triton.jit
+def _signs(lanes):
+    """int32: all bits where the sign bit of the lane is set, else none; and the lanes moved on to the next example."""
+    if INTERPRETED:
+        return lanes.to(tl.int32) >> 31, lanes << 1
     else:
-        lanes = tl.join(pairs << 16, pairs).to(tl.int32, bitcast=True)
-    return tl.reshape(lanes, [OUTPUTS, INPUTS])
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $3, 0, 0x9999; prmt.b32 $1, $3, 0, 0xBBBB; add.u32 $2, $3, $3;",
+            "=r,=r,=r,r",
+            [lanes],
+            dtype=(tl.int32, tl.int16),
+            is_pure=True,
+            pack=2,
+        )
+
+
+@triton.jit
+def _and(w, signs):
+    return (w.to(tl.int32, bitcast=True) & signs).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _masked(w, lanes):
-    """w (16 bits) where the sign bit of its lane is set, else 0; and the lanes moved on to the next example."""
-    if INTERPRETED:
+    """w where the sign bit of its lane is set, else 0; and the lanes moved on to the next example."""
+    if w.dtype == tl.float32:
+        signs, lanes = _signs(lanes)
+        return _and(w, signs), lanes
+    elif INTERPRETED:
         return _where(lanes < 0, w), lanes << 1
     else:
         # Two elements in three instructions: a byte permutation that repeats the sign bits, AND, and a sum of both
@@ -143,36 +162,49 @@ def _masked(w, lanes):
 
 @triton.jit
 def _halves(x):
-    """fp32 as a sum of what TF32 holds exactly, and the rest, of which TF32 loses 2^-22 of x."""
-    high = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+    """fp32 as a sum: what TF32 holds, and a rest. The tensor cores cut off 13 bits of either.
+
+    TF32 has 10 bits behind the first. Rounded to the nearest, a number x from 1 to 2 leaves a rest of 2^-11 or less and
+    12 bits, of which the cut takes the last, 2^-23; cut off, it would leave 13 bits and lose 3 2^-23, with one sign
+    always. A product of two such numbers is off by 2^-22 for the rests' product, which is left out, and by 2^-23 for
+    each cut: 2^-21 of its size at most, where fp32 has 2^-24. The errors of a sum cancel for the most part.
+
+    Infinities and the largest numbers, which round to them, have a NaN or an infinity of the other sign as their rest.
+    """
+    high = tf32(x)
     return high, x - high
 
 
 @triton.jit
-def _plus_masked_product(z, w, lanes, u, own, THREE: tl.constexpr):
-    """z + the masked w times the columns ``own`` of u (None: all); and the lanes moved on to the next example.
+def _operand(x, THREE: tl.constexpr):
+    """What is multiplied: the halves of x; else x itself, twice, as a function cannot return None."""
+    if THREE:
+        return _halves(x)
+    else:
+        return x, x
 
-    THREE: fp32 as three products of TF32 (of halves, without that of both lower ones), else as one.
-    """
-    if own is not None:
-        u = _where(own, u)
-    if w.dtype == tl.float32:
-        w = (w.to(tl.int32, bitcast=True) & (lanes >> 31)).to(tl.float32, bitcast=True)
-        if THREE:
-            w_high, w_low = _halves(w)
-            u_high, u_low = _halves(u)
-            z = tl.dot(w_low, u_high, z, input_precision="tf32")
-            z = tl.dot(w_high, u_low, z, input_precision="tf32")
-            z = tl.dot(w_high, u_high, z, input_precision="tf32")
-        else:
-            z = tl.dot(w, u, z, input_precision="tf32")
-        return z, lanes << 1
+
+@triton.jit
+def _plus_product(z, w, u, THREE: tl.constexpr):
+    """z + w u. THREE: fp32 as three products of TF32 (without that of both rests), else as one."""
+    w, w_low = w
+    u, u_low = u
+    if THREE:
+        z = plus_product(z, w_low, u, "tf32")
+        z = plus_product(z, w, u_low, "tf32")
+    return plus_product(z, w, u, "tf32")
+
+
+@triton.jit
+def _plus_masked_product(z, w, lanes, u, own, THREE: tl.constexpr):
+    """z + the masked w times the columns ``own`` of u; and the lanes moved on to the next example."""
+    w, w_low = w
+    if THREE:
+        signs, lanes = _signs(lanes)
+        w, w_low = _and(w, signs), _and(w_low, signs)
     else:
         w, lanes = _masked(w, lanes)
-        if INTERPRETED:  # it would multiply the bit patterns of bf16
-            return tl.dot(upcast(w), upcast(u), z), lanes
-        else:
-            return tl.dot(w, u, z), lanes
+    return _plus_product(z, (w, w_low), _operand(_where(own, u), THREE), THREE), lanes
 
 
 @triton.jit
@@ -189,17 +221,16 @@ def _weights(
     """A tile of W [ROWS, COLUMNS], whichever way it lies in memory, and its lanes."""
     rows, columns = shape
     seed, offset, keep = draw
-    LANE: tl.constexpr = tl.int16 if w_ptr.dtype.element_ty.primitive_bitwidth == 16 else tl.int32
     row = first_row + tl.arange(0, ROWS)
     column = first_column + tl.arange(0, COLUMNS)
     w = weight_tile(w_ptr, first_row, first_column, rows, columns, TRANSPOSED, EVEN, ROWS, COLUMNS)
     if TRANSPOSED:
         call = first_row // CALL + tl.arange(0, ROWS // CALL)
-        lanes = _lanes(column, call, word, bit, seed, offset, keep, COLUMNS, ROWS, DIGITS, LANE)
+        lanes = _lanes(column, call, word, bit, seed, offset, keep, COLUMNS, ROWS, DIGITS)
         return tl.trans(w), tl.trans(lanes)
     else:
         call = first_column // CALL + tl.arange(0, COLUMNS // CALL)
-        return w, _lanes(row, call, word, bit, seed, offset, keep, ROWS, COLUMNS, DIGITS, LANE)
+        return w, _lanes(row, call, word, bit, seed, offset, keep, ROWS, COLUMNS, DIGITS)
 
 
 @triton.jit
@@ -243,7 +274,7 @@ def _repair(
             w, lanes = _weights(
                 w_ptr, first_row, start, word, bit, shape, draw, TRANSPOSED, False, ROWS, COLUMNS, DIGITS
             )
-            again += tl.sum(_where(lanes < 0, upcast(w)) * u[None, :], 1)
+            again += tl.sum(terms(_where(lanes < 0, upcast(w)), u[None, :], 1), 1)
         again = again[:, None]
         wanted = (tl.max((nan & (one & known)[None, :]).to(tl.int32), 1) > 0) & (row < rows)
         place, inside = b * rows + row[:, None], wanted[:, None]
@@ -299,6 +330,7 @@ def product(
     known = (example < examples) & (within < span)
     if SHARED:
         word, bit = _word_and_bit(part)
+        group = tl.full([BLOCK_EXAMPLES], bit, tl.int32)
     else:
         word = part
         group = within // group_size
@@ -319,12 +351,15 @@ def product(
             TRANSPOSED, EVEN, BLOCK_ROWS, BLOCK_COLUMNS, DIGITS,
         )  # fmt: skip
         if SHARED:
-            z, lanes = _plus_masked_product(z, w, lanes, u, None, THREE)
+            w, _ = _masked(w, lanes)
+            z = _plus_product(z, _operand(w, THREE), _operand(u, THREE), THREE)
         elif OWN:
+            w = _operand(w, THREE)
             for index in range(0, EXAMPLES, UNROLLED):
                 for step in tl.static_range(UNROLLED):
                     z, lanes = _plus_masked_product(z, w, lanes, u, (group == index + step)[None, :], THREE)
         else:
+            w = _operand(w, THREE)
             for index in range(bound(groups)):
                 z, lanes = _plus_masked_product(z, w, lanes, u, (group == bit + index)[None, :], THREE)
 
@@ -336,7 +371,7 @@ def product(
         tl.store(z_ptr + place, z, mask=inside)
     else:
         _finish(z, bias_ptr, scale, before_ptr, z_ptr, place, inside, row, rows, ACTIVATION)
-    if not SHARED:  # noqa: SIM102 - known when it is compiled, unlike the next
+    if THREE or not SHARED:  # noqa: SIM102 - known when it is compiled, unlike the next
         if tl.max(tl.max(nan.to(tl.int32), 1), 0) > 0:
             tl.debug_barrier()  # what another thread has stored is stored again
             end = tl.minimum(first_column + trips * BLOCK_COLUMNS, columns)
@@ -473,13 +508,9 @@ def shared_weight_gradient(
                 dz_ptr + place * outputs + output[None, :], mask=known & (output < outputs), other=0.0
             )
             v = tl.load(v_ptr + place * inputs + input[None, :], mask=known & (input < inputs), other=0.0)
-            if INTERPRETED:  # it would multiply the bit patterns of bf16
-                dz, v = upcast(dz), upcast(v)
-            product = tl.dot(tl.trans(dz), v, product, input_precision=PRECISION)
+            product = plus_product(product, tl.trans(dz), v, PRECISION)
         word, bit = _word_and_bit(group)
-        lanes = _lanes(
-            output, call, word, bit, seed, offset, keep, BLOCK_OUTPUTS, BLOCK_INPUTS, DIGITS, tl.int32
-        )
+        lanes = _lanes(output, call, word, bit, seed, offset, keep, BLOCK_OUTPUTS, BLOCK_INPUTS, DIGITS)
         dw += _where(lanes < 0, product)
     place = output.to(tl.int64)[:, None] * inputs + input[None, :]
     inside = (output < outputs)[:, None] & (input < inputs)[None, :]

@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import add, fma, mul, total, upcast
+from .fastmath import add, fma, mul, terms, total, upcast
 from .philox import lanes
 
 # Numbers that change from call to call: a kernel of its own for those that divide by 16 would gain nothing.
@@ -230,7 +230,7 @@ def _backward_tile(
         dx = activation.backward(dx.to(v.dtype), v, ACTIVATION, x.dtype)
     if MASK is not None:
         dx = tl.where(keep, dx, 0.0)  # behind the activation: a dropped NaN has no gradient
-    dx = mul(dx, _constant(scale, dx))
+    dx = terms(dx, _constant(scale, dx), 0 if BIAS == "columns" else 1, VECTOR, USED=True)
     tl.store(dx_ptr + first + element, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     return dx  # 0 outside the tensor, where dy was read as 0
 

@@ -34,9 +34,9 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import INTERPRETED, bound, sqrt, upcast
+from .fastmath import bound, sqrt, terms, upcast
 from .philox import row_normals, row_words
-from .tiles import block_of_program, weight_tile
+from .tiles import block_of_program, plus_product, weight_tile
 
 GAUSSIAN = tl.constexpr(0)
 FLIPOUT = tl.constexpr(1)
@@ -123,18 +123,10 @@ def second_input(
         noise = x * row_normals(row, first, seed, offset, OUT, 1, BLOCK)
         y = tl.where(root == 0, 0.0, noise * (0.5 * sigma) / tl.where(root == 0, 1.0, root))
         if slope_ptr is not None:
-            tl.store(slope_ptr + tl.program_id(0), tl.sum(tl.sum(noise * root, 1), 0))
+            tl.store(slope_ptr + tl.program_id(0), tl.sum(tl.sum(terms(noise, root, 1), 1), 0))
     else:
         y = _noisy(x, row, first, seed, offset, USE, KIND, 1, BLOCK)
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _plus(z, w, u, PRECISION: tl.constexpr):
-    if INTERPRETED:  # it would multiply the bit patterns of bf16
-        return tl.dot(upcast(w), upcast(u), z)
-    else:
-        return tl.dot(w, u, z, input_precision=PRECISION)
 
 
 @triton.jit
@@ -212,8 +204,8 @@ def product(
             )
         if TRANSPOSED:
             w, w2 = tl.trans(w), tl.trans(w2)
-        a = _plus(a, w, u, PRECISION)
-        b = _plus(b, w2, u2, PRECISION)
+        a = plus_product(a, w, u, PRECISION)
+        b = plus_product(b, w2, u2, PRECISION)
 
     # The noise is that of four or eight neighbours in a row of the results, so the tile is turned first.
     a = tl.trans(a)
@@ -286,8 +278,8 @@ def weight_gradient(
         inside = known & (input < inputs)[None, :]
         v = tl.load(v_ptr + place, mask=inside, other=0.0)
         v2 = tl.load(v2_ptr + place, mask=inside, other=0.0)
-        a = _plus(a, tl.trans(dz), v, PRECISION)
-        b = _plus(b, tl.trans(dz2), v2, PRECISION)
+        a = plus_product(a, tl.trans(dz), v, PRECISION)
+        b = plus_product(b, tl.trans(dz2), v2, PRECISION)
     place = output.to(tl.int64)[:, None] * inputs + input[None, :]
     inside = (output < outputs)[:, None] & (input < inputs)[None, :]
     if KIND == GAUSSIAN:

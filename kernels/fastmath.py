@@ -64,23 +64,34 @@ def _comes_in(x, number, _semantic=None):
 
 
 @tl.core.builtin
-def _on_blackwell(_semantic=None):
-    """Of the target that the kernel is compiled for, which may be none that is at hand."""
-    return tl.constexpr(int(_semantic.builder.options.arch.removeprefix("sm")) >= 100)
+def _capability(_semantic=None):
+    """Of the target that the kernel is compiled for, which may be none that is at hand: 90 is Hopper, 100 Blackwell."""
+    return tl.constexpr(int(_semantic.builder.options.arch.removeprefix("sm")))
 
 
 @tl.core.builtin
 def _in_pairs(x, _semantic=None):
     """Whether there are operations on pairs of the elements of ``x``."""
     fp32 = x.dtype == tl.float32 and x.type.is_block() and x.numel.value % 2 == 0
-    return tl.constexpr(fp32 and _on_blackwell(_semantic=_semantic).value)
+    return tl.constexpr(fp32 and _capability(_semantic=_semantic).value >= 100)
+
+
+@tl.core.builtin
+def _several(x, axis, run, _semantic=None):
+    """Whether each thread has several elements of ``x`` along the axis: for want of more threads; or in the layout of
+    loads, where it has runs of so many neighbours."""
+    threads, shape = 32 * _semantic.builder.options.num_warps, x.type.shape
+    own = max(1, x.numel.value // threads)
+    run = min(run.value, own)
+    of_loads = run > 1 if axis.value == len(shape) - 1 else run > 0 and own // run > 1
+    return tl.constexpr(shape[axis.value] >= 2 * threads or of_loads)
 
 
 @tl.core.builtin
 def _mixes(x, y, _semantic=None):
     """Whether there are operations on bf16 ``x`` and fp32 ``y``."""
     types = x.dtype == tl.bfloat16 and y.dtype == tl.float32
-    return tl.constexpr(types and _on_blackwell(_semantic=_semantic).value and x.numel.value % 2 == 0)
+    return tl.constexpr(types and _capability(_semantic=_semantic).value >= 100 and x.numel.value % 2 == 0)
 
 
 @triton.jit
@@ -130,6 +141,15 @@ def packed(x, like, positive):
             + "@never st.shared.v4.b32 [$12], {$0, $1, $2, $3}; }",
             "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [x, positive], like.dtype, False, 8,
         )  # fmt: skip
+
+
+@triton.jit
+def tf32(x):
+    """fp32 ``x``, rounded to the 11 bits that TF32 has. The largest numbers become infinite, NaN some number."""
+    if INTERPRETED or _capability() < 90:
+        return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise("cvt.rn.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
 
 
 @triton.jit
@@ -190,17 +210,57 @@ def mul(a, b):
     return a * b if INTERPRETED or not _in_pairs(a) else _of_pairs(a, b, "mul")
 
 
+@triton.constexpr_function
+def _is_number(x):
+    """Whether ``x`` is written in the source, and no tensor."""
+    return isinstance(x, int | float)
+
+
+@triton.jit
+def _of_dtype(x, like):
+    return tl.full([], x, like.dtype) if _is_number(x) else x
+
+
 @triton.jit
 def fma(a, b, c):
-    """a b + c."""
+    """a b + c. ``b`` and ``c`` may be numbers, in the dtype of ``a``. (``tl.fma`` makes fp32 of them first, until
+    Triton 3.8, as ``tl.minimum``, ``tl.maximum`` and comparisons do: these get numbers of few digits.)"""
     if INTERPRETED or not _in_pairs(a):
-        return tl.fma(a, b, c)
+        return tl.fma(a, _of_dtype(b, a), _of_dtype(c, a))
     else:
         return tl.inline_asm_elementwise(
             "{ .reg .b64 a, b, c; mov.b64 a, {$2, $3}; mov.b64 b, {$4, $5}; mov.b64 c, {$6, $7};"
             " fma.rn.f32x2 a, a, b, c; mov.b64 {$0, $1}, a; }",
             "=f,=f,f,f,f,f,f,f", [a, b, c], tl.float32, True, 2,
         )  # fmt: skip
+
+
+@triton.jit
+def product(a, b):
+    """a b, rounded, which no sum takes into an fma. For sums over lanes, see ``terms``."""
+    if INTERPRETED or _in_pairs(a):
+        return mul(a, b)
+    elif a.dtype == tl.float64:
+        return tl.inline_asm_elementwise("mul.rn.f64 $0, $1, $2;", "=d,d,d", [a, b], tl.float64, True, 1)
+    else:
+        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
+
+
+@triton.jit
+def terms(a, b, AXIS: tl.constexpr, RUN: tl.constexpr = 0, USED: tl.constexpr = False):
+    """a b, whose sum along AXIS is the same in all lanes.
+
+    Lanes exchange their sums and add: s + (s of the other). Where s is a product, the compiler makes fma(a, b, s of the
+    other) of it: each lane has its own product unrounded, and the other's rounded, and in the end other last bits. So
+    products are hidden where a thread may have one alone. Of several it makes a sum first.
+
+    RUN: how many neighbours in a row a thread loads at once, where no other layout than that of its loads is likely.
+    USED: the products are wanted for more than the sum, which else never has most of them by themselves.
+    """
+    if INTERPRETED or _several(a, AXIS, RUN):
+        return mul(a, b) if USED else a * b
+    else:
+        return product(a, b)
 
 
 @triton.jit
@@ -237,7 +297,7 @@ def total(x, y):
 def in_lanes(x):
     """``x``, the same in all lanes, in a register of each. The assembler would keep it in one of the warp, which no
     operation above can read, and move it before each. (No lane has bit 31 of its mask of lower lanes.)"""
-    if INTERPRETED or x.dtype != tl.float32 or not _on_blackwell():
+    if INTERPRETED or x.dtype != tl.float32 or _capability() < 100:
         return x
     else:
         return tl.inline_asm_elementwise(

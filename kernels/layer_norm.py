@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import INTERPRETED, add, difference, fma, mul, total, upcast
+from .fastmath import INTERPRETED, add, difference, fma, mul, product, terms, total, upcast
 from .philox import lanes
 
 # Numbers that change from call to call. The rows start on 16 bytes without a kernel of their own: columns are
@@ -106,7 +106,10 @@ def _store(ptr, first, element, inside, value):
 def _dropout(
     v, draw, first, shape, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, VECTOR: tl.constexpr
 ):
-    """D(v) for the tile that begins at element ``first``."""
+    """D(v) / scale for the tile that begins at element ``first``, and the scale.
+
+    Selected before it is scaled: behind the product LLVM selects in 16 bits, which is twice the work.
+    """
     seed_ptr, seed, offset, threshold, scale = draw
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
@@ -114,9 +117,7 @@ def _dropout(
     vector = first // VECTOR + tl.arange(0, BLOCK_COLUMNS // VECTOR)[None, :]
     vector += tl.arange(0, BLOCK_ROWS)[:, None] * (columns // VECTOR)
     drawn = tl.reshape(lanes(vector, seed, offset, VECTOR), [BLOCK_ROWS, BLOCK_COLUMNS])
-    # Selected before it is scaled: behind the product LLVM selects in 16 bits, which is twice the work.
-    v = tl.where(drawn >= (threshold.to(tl.uint32) << 16), v, 0.0)
-    return mul(v, tl.full([1, 1], scale, v.dtype))
+    return tl.where(drawn >= (threshold.to(tl.uint32) << 16), v, 0.0), tl.full([1, 1], scale, v.dtype)
 
 
 @triton.jit
@@ -128,7 +129,10 @@ def _hidden(
     x_ptr, skip_ptr, h_ptr = tensors
     h = _load(x_ptr, first, element, inside)
     if DROP:
-        h = _dropout(h, draw, first, shape, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR)
+        h, scale = _dropout(h, draw, first, shape, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR)
+        h = (
+            product(h, scale) if skip_ptr is None else mul(h, scale)
+        )  # as it is summed, or taken into the next sum
     if skip_ptr is not None:
         h = total(_stored(skip_ptr, first, element, inside), h)
     if h_ptr is not None:
@@ -205,7 +209,7 @@ def forward(
     centred = add(h, -mean)
     if not EVEN_COLUMNS:
         centred = tl.where(in_columns, centred, 0.0)
-    variance = tl.sum(centred * centred, 1, keep_dims=True) * share
+    variance = tl.sum(terms(centred, centred, 1, VECTOR), 1, keep_dims=True) * share
     rstd = tl.rsqrt(variance + tl.full([1, 1], eps, h.dtype))
     _write_statistics(statistics_ptr, first_row, rows, in_rows, mean, rstd, BLOCK_ROWS)
     parameters = _parameters(weight_ptr, bias_ptr, 0, in_columns, statistics_ptr, BLOCK_COLUMNS)
@@ -248,7 +252,7 @@ def forward_long(
     share = 1.0 / columns.to(lane_mean.dtype)
     lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
     lane_count = ((columns - lane + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS).to(lane_mean.dtype)
-    mean = tl.sum(lane_mean * lane_count, 1, keep_dims=True) * share
+    mean = tl.sum(terms(lane_mean, lane_count, 1, VECTOR), 1, keep_dims=True) * share
     distance = lane_mean - mean
     variance = tl.sum(lane_squares + distance * distance * lane_count, 1, keep_dims=True) * share
     rstd = tl.rsqrt(variance + tl.full([1, 1], eps, variance.dtype))
@@ -303,7 +307,8 @@ def _write_gradients(
         _store(dskip_ptr, first, element, inside, dh)
     if dx_ptr is not None:
         if DROP:
-            dh = _dropout(dh, draw, first, shape, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR)
+            dh, scale = _dropout(dh, draw, first, shape, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR)
+            dh = mul(dh, scale)
         _store(dx_ptr, first, element, inside, dh)
 
 
@@ -327,10 +332,10 @@ def _backward_rows(
     xhat = _normalized(h_ptr, first, element, inside, mean, rstd)
     g = _gradient(xhat, parameters, (dy_ptr, residual_ptr), first, element, inside, ACTIVATION)
     # Columns outside count nothing: g is 0 there.
-    wg = mul(g, weight)
+    wg = terms(g, weight, 1, USED=True)
     share = 1.0 / columns.to(wg.dtype)
     mean_wg = tl.sum(wg, 1, keep_dims=True) * share
-    mean_wg_xhat = tl.sum(wg * xhat, 1, keep_dims=True) * share
+    mean_wg_xhat = tl.sum(terms(wg, xhat, 1), 1, keep_dims=True) * share
     dh = _centred_gradient(wg, xhat, mean_wg, mean_wg_xhat, rstd)
     _write_gradients(
         dh, g, (dh_ptr, dx_ptr, dskip_ptr, dresidual_ptr), draw, first, element, inside, shape,

@@ -38,7 +38,7 @@ once. The arithmetic is about 20 instructions an element, of 100 to 270 for whic
 import triton
 import triton.language as tl
 
-from .fastmath import bound, reciprocal, sqrt, upcast
+from .fastmath import bound, reciprocal, sqrt, terms, upcast
 from .multi_tensor import aligned, chunk, chunk_end, elements, entry, read, write
 from .philox import lanes
 
@@ -264,7 +264,8 @@ def _tile(
         p = tl.where(tl.abs(p) < threshold, 0.0, p - tl.where(p < 0, -threshold, threshold))
     if PROJECTION != "none":
         inside = p if mask is None else tl.where(mask, p, 0.0)
-        squared = tl.sum(inside * inside, 1 if PROJECTION == "rows" else 0)
+        AXIS: tl.constexpr = 1 if PROJECTION == "rows" else 0
+        squared = tl.sum(terms(inside, inside, AXIS, VECTOR if ALIGNED else 1), AXIS)
         if PROJECTION == "rows":
             radius = _number(row, RADIUS, COMPUTE)
             scale = tl.where(squared > radius * radius, radius / tl.sqrt(squared), 1.0)
@@ -368,7 +369,7 @@ def _square_tile(
     x = read(entry(entries_ptr, tensors, tensor, LIST), element, mask, DTYPE, ALIGNED)
     if not ALIGNED:
         x = tl.where(mask, x, 0.0)
-    return tl.sum(x * x, 0)
+    return tl.sum(terms(x, x, 0), 0)
 
 
 @triton.jit(do_not_specialize=["tensors", "programs"])

@@ -24,7 +24,7 @@ done in a loop over pieces of one element a thread.
 import triton
 import triton.language as tl
 
-from .fastmath import bound
+from .fastmath import bound, terms
 from .multi_tensor import aligned, chunk, elements, entry, read, write
 
 # The rows of the table of entries: an address, a number, and then what the kernel has in third place.
@@ -62,7 +62,7 @@ def _penalty_tile(
         if mask is not None:
             x = tl.where(mask, x, 0.0)
         if L2:
-            value = 0.5 * l2 * tl.sum(x * x, 0)
+            value = 0.5 * l2 * tl.sum(terms(x, x, 0), 0)
         if L1:
             value += l1 * tl.sum(tl.abs(x), 0)
     return value
@@ -140,7 +140,7 @@ def _rows_tile(
     left = (tl.minimum(length, limit - start) // STEP).to(tl.int32) * STEP
     mask = column < left
     x = read(address, start + column, mask, P, ALIGNED, 0.0)
-    norm = tl.sqrt(tl.sum(x * x, 1))
+    norm = tl.sqrt(tl.sum(terms(x, x, 1, STEP), 1))
     outside = norm > radius  # a NaN is not
     x *= (radius / tl.where(outside, norm, 1.0))[:, None]
     write(address, start + column, x, mask & outside[:, None], P, ALIGNED)

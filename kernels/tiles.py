@@ -1,7 +1,9 @@
-"""Tiles of matrices, as several kernels load them."""
+"""Tiles of matrices, as several kernels load and multiply them."""
 
 import triton
 import triton.language as tl
+
+from .fastmath import INTERPRETED, upcast
 
 
 @triton.jit
@@ -30,3 +32,23 @@ def weight_tile(
         place = row.to(tl.int64)[:, None] * columns + column[None, :]
         inside = (row < rows)[:, None] & (column < columns)[None, :]
     return tl.load(w_ptr + place) if EVEN else tl.load(w_ptr + place, mask=inside, other=0.0)
+
+
+@triton.jit
+def plus_product(z, a, b, PRECISION: tl.constexpr):
+    """z + a b, on the tensor cores. PRECISION: "tf32" or "tf32x3", of fp32; 16 bits are exact in both.
+
+    Interpreted, it is what they compute: of "tf32" they take no more than 10 bits behind the first.
+    """
+    if INTERPRETED:
+        a, b = upcast(a), upcast(b)
+        if PRECISION == "tf32":
+            a, b = _cut(a), _cut(b)
+        return tl.dot(a, b, z)
+    else:
+        return tl.dot(a, b, z, input_precision=PRECISION)
+
+
+@triton.jit
+def _cut(x):
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)

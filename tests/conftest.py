@@ -116,7 +116,7 @@ def as_users() -> None:
     """Dispatch as users have it."""
 
 
-_started = time.monotonic()
+_began = time.monotonic()
 
 
 def pytest_addoption(parser) -> None:
@@ -130,7 +130,7 @@ def pytest_addoption(parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item) -> None:
     most = item.config.getoption("--stop-after")
-    if most is not None and time.monotonic() - _started > most:
+    if most is not None and time.monotonic() - _began > most:
         pytest.skip("left out: no time")
 
 
@@ -138,7 +138,7 @@ def pytest_runtest_setup(item) -> None:
 # Tests marked ``sampled`` choose themselves which of their cases run on the kernels in every run.
 _SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py")
 # Tests of some ten seconds each, which compile or start processes: first, so that none is left for the end.
-_LONG = ("test_gpu_host.py", "test_inspect.py", "test_training.py", "test_bench.py")
+_LONG = ("test_gpu_host.py", "test_inspect.py", "test_compiled.py", "test_training.py", "test_bench.py")
 
 
 @pytest.hookimpl(tryfirst=True)

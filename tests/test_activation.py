@@ -211,7 +211,7 @@ def grid(dtype):
     linear = torch.linspace(-20, 20, 40_001, dtype=torch.float64)
     small = torch.logspace(-30, 1, 8_001, dtype=torch.float64)
     kinks = torch.tensor(
-        [0.0, -0.0, 3.0, -3.0, 0.2, -0.2, -0.1, 0.015, -0.015, -0.002, 5.5, -5.5, 20.0, -20.0]
+        [0.0, -0.0, 3.0, -3.0, 0.2, -0.2, -0.1, 2**-6, -(2**-6), -(2**-9), 5.5, -5.5, 20.0, -20.0]
     )
     huge = torch.tensor([89.0, 1e3, 60000.0, 1e10, 1e18, 1e30])
     x = torch.cat((linear, small, -small, kinks, huge, -huge)).to(dtype)
@@ -275,7 +275,7 @@ def test_formulas_leave_the_rounding_alone(name, dtype):
     assert (bound - 1e-35 <= 0.25 * half_step).all()
 
 
-@pytest.mark.parametrize(("name", "reach"), [("tanh", (0.2, 0.015, 0.01)), ("elu", (0.1, 0.002, 0.02))])
+@pytest.mark.parametrize(("name", "reach"), [("tanh", (0.2, 2**-6, 0.01)), ("elu", (0.1, 2**-9, 0.02))])
 @dtypes
 def test_small_arguments(name, reach, dtype):
     """Where the series holds, the error is relative: a few units, and for 16 bits the first term left out."""

@@ -502,6 +502,19 @@ def test_groups_of_one_element_give_the_bias(plan, device):
     assert torch.equal(F.group_norm(x, 4, None, bias), bias.expand(6, 4))
 
 
+@pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
+@pytest.mark.parametrize("shape", [(1, 8), (1, 8, 2, 2)])
+def test_statistics_of_one_tile_of_one_split(device, shape):
+    """As a process has that normalizes one sample together with others."""
+    x, seen = lines.viewed(torch.randn(shape, device=device), 0)
+    mean, var = torch.empty(2, 8, device=device)
+    for launch in ops.statistics_launches(x, mean, var, None, seen):
+        launch.run(device)
+    exact_var, exact_mean = torch.var_mean(x.cpu().double().view(8, -1), 1, correction=0)
+    near(mean.cpu(), exact_mean, torch.float32)
+    near(var.cpu(), exact_var, torch.float32)
+
+
 def test_same_input_same_bits(plan, device):
     x = torch.randn(5, 8, 9, 7, device=device, requires_grad=True)
     weight = torch.randn(8, device=device, requires_grad=True)

@@ -402,6 +402,45 @@ def test_a_bad_weight_adds_nothing_where_it_is_dropped(path, device, sharing, dt
         assert_close(spoiled[~hidden], clean[~hidden], rtol=0, atol=TOLERANCE[dtype] * 8)
 
 
+def test_products_of_fp32(device, sharing):
+    """Three products of TF32, whose operands lose 13 bits, are off by 2^-21 of the sizes of the terms at most (kernels/
+    drop_connect.py, ``_halves``); fp32 adds half a unit a sum."""
+    v, weight = torch.randn(20, 3, device=device), torch.randn(300, 3, device=device)
+    z = F.drop_connect_linear(v, weight, None, seed=SEED, **sharing)
+    group_size = sharing.get("group_size", 20 if sharing else 1)
+    exact = definition(v.cpu().double(), weight.cpu().double(), None, 0.5, group_size)
+    sizes = definition(v.cpu().double().abs(), weight.cpu().double().abs(), None, 0.5, group_size)
+    error = (z.cpu().double() - exact).abs()
+    assert (error <= (2.0**-21 + 3 * 2.0**-24) * sizes).all()
+    assert (
+        error.sum() <= 2.0**-24 * sizes.sum()
+    )  # as they differ in sign, they are no more than those of fp32
+
+
+LARGEST = torch.finfo(torch.float32).max
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")  # of the interpreter's numpy
+@pytest.mark.filterwarnings("ignore:overflow")
+@pytest.mark.parametrize(
+    "value", [math.inf, -math.inf, math.nan, LARGEST, -LARGEST, LARGEST * (1 - 2.0**-12)]
+)
+def test_infinite_and_huge_numbers_of_fp32(path, device, sharing, value):
+    """As in plain fp32 products, though the halves of such a number are not finite."""
+    v = torch.rand(20, 5, device=device) * 0.2 + 0.1
+    v[:, 0] = 0.125  # exact in TF32: the rest is 0
+    weight = torch.randn(6, 5, device=device)
+    weight[1, 0] = weight[2, 3] = weight[4, 0] = value
+    weight[5, 1] = 0.0
+    v[7, 1] = value
+    z = F.drop_connect_linear(v, weight, None, seed=SEED, **sharing)
+    group_size = sharing.get("group_size", 20 if sharing else 1)
+    mask = random.connection_mask(torch.arange(20) // group_size, 6, 5, random.chance(0.5), Stream(SEED))
+    kept = torch.where(mask, weight.cpu().double(), 0.0)
+    expected = 2 * (kept * v.cpu().double()[:, None]).sum(2)
+    assert_close(z.cpu(), expected.float(), equal_nan=True)
+
+
 def test_a_bad_gradient_reaches_kept_weights_alone(path, device, sharing):
     v, weight, _, dz = tensors(device, 20, 5, 7)
     weight.requires_grad_()

@@ -37,6 +37,8 @@ def unary(x_ptr, y_ptr, n, OPERATION: tl.constexpr, BLOCK: tl.constexpr):
         z = fastmath.settled(x, n)
     elif OPERATION == "negated":
         z = fastmath.negated(x)
+    elif OPERATION == "tf32":
+        z = fastmath.tf32(x)
     else:
         z = fastmath.renamed(x)
     tl.store(y_ptr + element, z)
@@ -57,15 +59,19 @@ def ternary(x_ptr, y_ptr, z_ptr, OPERATION: tl.constexpr, BLOCK: tl.constexpr):
         z = fastmath.mul(x, y)
     elif OPERATION == "add a number":
         z = fastmath.add(x, 1.0)
+    elif OPERATION == "product, then a sum":
+        z = fastmath.product(x, y) + tl.load(z_ptr + element)
+    elif OPERATION == "fma of numbers":
+        z = fastmath.fma(x, 0.1, 0.7)
     else:
         z = fastmath.fma(x, y, tl.load(z_ptr + element))
     tl.store(z_ptr + element, z)
 
 
 UNARY = {"upcast": ("bf16", "fp32"), "packed": ("fp32", "bf16")} | dict.fromkeys(
-    ("settled", "negated"), ("fp32", "fp32")
+    ("settled", "negated", "tf32"), ("fp32", "fp32")
 )
-TERNARY = dict.fromkeys(("add", "mul", "fma", "add a number"), ("fp32", "fp32"))
+TERNARY = dict.fromkeys(("add", "mul", "fma", "add a number", "product, then a sum"), ("fp32", "fp32"))
 TERNARY |= dict.fromkeys(("difference", "total"), ("bf16", "fp32"))
 
 
@@ -147,6 +153,18 @@ def test_numbers_are_in_pairs_too(code):
     assert counts(code["add a number 100"])["FADD2"] == 4
 
 
+@pytest.mark.parametrize("cc", [80, 90, 100])
+def test_no_sum_takes_in_a_product(code, cc):
+    found = counts(code[f"product, then a sum {cc}"])
+    assert found["FFMA"] == 0
+    assert found["FADD"] + 2 * found["FADD2"] == 8
+
+
+def test_hopper_rounds_to_tf32(code):
+    for cc, instructions in ((80, 0), (90, 8), (100, 8)):
+        assert sum(opcode.startswith("F2FP.TF32") for opcode, _ in code[f"tf32 {cc}"]) == instructions
+
+
 @pytest.mark.parametrize(("name", "negated"), [("difference", True), ("total", False)])
 def test_blackwell_adds_to_bf16(code, name, negated):
     mixed = [operands for opcode, operands in code[f"{name} 100"] if opcode.startswith("FHADD")]
@@ -174,7 +192,16 @@ def test_values(device):
         out = z.clone()
         run(ternary, short if name in ("difference", "total") else x, y, out, operation=name)
         torch.testing.assert_close(out, value)
+    out = z.clone()
+    run(ternary, x, y, out, operation="product, then a sum")
+    assert torch.equal(out, x * y + z)
+    wide, out = x.double(), x.double()
+    run(ternary, wide, wide, out, operation="fma of numbers")
+    torch.testing.assert_close(out, 0.1 * wide + 0.7, rtol=2.0**-52, atol=2.0**-52)
     out = torch.empty_like(x)
+    run(unary, x, out, 1, operation="tf32")
+    assert (out.view(torch.int32) & 8191 == 0).all()
+    assert ((out - x).abs() <= 2.0**-11 * x.abs()).all()
     run(unary, short, out, 1, operation="upcast")
     assert torch.equal(out, short.float())
     run(unary, x, out, 1, operation="negated")

@@ -43,6 +43,7 @@ from fastreg.bench.sass import (  # noqa: E402
     accesses,
     kind,
 )
+from fastreg.kernels import fastmath  # noqa: E402
 
 # -----------------------------------------------------------------------------------------------------------
 # Kernels whose machine code is known
@@ -106,6 +107,14 @@ def row_sum(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + row, total)
 
 
+@triton.jit
+def norms(x_ptr, y_ptr, TERMS: tl.constexpr, BLOCK: tl.constexpr):
+    """Of BLOCK columns, one a thread or more."""
+    x = tl.load(x_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
+    squares = fastmath.terms(x, x, 0) if TERMS else x * x
+    tl.store(y_ptr + tl.program_id(0), tl.sum(squares, 0))
+
+
 BF16 = {"x_ptr": "*bf16", "y_ptr": "*bf16", "n": "i32"}
 STREAM = {"elements": 2048, "constants": {"BLOCK": 2048}, "divisible_by_16": ("n",)}
 COPY = Kernel("copy", copy, bytes_per_element=4, arguments=BF16, **STREAM)
@@ -157,6 +166,19 @@ SAMPLES = [
         arguments={"x_ptr": "*bf16", "y_ptr": "*fp32"},
         constants={"BLOCK": 4096},
         budget=Budget(narrow_stores=1),
+    ),
+    *(
+        Kernel(
+            f"norms of {block} {dtype}{', terms' * terms}",
+            norms,
+            block,
+            8,
+            {"x_ptr": f"*{dtype}", "y_ptr": f"*{dtype}"},
+            {"TERMS": terms, "BLOCK": block},
+        )
+        for block in (128, 1024)
+        for dtype in ("fp32", "fp64")
+        for terms in (False, True)
     ),
     replace(COPY, name="unknown argument", arguments=BF16 | {"z_ptr": "*bf16"}),
     replace(COPY, name="untyped argument", arguments={"y_ptr": "*bf16", "n": "i32"}, constants={}),
@@ -310,6 +332,17 @@ def test_reduction_exchanges_through_shared_memory(samples):
     assert report["exchanges"]["SHFL"] > 0
     (line,) = report["violations"]  # the narrow store of the sum is allowed
     assert "shared memory" in line
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+def test_a_product_before_a_sum_over_lanes(samples, dtype):
+    """It is contracted where a thread has one alone; ``terms`` hides it there, and there only."""
+    plain = {block: samples[f"norms of {block} {dtype}"] for block in (128, 1024)}
+    hidden = {block: samples[f"norms of {block} {dtype}, terms"] for block in (128, 1024)}
+    assert "sums over lanes" in plain[128]["violations"][0]
+    assert [report["one_sided_sums"] for report in (plain[1024], hidden[128], hidden[1024])] == [0, 0, 0]
+    assert hidden[128]["instructions"] == plain[128]["instructions"]
+    assert hidden[1024]["kinds"] == plain[1024]["kinds"]
 
 
 def test_loop_counts_by_its_trips(samples):
@@ -507,6 +540,7 @@ def test_a_clean_report_has_no_violations():
     [
         ({"stack_bytes": 8}, "spills"),
         ({"spill_instructions": 1}, "spills"),
+        ({"one_sided_sums": 2}, "2 sums over lanes"),
         ({"loads": {16: 2, 8: 1}}, "1 loads below 16 bytes (8×1), 0 allowed"),
         ({"stores": {4: 2}}, "2 stores below 16 bytes (4×2), 0 allowed"),
         ({"shared_bytes": 16}, "16 bytes of shared memory"),

@@ -444,7 +444,7 @@ def test_a_last_batch_that_cannot_be_normalized_joins_the_one_before(digits, set
     trial, seen = Trial(quick_settings(batch_size=size), setting, 0, digits, ALONE), []
     trial.split = dataclasses.replace(trial.split, train=trial.split.train[:37])
     trial.network.register_forward_pre_hook(lambda model, inputs: seen.append(inputs[0]))
-    trial._train_once_through()
+    trial._train_once_through(tell=lambda done: None)
     assert [len(images) for images in seen] == expected
     assert rows(data.Examples(torch.cat(seen), None)) == rows(trial.split.train)
 

@@ -66,17 +66,15 @@ def _may_be_misread(x: Tensor, one_sample: bool) -> bool:
     """
     if type(x) not in backend.PLAIN or x.dim() not in (4, 5) or not (one_sample or 1 in x.shape):
         return False
-    channels = x.shape[:2].numel() if one_sample else x.shape[1]
-    if (
-        channels == 1 or x.shape[2:].numel() == 1 or x.device.type != "cpu"
-    ):  # of the first two, there is one order
+    channels, values = x.shape[:2].numel() if one_sample else x.shape[1], x.shape[2:].numel()
+    if channels == 1 or values == 1 or x.device.type != "cpu":  # the first two have one order
         return False
     if not torch.is_grad_enabled() or torch.compiler.is_compiling() or backend.is_tracing():
         return False
     if x.is_contiguous():
         return True
     last = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
-    unmistakable = torch.empty(x.shape, device="meta", memory_format=last).stride()
+    unmistakable = torch.empty(x.shape, dtype=x.dtype, device="meta", memory_format=last).stride()
     return x.is_contiguous(memory_format=last) and x.stride() != unmistakable
 
 
