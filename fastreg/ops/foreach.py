@@ -13,6 +13,7 @@ walk over memory: parameter, gradient and state share a dtype and a dense layout
 and weight_decay, decouple_lr, maximize, AMSGrad and Nesterov are arguments of that step.
 """
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -40,9 +41,13 @@ BLOCK = 4096  # and of a partial sum, where there are more
 _ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
+def on_cpu(x: Tensor) -> bool:
+    """Whether ``x`` is a strided CPU tensor with no ideas of its own."""
+    return type(x) in PLAIN and x.device.type == "cpu" and x.layout == torch.strided
+
+
 def takes(x: Tensor) -> bool:
-    """Whether ``x`` is a dense CPU tensor with no ideas of its own."""
-    return type(x) in PLAIN and x.device.type == "cpu" and x.layout == torch.strided and is_dense(x)
+    return on_cpu(x) and is_dense(x)
 
 
 def walks(member: Member, rule: Rule) -> bool:
@@ -137,7 +142,8 @@ def _update_(x: Lists, rule: Rule, numbers: Numbers, gain: float, first: bool) -
     if rule.cautious:
         gain, sign = gain * sign, 1.0
     if gain != 1:
-        g = torch._foreach_mul(g, gain)
+        # A number would be made a tensor for each of them.
+        g = torch._foreach_mul(g, torch.tensor(gain, dtype=compute_dtype(g[0].dtype)))
     if numbers.l1_subgradient:
         g = torch._foreach_add(g, torch._foreach_sign(p), alpha=sign * numbers.l1_subgradient)
     if rule.cautious:
@@ -179,20 +185,21 @@ def _decay_cautiously_(ps: list[Tensor], directions: list[Tensor], rate: float) 
 
 
 def _matrix(x: Tensor, rows: bool) -> Tensor:
-    """A dense tensor as ``[x.shape[0], elements of a row]``, or as one row: a view in memory order."""
+    """A dense tensor as ``[x.shape[0], elements of a row]``, or as one row, in memory order."""
+    if rows and x.dim() == 2 and x.is_contiguous():
+        return x
     count = x.shape[0] if rows else 1
     length = x.numel() // count
     return x.as_strided((count, length), (length, 1))
 
 
-def _norms(x: Tensor) -> Tensor:
-    """Norms of the rows of a dense matrix, in its dtype, at least fp32.
+def _row_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Norms of the rows of a dense matrix.
 
     Torch adds up the squares of a row one after another, which is wrong by percents after 2^26 of them. Long rows are
     cut into blocks.
     """
     rows, length = x.shape
-    dtype = compute_dtype(x.dtype)
     if length <= SUMMED:
         return torch.linalg.vector_norm(x, 2, 1, dtype=dtype)
     count, rest = divmod(length, BLOCK)
@@ -204,39 +211,65 @@ def _norms(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(norms, 2, 1)
 
 
-def squares(tensors: list[Tensor]) -> Tensor:
-    """fp64 []: the sum of the squares of all elements of tensors of one dtype."""
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of each of some dense tensors of one dtype, at least in fp32."""
     dtype = compute_dtype(tensors[0].dtype)
-    small = [x for x in tensors if x.numel() <= SUMMED]
-    norms = [_norms(_matrix(x, rows=False)) for x in tensors if x.numel() > SUMMED]
-    if small:
-        norms.append(torch.stack(torch._foreach_norm(small, 2, dtype)))
-    found = torch.cat(norms).double().square().sum()
+    if max(map(Tensor.numel, tensors)) <= SUMMED:
+        return torch.stack(torch._foreach_norm(tensors, 2, dtype))
+    return torch.cat([_row_norms(_matrix(x, rows=False), dtype) for x in tensors])
+
+
+def squares(tensors: list[Tensor]) -> Tensor:
+    """fp64 []: the sum of the squares of all elements of dense tensors of one dtype."""
+    found = _norms(tensors).double().square().sum()
     if not found.isfinite():  # squares of more than fp32 holds
         return sum(torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in tensors)
     return found
 
 
 def project_(ps: Sequence[Tensor], radius: float, rows: bool, shards: Any = None) -> None:
-    """Projects dense tensors into a ball, in place: each of them, or each of their rows.
+    """Projects dense tensors of one dtype into a ball, in place: each of them, or each of their rows.
 
     What lies inside is not written. shards: the processes that hold the other pieces of each tensor.
     """
-    matrices = [_matrix(p, rows) for p in ps if p.numel() or shards is not None]
-    if not matrices:
+    ps = [p for p in ps if p.numel() or shards is not None]
+    if not ps:
         return
-    lengths = [len(x) for x in matrices]
-    norms = torch.cat(list(map(_norms, matrices)))
+    if rows:
+        ps, dtype = [_matrix(p, rows=True) for p in ps], compute_dtype(ps[0].dtype)
+        norms = torch.cat([_row_norms(p, dtype) for p in ps])
+    else:
+        norms = _norms(ps)
     if shards is not None:
         norms = shards.sum_(norms.square_()).sqrt_()
     outside = norms > radius
     if not outside.any():
         return
-    gains = torch.where(outside, radius / norms, 1.0)[:, None].split(
-        lengths
-    )  # times 1 is the same to the bit
-    found = [i for i, x in enumerate(outside.split(lengths)) if x.any()]
-    torch._foreach_mul_([matrices[i] for i in found], [gains[i] for i in found])
+    gains = torch.where(outside, radius / norms, 1.0)  # times 1 is the same to the bit
+    if rows:
+        counts = list(map(len, ps))
+        gains = gains[:, None].split(counts)
+        ends = torch.tensor([0, *itertools.accumulate(counts)])
+        outside = outside.cumsum(0)  # how many so far
+        outside = torch.cat([outside.new_zeros(1), outside])[ends].diff() > 0
+    else:
+        gains = gains.unbind()
+    written = outside.tolist()
+    torch._foreach_mul_(*(list(itertools.compress(x, written)) for x in (ps, gains)))
 
 
-def follow_(averages: Sequence[Tensor], tensors: Sequence[Tensor], weight: float) -> None: ...
+# --- averages ---------------------------------------------------------------------------------------------
+
+
+def follow_(averages: Sequence[Tensor], tensors: Sequence[Tensor], weight: float, finite: bool) -> None:
+    """a <- a + weight (p - a), for pairs of one dtype. finite: the tensors have no infinities, whose differences are NaN.
+
+    Where this is not known, an infinity that the average has already stays.
+    """
+    if not tensors:
+        return
+    if finite or torch.stack(torch._foreach_norm(tensors)).isfinite().all():
+        torch._foreach_lerp_(averages, tensors, weight)
+        return
+    for a, p in zip(averages, tensors, strict=True):
+        a.copy_(torch.where(a == p, a, torch.lerp(a, p, weight)))

@@ -312,10 +312,10 @@ class Regularized(Optimizer):
         state = (t for t in (member.first, member.second, member.largest) if t is not None)
         small = compute_dtype(p.dtype) != p.dtype
         if self._fuses(group) and walks(member, rule) and not (small and changes_before(group)):
-            over, key = (
-                shards(p) if asked else None for asked in (rule.rows is False, group["max_grad_norm"])
-            )
-            plan.lists.setdefault(Listed(owner, rule, small, over, key), []).append(i)
+            over = shards(p) if rule.rows is False else None
+            key = shards(p) if group["max_grad_norm"] is not None else None
+            plan.lists.setdefault(Listed(owner, rule, p.dtype, over, key), []).append(i)
+            plan.written += [] if p.is_inference() else [p]
         elif has_options(group) or any(t.dtype != p.dtype for t in state):
             plan.rest.append(i)
         else:
@@ -480,14 +480,11 @@ class Regularized(Optimizer):
 
         by_definition = list(plan.rest)
         for kind, places in plan.lists.items():
-            if kind.small and scale is not None:  # gradients of 16 bits would be rounded once more
+            if kind.dtype.itemsize < 4 and scale is not None:  # its gradients would be rounded once more
                 by_definition += places
                 continue
             lists = self._lists(plan, kind, places, grads, pieces)
             step_(lists, kind.rule, numbers[kind.owner], gain_of(self.param_groups[kind.owner]), kind.over)
-            # torch's fused step does not say what it writes
-            written = (plan.params[i] for i in places)
-            torch.autograd.graph.increment_version([p for p in written if not p.is_inference()])
         for owner, places in plan.torch.items():
             if scale is not None:  # which torch's steps do not know
                 by_definition += places
@@ -506,20 +503,27 @@ class Regularized(Optimizer):
         self, plan: Plan, kind: Listed, places: list[int], grads: list[Tensor], pieces: list[Tensor]
     ) -> Lists:
         """What a step of a kind is given. (One member after the other takes longer than the step of small tensors.)"""
-        group, params = self.param_groups[kind.owner], [plan.params[i] for i in places]
-        moments, average = self._moments(group), ["ema"] if kind.rule.average else []
+        group, rule = self.param_groups[kind.owner], kind.rule
+        params, pieces, grads = (
+            x if len(x) == len(places) else [x[i] for i in places] for x in (plan.params, pieces, grads)
+        )
+        moments, average = self._moments(group), ["ema"] if rule.average else []
         states = [self.state[p] for p in params] if moments or average else []
-        counters = states if "betas" in group else [self._counters(p, group, kind.rule) for p in params]
+        if "betas" in group:
+            counters = states
+        else:  # all have one, or none
+            counts = self._counters(params[0], group, rule) is not None
+            counters = [self._counters(p, group, rule) for p in params] if counts else []
 
         def column(key: str) -> list[Tensor]:
             found = [state[key] for state in states]
             return list(map(local, found)) if plan.distributed else found
 
         return Lists(
-            [pieces[i] for i in places],
-            [grads[i] for i in places],
+            pieces,
+            grads,
             *map(column, moments),
             *([] for _ in range(3 - len(moments))),
             *(map(column, average) if average else [[]]),
-            [counter["step"] for counter in counters if counter is not None],
+            [counter["step"] for counter in counters],
         )

@@ -18,7 +18,7 @@ class Listed(NamedTuple):
 
     owner: int  # their group
     rule: Rule
-    small: bool  # they have 16 bits
+    dtype: torch.dtype
     over: Any  # the processes over which the max-norm of each goes
     key: Any  # those over which the norm of their gradients is summed
 
@@ -34,13 +34,11 @@ class Plan:
         self.distributed = any(is_distributed(p) for p in params)
         self.batches: list[Placed] = []
         self.lists: dict[Listed, list[int]] = {}  # places of parameters that are stepped in lists,
-        self.torch: dict[
-            int, list[int]
-        ] = {}  # of those that take a step of torch that is not fused, by group,
+        self.torch: dict[int, list[int]] = {}  # of those that take another step of torch, by group,
         self.rest: list[int] = []  # and of those that take the definition
         self.sums: list = []  # by what shards the norm of the gradients is summed, in an order all processes share
         self.copies = False  # some gradient has another layout than its parameter
-        self.written: list[Tensor] = []  # parameters that kernels write, behind the back of autograd
+        self.written: list[Tensor] = []  # parameters that kernels and torch's fused steps write, behind the back of autograd
         self.averages: list[weakref.ref] = []  # and averages
 
     def remember(self, grads: list[Tensor | None], pieces: list[Tensor], state: dict) -> None:
