@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastreg.ops import backend, foreach
 from fastreg.ops.backend import Launch
-from fastreg.ops.bulk import addresses, remembered
+from fastreg.ops.bulk import addresses, by_kind, remembered
 from fastreg.ops.multi_tensor import Table, table_of, taken, type_of
 from fastreg.ops.optimizers import compute_dtype, same_layout
 
@@ -116,6 +116,7 @@ class _Averaged(NamedTuple):
     unlike: list[int]  # cannot be averaged
 
 
+@by_kind
 @remembered
 def _averaged(averages: Sequence[Tensor], tensors: Sequence[Tensor]) -> _Averaged:
     found = _Averaged([], {}, [], [], _unlike(averages, tensors))
@@ -173,23 +174,32 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor], names: Sequence[
         torch._foreach_copy_(targets, sources)
 
 
+class _Copied(NamedTuple):
+    """What kernels copy, and the places of the others."""
+
+    launched: list[_Launched]
+    waiting: list[int]  # copied by the definition, for which nobody waits
+    rest: list[int]
+    unlike: list[int]  # cannot be copied
+
+
+@by_kind
 @remembered
-def _copied(
-    targets: Sequence[Tensor], sources: Sequence[Tensor]
-) -> tuple[list[_Launched], list[int], list[int]]:
-    """What kernels copy, the places of the rest, and of what cannot be copied."""
-    unlike = _unlike(targets, sources)
-    if unlike:
-        return [], [], unlike
+def _copied(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> _Copied:
+    found = _Copied([], [], [], _unlike(targets, sources))
+    if found.unlike:
+        return found
     targets, sources = list(map(_floats, targets)), list(map(_floats, sources))
     kinds: dict[tuple, list[int]] = {}
-    rest = []
     for i, (t, s, *known) in enumerate(zip(targets, sources, taken(targets), taken(sources), strict=True)):
         if all(known) and t.dtype == s.dtype and t.device == s.device and same_layout(t, s):
             kinds.setdefault((t.device,), []).append(i)
+        elif t.is_cuda:
+            found.waiting.append(i)
         else:
-            rest.append(i)
-    return _launched(kinds, targets, sources, in_bytes=True), rest, []
+            found.rest.append(i)
+    found.launched.extend(_launched(kinds, targets, sources, in_bytes=True))
+    return found
 
 
 @torch.no_grad()
@@ -203,19 +213,22 @@ def copy_if_(
 
     names: of the tensors, for errors.
     """
-    launched, rest, unlike = _copied(targets, sources)
-    _refuse(unlike, targets, sources, names)
-    for one in launched:
+    found = _copied(targets, sources)
+    _refuse(found.unlike, targets, sources, names)
+    rest = list(found.rest)
+    for one in found.launched:
         if flag.device == one.device:
             _copy_if(table_of(one.device, one.rows, BYTES), flag).run(one.device)
             _say_written(targets, one.written)
-        elif flag:
-            torch._foreach_copy_([targets[i] for i in one.places], [sources[i] for i in one.places])
-    for i in rest:
-        if targets[i].is_cuda and flag.device == targets[i].device:
+        else:
+            rest += one.places
+    for i in found.waiting:
+        if flag.device == targets[i].device:
             copy_where_(targets[i], sources[i], flag)
-        elif flag:
-            targets[i].copy_(sources[i])
+        else:
+            rest.append(i)
+    if rest and flag:
+        torch._foreach_copy_(*([x[i] for i in rest] for x in (targets, sources)))
 
 
 def copy_where_(target: Tensor, source: Tensor, flag: Tensor) -> None:

@@ -142,8 +142,7 @@ def _update_(x: Lists, rule: Rule, numbers: Numbers, gain: float, first: bool) -
     if rule.cautious:
         gain, sign = gain * sign, 1.0
     if gain != 1:
-        # A number would be made a tensor for each of them.
-        g = torch._foreach_mul(g, torch.tensor(gain, dtype=compute_dtype(g[0].dtype)))
+        g = torch._foreach_mul(g, _scalar(gain, g))
     if numbers.l1_subgradient:
         g = torch._foreach_add(g, torch._foreach_sign(p), alpha=sign * numbers.l1_subgradient)
     if rule.cautious:
@@ -157,9 +156,14 @@ def _update_(x: Lists, rule: Rule, numbers: Numbers, gain: float, first: bool) -
         fused(p, g, x.first, x.second, x.largest, x.step, weight_decay=decay, **settings)
         return
     if decay:
-        torch._foreach_mul_(p, 1 - lr * decay)
+        torch._foreach_mul_(p, _scalar(1 - lr * decay, p))
     settings |= {"momentum": beta_1, "dampening": beta_2, "nesterov": rule.nesterov, "is_first_step": first}
     torch._fused_sgd_(p, g, x.first, weight_decay=float(numbers.l2), **settings)
+
+
+def _scalar(value: float, beside: list[Tensor]) -> Tensor:
+    """Torch would make a tensor of a number anew for each of the list."""
+    return torch.tensor(value, dtype=compute_dtype(beside[0].dtype), device="cpu")
 
 
 def _direction(x: Lists, rule: Rule, beta_1: float, beta_2: float, first: bool) -> list[Tensor]:
@@ -249,7 +253,7 @@ def project_(ps: Sequence[Tensor], radius: float, rows: bool, shards: Any = None
     if rows:
         counts = list(map(len, ps))
         gains = gains[:, None].split(counts)
-        ends = torch.tensor([0, *itertools.accumulate(counts)])
+        ends = torch.tensor([0, *itertools.accumulate(counts)], device="cpu")
         outside = outside.cumsum(0)  # how many so far
         outside = torch.cat([outside.new_zeros(1), outside])[ends].diff() > 0
     else:

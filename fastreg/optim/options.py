@@ -59,9 +59,12 @@ def check(group: dict[str, Any], decoupled: bool) -> None:
         raise ValueError("master_weights and stochastic_rounding exclude each other")
 
 
+_NONE = {key: value for key, value in OPTIONS.items() if key not in ("l1_mode", "max_norm_dim")}
+
+
 def has_options(group: dict[str, Any]) -> bool:
     """Whether a group has more than torch's arguments."""
-    return any(group[key] != OPTIONS[key] for key in OPTIONS if key not in ("l1_mode", "max_norm_dim"))
+    return not _NONE.items() <= group.items()
 
 
 def changes_before(group: dict[str, Any]) -> bool:

@@ -1,5 +1,6 @@
 """What an optimizer keeps between two steps: which parameters are stepped where, and by what to know them again."""
 
+import operator
 import weakref
 from typing import Any, NamedTuple
 
@@ -42,11 +43,11 @@ class Plan:
         self.averages: list[weakref.ref] = []  # and averages
 
     def remember(self, grads: list[Tensor | None], pieces: list[Tensor], state: dict) -> None:
-        self._kept = Watch(self.params, state.values())
+        self._kept = Watch([], state.values())
         self._gradients: Watch | None = Watch(grads)
         self._absent = [g is None for g in grads]
         self._kinds = None
-        # Of these the memory matters: what tables point to, batch after batch, and what torch walks over.
+        # What tables point to, batch after batch, and what torch's fused step walks over.
         launched = [(i, batch.dtypes[1]) for batch in self.batches for i in batch.places]
         walked = [(i, pieces[i].dtype) for places in self.lists.values() for i in places]
         self._places = [i for i, _ in launched + walked]
@@ -55,7 +56,8 @@ class Plan:
         placed = self._placed(pieces)
         dtypes = (dtype for _, dtype in launched + walked)
         self._wanted = [(x.shape, x.stride(), dtype) for x, dtype in zip(placed, dtypes, strict=True)]
-        self._addresses = addresses(placed)
+        self._addresses = addresses(placed[: self._launched])
+        self._walked = kinds_of(placed[self._launched :])
         self._state_addresses = addresses([], dicts=state.values()) if self.batches else None
         self._gradient_addresses = addresses(self._placed(grads)[: self._launched])
 
@@ -73,7 +75,9 @@ class Plan:
 
     def knows(self, structure: tuple, params: list[Tensor], state: dict) -> bool:
         """Whether parameters, options and state are those it was made for."""
-        if structure != self.structure or not self._kept.finds(params, state.values()):
+        if structure != self.structure or len(params) != len(self.params):
+            return False
+        if not all(map(operator.is_, params, self.params)) or not self._kept.finds([], state.values()):
             return False
         # Who moves the state of a parameter, as by ``x.data = x.data.cuda()``, moves all of it.
         return not self.batches or equal(addresses([], True, state.values()), self._state_addresses)
@@ -96,7 +100,12 @@ class Plan:
             known = alike and len(ours) == len(grads)
             # Who replaces gradients does so in every step (``zero_grad``): from now on their kind is asked at once.
             self._gradients = None
-        if not equal(addresses(self._placed(pieces), not self.distributed), self._addresses):
+        placed = self._placed(pieces)
+        if not self._walked.check(*placed[self._launched :]):
+            return False
+        if not self.batches:
+            return True
+        if not equal(addresses(placed[: self._launched], not self.distributed), self._addresses):
             return False
         found = addresses(self._placed(grads)[: self._launched], known)
         if not equal(found, self._gradient_addresses):
