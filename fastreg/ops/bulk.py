@@ -186,7 +186,6 @@ def by_kind(sort: Callable) -> Callable:
     kept: dict[tuple, tuple[Any, Any]] = {}
 
     @functools.wraps(sort)
-    @torch.enable_grad()  # without it the guards do not see what requires a gradient
     def found(*lists: Sequence[Tensor], **options: Any) -> Any:
         if not lists[0] or backend.runs_kernels(lists[0][0]) or backend.watched():
             return sort(*lists, **options)
