@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from torch.optim import swa_utils
 
 from fastreg import averages, optim, penalties
+from fastreg.ops import backend
+
+from .provenance import provenance
 
 SHAPES = {"100 of 64 x 64": ((64, 64),) * 100, "8 of 1,024 x 1,024": ((1024, 1024),) * 8}
 REPEATS = 60
@@ -363,27 +367,31 @@ def measure(name: str, shapes: tuple, repeats: int) -> dict[str, float]:
     return {"ours_ms": ours, "torch_ms": theirs}
 
 
-def rows(
-    repeats: int = REPEATS, names: list[str] | None = None, sizes: list[str] | None = None
-) -> list[dict]:
-    """A row for each case and size. In a process of its own: whether kernels are interpreted is decided by import."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["OMP_NUM_THREADS"] = "1"
-    order = json.dumps([repeats, names or list(CASES), sizes or list(SHAPES)])
-    command = [sys.executable, "-m", __name__, order]
-    return json.loads(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE).stdout)
-
-
-def _main(repeats: int, names: list[str], sizes: list[str]) -> None:
+def run(path: Path) -> dict:
+    """Measures and writes the result file. Where kernels are interpreted, in a process of its own without them."""
+    if backend.INTERPRETED:
+        environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+        subprocess.run([sys.executable, "-m", __name__, str(path)], env=environment, check=True)
+        return json.loads(path.read_text())
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    found = [
-        {"case": name, "tensors": size, **measure(name, SHAPES[size], repeats)}
-        for size in sizes
-        for name in names
-    ]
-    print(json.dumps(found))
+    try:
+        rows = [
+            {"case": name, "tensors": size, **measure(name, shapes, REPEATS)}
+            for size, shapes in SHAPES.items()
+            for name in CASES
+        ]
+    finally:
+        torch.set_num_threads(threads)
+    document = {
+        "note": NOTE,
+        "provenance": {**provenance(torch.device("cpu")), "command": "python -m bench pieces"},
+        "rows": rows,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(document, indent=1) + "\n")
+    return document
 
 
 if __name__ == "__main__":
-    _main(*json.loads(sys.argv[1]))
+    run(Path(sys.argv[1]))

@@ -61,7 +61,9 @@ def drawn_numbers(draw: random.Random, rule: Rule, plain: bool) -> Numbers:
 
 
 def drawn_member(draw: random.Random, rule: Rule, dtype: torch.dtype) -> Member:
-    shape = draw.choice([x for x in SHAPES if len(x) >= 2 or not rule.rows])  # vectors have no rows, and another rule
+    shape = draw.choice(
+        [x for x in SHAPES if len(x) >= 2 or not rule.rows]
+    )  # vectors have no rows, and another rule
     last = len(shape) == 4 and draw.random() < 0.5
 
     def tensor() -> torch.Tensor:

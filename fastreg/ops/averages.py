@@ -110,7 +110,9 @@ class _Averaged(NamedTuple):
     """What kernels average, and the places of the others."""
 
     launched: list[_Launched]
-    listed: dict[tuple[torch.dtype, bool], list[int]]  # by torch, in lists: their dtype, and whether they are trained
+    listed: dict[
+        tuple[torch.dtype, bool], list[int]
+    ]  # by torch, in lists: their dtype, and whether they are trained
     copied: list[int]
     defined: list[int]
     unlike: list[int]  # cannot be averaged

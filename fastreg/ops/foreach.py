@@ -268,9 +268,9 @@ def project_(ps: Sequence[Tensor], radius: float, rows: bool, shards: Any = None
 
 
 def follow_(averages: Sequence[Tensor], tensors: Sequence[Tensor], weight: float, finite: bool) -> None:
-    """a <- a + weight (p - a), for pairs of one dtype. finite: the tensors have no infinities, whose differences are NaN.
+    """a <- a + weight (p - a), for pairs of one dtype.
 
-    Where this is not known, an infinity that the average has already stays.
+    finite: no tensor has an infinity. Where this is not known, an infinity that both have stays; torch's is NaN then.
     """
     if not tensors:
         return

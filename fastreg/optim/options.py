@@ -36,6 +36,11 @@ OPTIONS_DOC = """
             the bits depend on the place of the parameter and its step alone. Others are rounded to the nearest.
         master_weights: keeps an fp32 copy of parameters of 16 bits as ``state[p]["master"]``, and the moments in fp32.
             It is the copy that is trained: weights loaded into the model later need a new optimizer.
+
+        On the CPU these take what torch's fused step and torch's functions take together, with three exceptions.
+        max_grad_norm and ``torch.amp.GradScaler`` leave ``.grad`` as it is, and scale a copy: up to a quarter more
+        where torch scales in place. stochastic_rounding and master_weights go tensor by tensor through the definition,
+        and so do options beside 16-bit parameters with SGD, cautious, max_grad_norm, l1 as a subgradient, or an average.
 """
 
 
