@@ -1,6 +1,5 @@
 """What an optimizer keeps between two steps: which parameters are stepped where, and by what to know them again."""
 
-import operator
 import weakref
 from typing import Any, NamedTuple
 
@@ -45,7 +44,7 @@ class Plan:
         self.averages: list[weakref.ref] = []  # and averages
 
     def remember(self, grads: list[Tensor | None], pieces: list[Tensor], state: dict) -> None:
-        self._kept = Watch([], state.values())
+        self._kept = Watch(self.params, state.values())
         self._gradients: Watch | None = Watch(grads)
         self._absent = [g is None for g in grads]
         self._kinds = None
@@ -77,9 +76,7 @@ class Plan:
 
     def knows(self, structure: tuple, params: list[Tensor], state: dict) -> bool:
         """Whether parameters, options and state are those it was made for."""
-        if structure != self.structure or len(params) != len(self.params):
-            return False
-        if not all(map(operator.is_, params, self.params)) or not self._kept.finds([], state.values()):
+        if structure != self.structure or not self._kept.finds(params, state.values()):
             return False
         # Who moves the state of a parameter, as by ``x.data = x.data.cuda()``, moves all of it.
         return not self.batches or equal(addresses([], True, state.values()), self._state_addresses)
