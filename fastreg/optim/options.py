@@ -40,7 +40,7 @@ OPTIONS_DOC = """
         On the CPU these take what torch's fused step and torch's functions take together, with three exceptions.
         max_grad_norm and ``torch.amp.GradScaler`` leave ``.grad`` as it is, and scale a copy: up to a quarter more
         where torch scales in place. stochastic_rounding and master_weights go tensor by tensor through the definition,
-        and so do 16-bit parameters where SGD has options, and Adam cautious, max_grad_norm, a subgradient or an average.
+        and so do 16-bit parameters if SGD has options, or Adam cautious, max_grad_norm, a subgradient or an average.
 """
 
 
