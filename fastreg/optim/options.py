@@ -38,7 +38,7 @@ OPTIONS_DOC = """
             It is the copy that is trained: weights loaded into the model later need a new optimizer.
 
         On the CPU these take what torch's fused step and torch's functions take together, with three exceptions.
-        max_grad_norm and ``torch.amp.GradScaler`` leave ``.grad`` as it is, and scale a copy: up to a quarter more
+        max_grad_norm and ``torch.amp.GradScaler`` leave ``.grad`` as it is, and scale a copy: up to a third more
         where torch scales in place. stochastic_rounding and master_weights go tensor by tensor through the definition,
         and so do 16-bit parameters if SGD has options, or Adam cautious, max_grad_norm, a subgradient or an average.
 """
