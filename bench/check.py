@@ -31,7 +31,18 @@ SHARES = {
 # What runs no kernel needs no GPU and has no place in its nine minutes.
 GPU_TESTS = "tests --ignore tests/gpu_host " + " ".join(
     f"--ignore tests/test_{name}.py"
-    for name in ("training", "inspect", "bench", "speed", "doctor", "gpu_host", "plans", "packaging", "cli")
+    for name in (
+        "training",
+        "inspect",
+        "bench",
+        "speed",
+        "doctor",
+        "gpu_host",
+        "plans",
+        "packaging",
+        "cli",
+        "compiled",
+    )
 )
 COMPILED = ("dropout", "layer_norm", "batch_norm", "group_norm")  # families that torch's compiler is timed on
 # In a dry run the interpreter runs the kernels, slowly: a part of one family stands for all tests.
@@ -56,8 +67,10 @@ def stages(out: Path, dry: bool, tests: str | None) -> list[Stage]:
     # In a dry run no stage may see a GPU, so that it does the same everywhere.
     plain = {"TRITON_INTERPRET": None, "FASTREG_CHECK": "1"} | ({"CUDA_VISIBLE_DEVICES": ""} if dry else {})
     pytest = [sys.executable, "-m", "pytest", *shlex.split(tests or (DRY_TESTS if dry else GPU_TESTS))]
-    if not dry and importlib.util.find_spec("xdist"):
-        pytest += ["-n", str(os.cpu_count())]  # compilation is what takes the time
+    if importlib.util.find_spec("xdist"):
+        pytest += ["-n", "0" if dry else str(os.cpu_count())]  # compilation is what takes the time
+    else:
+        pytest += ["-o", "addopts=-m 'not slow'"]  # those of pyproject.toml ask for workers
     missing = None if (REPOSITORY / "tests").is_dir() else "no tests folder: run it from a checkout"
     variables = plain | ({"TRITON_INTERPRET": "1"} if dry else {})
     found = [Stage("tests", pytest, variables, missing, stops=True)]

@@ -27,6 +27,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Generator, Tensor
+from torch._functorch import config
+from torch.fx import traceback
+from torch.utils.checkpoint import checkpoint
 
 from fastreg.ops import backend
 from fastreg.ops.arguments import is_integer, plain
@@ -254,6 +257,8 @@ def stream(
     if torch.compiler.is_compiling() or backend.watched() or device.type == "meta":
         # Every call of a graph draws anew, ``torch.func.vmap`` may draw for each example, and without data there is no
         # number.
+        if torch.compiler.is_compiling() and _is_recomputed():
+            return Stream(checkpoint(_drawn, device, generator, use_reentrant=False))
         return Stream(_drawn(device, generator))
     if device.type != "cuda":
         return Stream(int(_drawn(device, generator)))
@@ -271,6 +276,19 @@ def stream(
 def _drawn(device: torch.device, generator: Generator | None) -> Tensor:
     """A seed in memory, which an operator of a graph draws."""
     return torch.randint(0, 2**63 - 1, (1,), generator=generator, dtype=torch.int64, device=device)
+
+
+def _is_recomputed() -> bool:
+    """Whether the backward pass of a graph that is compiled may draw once more what the forward pass has drawn.
+
+    With an activation memory budget below 1, torch.compile computes again what it does not save, and a random number
+    comes out as another one (pytorch#190717), unless it belongs to a checkpoint, whose generator is put back.
+    """
+    region = traceback.current_meta.get("custom", {})
+    return region.get("_region_activation_memory_budget", config.activation_memory_budget) < 1
+
+
+_is_recomputed._dynamo_marked_constant = True  # as in ``backend``
 
 
 _seeds: dict[tuple, tuple[Tensor, Iterator[int]]] = {}

@@ -1,6 +1,7 @@
 """The kernels run natively where there is a GPU, and through Triton's interpreter on the CPU where there is none."""
 
 import os
+import random
 import time
 from collections import Counter
 
@@ -125,6 +126,12 @@ def pytest_addoption(parser) -> None:
         type=float,
         help="Seconds after which tests are left out; until then, cases of all take turns.",
     )
+    parser.addoption(
+        "--sample", type=float, default=1.0, help="The share of the tests that is run, drawn by --seed."
+    )
+    parser.addoption(
+        "--seed", type=int, default=0, help="Names a sample, which is the same on every machine."
+    )
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -149,6 +156,11 @@ def pytest_collection_modifyitems(config, items) -> None:
         if swept and interpreted and not torch.cuda.is_available():
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name not in _LONG)
+    share, seed = config.getoption("--sample"), config.getoption("--seed")
+    if share < 1:
+        taken = [item for item in items if random.Random(f"{seed} {item.nodeid}").random() < share]
+        config.hook.pytest_deselected(items=[item for item in items if item not in {*taken}])
+        items[:] = taken
     if config.getoption("--stop-after") is not None:
         turns = Counter()
         turn = {item: turns.update([item.function]) or turns[item.function] for item in items}

@@ -30,13 +30,14 @@ SWITCHES = {  # what is set, and whether fp32 products may then take TF32
 
 @pytest.fixture
 def switches():
-    """Puts back what a test sets."""
+    """Puts back what a test sets, which importing torch.testing._internal forbids for all that come after."""
     owners = (torch.backends, torch.backends.cuda.matmul, torch.backends.cudnn, torch.backends.cudnn.conv)
     before = [owner.fp32_precision for owner in owners]
-    yield
-    torch.set_float32_matmul_precision("highest")
-    for owner, value in zip(owners, before, strict=True):
-        owner.fp32_precision = value
+    with torch.backends.__allow_nonbracketed_mutation():
+        yield
+        torch.set_float32_matmul_precision("highest")
+        for owner, value in zip(owners, before, strict=True):
+            owner.fp32_precision = value
 
 
 @pytest.mark.parametrize("name", SWITCHES)

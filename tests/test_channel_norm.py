@@ -185,8 +185,8 @@ def test_units_kept_in_registers_and_read_twice(
 
 def test_group_norm_with_a_bias_alone(path, device):
     """torch up to 2.13 fails in its backward pass on the CPU: a tensor that is not there."""
-    x = torch.randn(3, 6, 5, dtype=torch.float64, device=device, requires_grad=True)
-    bias = torch.randn(6, dtype=torch.float64, device=device, requires_grad=True)
+    x = torch.randn(2, 4, 2, dtype=torch.float64, device=device, requires_grad=True)
+    bias = torch.randn(4, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, bias: F.group_norm(x, 2, None, bias), (x, bias))
 
 

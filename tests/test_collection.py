@@ -1,21 +1,24 @@
 """The test command itself: what pytest-xdist asks of a collection, which each of its workers makes for itself."""
 
+import functools
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import conftest
 import pytest
 
 HERE = Path(__file__).parent
 
 
-def test_bytes_are_in_no_name():
-    assert conftest.pytest_make_parametrize_id(None, "text", "content") is None
+def test_bytes_are_in_no_name(pytestconfig):
+    name = functools.partial(
+        pytestconfig.hook.pytest_make_parametrize_id, config=pytestconfig, argname="content"
+    )
+    assert name(val="text") is None  # pytest names it
     with pytest.raises(TypeError, match="content is bytes"):
-        conftest.pytest_make_parametrize_id(None, b"\x1f\x8b", "content")
+        name(val=b"\x1f\x8b")
 
 
 @pytest.mark.slow

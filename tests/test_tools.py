@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 import fastreg.functional as F
 import fastreg.nn as fnn
+from fastreg.ops import backend
 
 all_layers = pytest.mark.parametrize("name", LAYERS)
 layers_of_torch = pytest.mark.parametrize("name", [name for name, case in LAYERS.items() if case.torchs])
@@ -153,6 +154,59 @@ def test_layers_stay_what_they_are_in_quantization(device):
     assert prepared(x).requires_grad
     prepared.eval().apply(quantization.disable_observer)
     assert_close(prepared(x), prepared(x))
+
+
+@all_layers
+@pytest.mark.filterwarnings("ignore")
+def test_quantization_leaves_our_layers_as_they_are(name, device):
+    """torch quantizes the layers of its own that it knows by their classes."""
+    quantize = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    mapping = importlib.import_module("torch.ao.quantization").get_default_qconfig_mapping("x86")
+    case = LAYERS[name]
+    layer, x = case.make().eval(), torch.randn(case.shape)
+    prepared = quantize.prepare_fx(nn.Sequential(layer), mapping, (x,))
+    prepared(x)
+    quantized = quantize.convert_fx(prepared)
+    assert type(quantized.get_submodule("0")) is type(layer)
+    if not _draws(name, False):
+        assert_close(quantized(x), layer(x), rtol=0, atol=0)
+
+
+# --- torch.export and torch.onnx --------------------------------------------------------------------------------
+
+
+@all_layers
+@pytest.mark.parametrize("training", [False, True])
+def test_exported_layers_compute_the_same(name, training, device, path):
+    case = LAYERS[name]
+    layer = case.make().to(device).train(training)
+    x = torch.randn(case.shape, device=device)
+    exported = torch.export.export(layer, (x,)).module()
+    torch.manual_seed(0)
+    y = exported(x)
+    if _draws(name, training):
+        assert not y.equal(exported(x))
+    else:
+        assert_close(y, layer(x), rtol=1e-5, atol=1e-5)
+
+
+@all_layers
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.filterwarnings("ignore")
+def test_models_are_exported_to_onnx(name, dynamo, tmp_path, monkeypatch):
+    """The old exporter (dynamo=False) hands keyword-only arguments over by their places, so it takes no layer alone."""
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(backend, "INTERPRETED", False)  # there is no ONNX of our kernels
+    case = LAYERS[name]
+    model, x = nn.Sequential(case.make()).eval(), torch.randn(case.shape)
+    path = str(tmp_path / "model.onnx")
+    torch.onnx.export(model, (x,), path, dynamo=dynamo)
+    session = runtime.InferenceSession(path)
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    if not _draws(name, False):
+        assert_close(torch.from_numpy(y), model(x), rtol=1e-4, atol=1e-4)
 
 
 # --- make_fx ----------------------------------------------------------------------------------------------------
