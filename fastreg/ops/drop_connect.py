@@ -558,9 +558,9 @@ def drop_connect_linear(
             examples agree and where they differ has an even number of differences at the corners of any rectangle of
             outputs and inputs (Wen et al. 2018). "gaussian" has no masks but noise: every sum is normal, with the mean
             and the variance that it has over masks (local reparameterization: Kingma et al. 2015).
-            On the CPU (64 examples, 1,024 x 1,024 weights, p = 1/2) "example" takes some 50 times as long as the dense
-            product, half of it to draw its bits, and four times as long with p = 0.1; "batch" takes 7 times as long,
-            "flipout" 5 times, "gaussian" 3 times.
+            On the CPU (64 examples, 1,024 x 1,024 weights, p = 1/2) "example" takes 50 to 70 times as long as the dense
+            product, half of it to draw its bits, and three times that with p = 0.1; "batch" takes 6 to 10 times as
+            long as the product, "flipout" 5 times, "gaussian" 3 times.
         group_size: of mask="group".
         inverted: scale in training, not in evaluation.
         inference: in evaluation, "gaussian" is the paper's: the expectation of ``activation`` over a Gaussian with the
