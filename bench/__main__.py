@@ -1,4 +1,4 @@
-"""``python -m bench`` (in a checkout) and ``fastreg bench`` (installed): run, steps, host, report, check."""
+"""``python -m bench`` (in a checkout) and ``fastreg bench`` (installed): run, steps, host, pieces, report, check."""
 
 import contextlib
 import importlib
@@ -36,6 +36,7 @@ from .harness import (
 from .harness import run as sweep
 from .host import run as time_host
 from .peers import CPU_PEERS, PEERS, select
+from .pieces import run as time_pieces
 from .provenance import REPOSITORY, provenance
 from .report import OURS, Entry, entries, human, ratio_cell
 from .report import report as render
@@ -45,7 +46,7 @@ from .steps import run as time_steps
 # Results belong to the checkout; an installed package writes none into itself.
 RESULTS = REPOSITORY / "bench/results" if (REPOSITORY / "pyproject.toml").exists() else Path("bench-results")
 app = typer.Typer(
-    help="Benchmarks: run, steps, host, report, check.", no_args_is_help=True, add_completion=False
+    help="Benchmarks: run, steps, host, pieces, report, check.", no_args_is_help=True, add_completion=False
 )
 console = Console(highlight=False, soft_wrap=True)
 
@@ -219,6 +220,18 @@ def host(
     for row in time_host(out)["rows"]:
         times = f"{row['unchanged_ns']:.0f} ns a tensor, {row['replaced_ns']:.0f} with new gradients"
         console.print(f"{row['optimizer']}:  {times}", markup=False)
+    console.print(f"wrote {out}", markup=False)
+
+
+@app.command()
+def pieces(
+    out: Annotated[Path, typer.Option(help="The result file.")] = RESULTS / "pieces.json",
+) -> None:
+    """Time optimizers, averages and penalties on the CPU, beside torch's functions that do the same together."""
+    for row in time_pieces(out)["rows"]:
+        ours, theirs = row["ours_ms"], row["torch_ms"]
+        times = f"{ours:.3f} ms, torch {theirs:.3f} ms, ratio {ours / theirs:.2f}"
+        console.print(f"{row['case']}, {row['tensors']}:  {times}", markup=False)
     console.print(f"wrote {out}", markup=False)
 
 

@@ -254,6 +254,19 @@ def host_table(content: dict) -> str:
     return f"{origin}. {count}. {content['note']}\n\n{table}"
 
 
+def pieces_table(content: dict) -> str:
+    """Ours on the CPU beside torch's functions, with where it was measured."""
+
+    def line(row: dict) -> list[str]:
+        ours, theirs = row["ours_ms"], row["torch_ms"]
+        return [row["case"], row["tensors"], f"{ours:.3f}", f"{theirs:.3f}", f"{ours / theirs:.2f}"]
+
+    lines = map(line, content["rows"])
+    origin = origin_line({"provenance": content["provenance"], "quick": False, "complete": True})
+    table = markdown(["case", "tensors", "fastreg, ms", "torch, ms", "ratio"], lines, left=2)
+    return f"{origin}. {content['note']}\n\n{table}"
+
+
 def failure_list(document: dict) -> str:
     def line(row: dict) -> str:
         mark = f"{RED} " if row["implementation"] == OURS else ""
@@ -265,10 +278,14 @@ def failure_list(document: dict) -> str:
 
 
 def results_page(
-    documents: list[dict], page: Path, static: Path | None = None, host: Path | None = None
+    documents: list[dict],
+    page: Path,
+    static: Path | None = None,
+    host: Path | None = None,
+    pieces: Path | None = None,
 ) -> str:
-    """The full page: one section for each device, family and dtype, the time of ``host``, the predictions of
-    ``static``."""
+    """The full page: one section for each device, family and dtype, the times of ``host`` and ``pieces``, the
+    predictions of ``static``."""
     parts = ["# Benchmark results", LEGEND]
     for document in documents:
         origin = document["provenance"]
@@ -295,6 +312,8 @@ def results_page(
         parts += ["No results yet."]
     if host is not None and host.exists():
         parts += ["## Optimizers on the host", host_table(json.loads(host.read_text()))]
+    if pieces is not None and pieces.exists():
+        parts += ["## On the CPU, beside torch's functions", pieces_table(json.loads(pieces.read_text()))]
     if static is not None and static.exists():
         parts += ["## Predictions", static_table(json.loads(static.read_text()))]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -538,7 +557,7 @@ def report(results: Path, page: Path, readme: Path | None = None) -> list[Path]:
     if static.exists():
         draw_predictions(json.loads(static.read_text()), static.with_suffix(".png"))
         written.append(static.with_suffix(".png"))
-    page.write_text(results_page(documents, page, static, results / "host.json"))
+    page.write_text(results_page(documents, page, static, results / "host.json", results / "pieces.json"))
     written.append(page)
     if readme is not None:
         section = readme_section(documents, static, readme, page)

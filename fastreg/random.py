@@ -145,9 +145,9 @@ def chance(p: float) -> Chance:
 
 
 def connection_lanes(
-    word: int, outputs: int, inputs: int, chance: Chance, stream: Stream, device=None
+    word: int, outputs: int, inputs: int, chance: Chance, stream: Stream, device=None, first: int = 0
 ) -> Tensor:
-    """Which connections are kept, for 16 examples: int16 ``[outputs, inputs]``.
+    """Which connections are kept, for 16 examples: int16 ``[outputs, inputs]``, from output ``first`` on.
 
     Bit 15 - i is 1 where example 16 ``word`` + i keeps the connection. Digit d of the probability (0 the last) has
     lanes of its own: those of block (k // 8, n) under an offset whose upper half is increased by word + d 2^28. The
@@ -155,7 +155,7 @@ def connection_lanes(
     that of keeping (and).
     """
     seed, offset = stream
-    block = _places(outputs, device)[:, None] << 32 | _places((inputs + 7) // 8, device)
+    block = (_places(outputs, device)[:, None] + first) << 32 | _places((inputs + 7) // 8, device)
     for digit in range(chance.digits):
         bits = words(block, Stream(seed, offset + (word + (digit << 28) << 32)))
         if digit == 0:

@@ -14,10 +14,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.testing import assert_close
 from typer.testing import CliRunner
 
 from fastreg.bench import __main__ as command
-from fastreg.bench import check, harness, host, networks, provenance, report, steps
+from fastreg.bench import check, harness, host, networks, pieces, provenance, report, steps
 from fastreg.bench.cases import Case, images, masked, random, rows
 from fastreg.bench.check import Stage, run_stage, stages
 from fastreg.bench.peers import PEERS, Peer, library, select
@@ -628,6 +629,32 @@ def test_what_steps_take_on_the_host_is_measured_and_shown(tmp_path, monkeypatch
     report.report(tmp_path, page)
     assert f"| AdamW | {content['rows'][1]['unchanged_ns']:.0f} |" in page.read_text()
     assert "20 tensors of 64" in page.read_text()
+
+
+SMALL = ((5, 7), (6, 3))
+
+
+def test_what_options_cost_on_the_cpu_is_measured_and_shown(tmp_path, monkeypatch, aten):
+    monkeypatch.setattr(pieces, "SHAPES", {"2 small ones": SMALL})
+    monkeypatch.setattr(pieces, "REPEATS", 2)
+    path = tmp_path / "pieces.json"
+    done = CliRunner().invoke(command.app, ["pieces", "--out", str(path)])
+    assert done.exit_code == 0, done.output
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["case"] for row in rows] == list(pieces.CASES)
+    assert all(0 < row["ours_ms"] and 0 < row["torch_ms"] for row in rows)
+    page = tmp_path / "RESULTS.md"
+    report.report(tmp_path, page)
+    assert (
+        f"| AdamW | 2 small ones | {rows[0]['ours_ms']:.3f} | {rows[0]['torch_ms']:.3f} |" in page.read_text()
+    )
+
+
+@pytest.mark.parametrize("name", pieces.CASES)
+def test_both_sides_do_the_same(aten, name):
+    """``renorm`` divides by norm + 1e-7; and sums in another order, steps of 1e-2."""
+    for ours, theirs in zip(*pieces.results(name, SMALL), strict=True):
+        assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_readme_without_gpu_shows_predictions_as_predictions(tmp_path):

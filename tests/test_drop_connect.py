@@ -83,6 +83,15 @@ def test_every_example_has_its_mask(path, device, examples, outputs, inputs, p):
     check(device, examples, outputs, inputs, p=p)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("portion", [1, 15, 21])
+def test_masks_are_cut_between_outputs(monkeypatch, dtype, portion):
+    """In ATen, into one, two or three of five outputs."""
+    monkeypatch.setattr(ops.backend, "runs_kernels", lambda x: False)
+    monkeypatch.setattr(ops, "PORTION", portion)
+    check(torch.device("cpu"), 18, 5, 7, p=0.3, dtype=dtype)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_dtypes(path, device, dtype):
     check(device, 18, 6, 21, dtype=dtype)

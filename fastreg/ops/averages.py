@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastreg.ops import backend
+from fastreg.ops import backend, foreach
 from fastreg.ops.backend import Launch
-from fastreg.ops.bulk import addresses, remembered
+from fastreg.ops.bulk import addresses, by_kind, remembered
 from fastreg.ops.multi_tensor import Table, table_of, taken, type_of
 from fastreg.ops.optimizers import compute_dtype, same_layout
 
@@ -106,25 +106,37 @@ def _refuse(
         raise ValueError(f"{name}: a tensor {source} does not fit the one that is kept, {target}")
 
 
+class _Averaged(NamedTuple):
+    """What kernels average, and the places of the others."""
+
+    launched: list[_Launched]
+    listed: dict[
+        tuple[torch.dtype, bool], list[int]
+    ]  # by torch, in lists: their dtype, and whether they are trained
+    copied: list[int]
+    defined: list[int]
+    unlike: list[int]  # cannot be averaged
+
+
+@by_kind
 @remembered
-def _averaged(
-    averages: Sequence[Tensor], tensors: Sequence[Tensor]
-) -> tuple[list[_Launched], list[int], list[int], list[int]]:
-    """What kernels average, and the places of what is copied, of what takes the definition, and of what cannot be."""
-    unlike = _unlike(averages, tensors)
-    if unlike:
-        return [], [], [], unlike
+def _averaged(averages: Sequence[Tensor], tensors: Sequence[Tensor]) -> _Averaged:
+    found = _Averaged([], {}, [], [], _unlike(averages, tensors))
+    if found.unlike:
+        return found
     kinds: dict[tuple, list[int]] = {}
-    copied, defined = [], []
     for i, (a, p, *known) in enumerate(zip(averages, tensors, taken(averages), taken(tensors), strict=True)):
         floats = a.is_floating_point() and p.is_floating_point()
         if not floats and not a.is_complex():
-            copied.append(i)
+            found.copied.append(i)
         elif all(known) and a.device == p.device and same_layout(a, p):
             kinds.setdefault((a.device, a.dtype, p.dtype), []).append(i)
+        elif floats and a.dtype == p.dtype and foreach.on_cpu(a) and foreach.on_cpu(p):
+            found.listed.setdefault((a.dtype, p.requires_grad), []).append(i)
         else:
-            defined.append(i)
-    return _launched(kinds, averages, tensors, in_bytes=False), copied, defined, []
+            found.defined.append(i)
+    found.launched.extend(_launched(kinds, averages, tensors, in_bytes=False))
+    return found
 
 
 @torch.no_grad()
@@ -138,19 +150,22 @@ def follow_(
 
     names: of the tensors, for errors.
     """
-    launched, copied, defined, unlike = _averaged(averages, tensors)
-    _refuse(unlike, averages, tensors, names)
-    for one in launched:
+    found = _averaged(averages, tensors)
+    _refuse(found.unlike, averages, tensors, names)
+    for one in found.launched:
         table = table_of(one.device, one.rows, TILE)
         _follow(table, 1 - decay, one.dtypes).run(one.device)
         _say_written(averages, one.written)
-    for i in defined:
+    for (_, trained), places in found.listed.items():
+        pairs = ([x[i] for i in places] for x in (averages, tensors))
+        foreach.follow_(*pairs, 1 - decay, finite=trained)
+    for i in found.defined:
         a, p = averages[i], tensors[i]
         compute = a.dtype if a.is_complex() else _compute_dtype(a.dtype, p.dtype)
         wide, p = a.to(compute), p.to(a.device, compute)
         a.copy_(torch.where(wide == p, wide, torch.lerp(wide, p, 1 - decay)))
-    if copied:
-        torch._foreach_copy_([averages[i] for i in copied], [tensors[i] for i in copied])
+    if found.copied:
+        torch._foreach_copy_(*([x[i] for i in found.copied] for x in (averages, tensors)))
 
 
 @torch.no_grad()
@@ -161,23 +176,32 @@ def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor], names: Sequence[
         torch._foreach_copy_(targets, sources)
 
 
+class _Copied(NamedTuple):
+    """What kernels copy, and the places of the others."""
+
+    launched: list[_Launched]
+    waiting: list[int]  # copied by the definition, for which nobody waits
+    rest: list[int]
+    unlike: list[int]  # cannot be copied
+
+
+@by_kind
 @remembered
-def _copied(
-    targets: Sequence[Tensor], sources: Sequence[Tensor]
-) -> tuple[list[_Launched], list[int], list[int]]:
-    """What kernels copy, the places of the rest, and of what cannot be copied."""
-    unlike = _unlike(targets, sources)
-    if unlike:
-        return [], [], unlike
+def _copied(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> _Copied:
+    found = _Copied([], [], [], _unlike(targets, sources))
+    if found.unlike:
+        return found
     targets, sources = list(map(_floats, targets)), list(map(_floats, sources))
     kinds: dict[tuple, list[int]] = {}
-    rest = []
     for i, (t, s, *known) in enumerate(zip(targets, sources, taken(targets), taken(sources), strict=True)):
         if all(known) and t.dtype == s.dtype and t.device == s.device and same_layout(t, s):
             kinds.setdefault((t.device,), []).append(i)
+        elif t.is_cuda:
+            found.waiting.append(i)
         else:
-            rest.append(i)
-    return _launched(kinds, targets, sources, in_bytes=True), rest, []
+            found.rest.append(i)
+    found.launched.extend(_launched(kinds, targets, sources, in_bytes=True))
+    return found
 
 
 @torch.no_grad()
@@ -191,19 +215,22 @@ def copy_if_(
 
     names: of the tensors, for errors.
     """
-    launched, rest, unlike = _copied(targets, sources)
-    _refuse(unlike, targets, sources, names)
-    for one in launched:
+    found = _copied(targets, sources)
+    _refuse(found.unlike, targets, sources, names)
+    rest = list(found.rest)
+    for one in found.launched:
         if flag.device == one.device:
             _copy_if(table_of(one.device, one.rows, BYTES), flag).run(one.device)
             _say_written(targets, one.written)
-        elif flag:
-            torch._foreach_copy_([targets[i] for i in one.places], [sources[i] for i in one.places])
-    for i in rest:
-        if targets[i].is_cuda and flag.device == targets[i].device:
+        else:
+            rest += one.places
+    for i in found.waiting:
+        if flag.device == targets[i].device:
             copy_where_(targets[i], sources[i], flag)
-        elif flag:
-            targets[i].copy_(sources[i])
+        else:
+            rest.append(i)
+    if rest and flag:
+        torch._foreach_copy_(*([x[i] for i in rest] for x in (targets, sources)))
 
 
 def copy_where_(target: Tensor, source: Tensor, flag: Tensor) -> None:

@@ -7,6 +7,7 @@ copy of the weights where large groups share a mask. An activation is part of th
 own, in ATen and behind the dense product with such a copy.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
@@ -90,20 +91,30 @@ class _Form(NamedTuple):
 # --- in ATen ----------------------------------------------------------------------------------------------
 
 
+PORTION = 1 << 18
+"""Elements of W that are masked at a time, so that mask and masked weights stay in the cache."""
+
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # integers by their bytes
 
 
-def _masks(v: Tensor, weight: Tensor, stream: Stream, form: _Form):
-    """Yields (slice of examples that share a mask, their mask [outputs, inputs]: all bits set, or none)."""
+def _masks(v: Tensor, weight: Tensor, stream: Stream, form: _Form, whole: bool):
+    """Yields (slice of examples that share a mask, slice of outputs, their mask): all bits set, or none.
+
+    whole: masks are of all outputs. Others are cut, unless there is but one.
+    """
     integer = _BITS[weight.element_size()]
     width = 8 * weight.element_size()
-    for word in range(form.words(len(v))):
-        lanes = random.connection_lanes(word, *weight.shape, form.chance, stream, v.device)
+    outputs, inputs = weight.shape
+    rows = outputs if whole or form.groups(len(v)) == 1 else max(1, PORTION // inputs)
+    for word, first in itertools.product(range(form.words(len(v))), range(0, outputs, rows)):
+        part = slice(first, min(first + rows, outputs))
+        size = part.stop - first, inputs
+        lanes = random.connection_lanes(word, *size, form.chance, stream, v.device, first)
         lanes = lanes.to(integer) << width - 16
         for bit in range(EXAMPLES_PER_LANE):
             start = (word * EXAMPLES_PER_LANE + bit) * form.group_size
             if start < len(v):
-                yield slice(start, start + form.group_size), lanes << bit >> width - 1
+                yield slice(start, start + form.group_size), part, lanes << bit >> width - 1
 
 
 def _kept(x: Tensor, mask: Tensor) -> Tensor:
@@ -113,20 +124,20 @@ def _kept(x: Tensor, mask: Tensor) -> Tensor:
 
 def _aten_forward(v: Tensor, weight: Tensor, stream: Stream, form: _Form) -> Tensor:
     z = v.new_empty(len(v), len(weight))
-    for examples, mask in _masks(v, weight, stream, form):
-        z[examples] = v[examples] @ _kept(weight, mask).t()
+    for examples, outputs, mask in _masks(v, weight, stream, form, whole=False):
+        z[examples, outputs] = v[examples] @ _kept(weight[outputs], mask).t()
     return z * form.scale
 
 
 def _aten_backward(dz, v, weight, stream, form, needs_v: bool, needs_weight: bool):
-    dv = torch.empty_like(v) if needs_v else None
+    dv = torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float32)) if needs_v else None
     dweight = torch.zeros_like(weight) if needs_weight else None
-    for examples, mask in _masks(v, weight, stream, form):
+    for examples, outputs, mask in _masks(v, weight, stream, form, whole=False):
         if needs_v:
-            dv[examples] = dz[examples] @ _kept(weight, mask)
+            dv[examples] += dz[examples, outputs] @ _kept(weight[outputs], mask)
         if needs_weight:
-            dweight += _kept(dz[examples].t() @ v[examples], mask)
-    return (dv * form.scale if needs_v else None), (dweight * form.scale if needs_weight else None)
+            dweight[outputs] += _kept(dz[examples, outputs].t() @ v[examples], mask)
+    return (dv * form.scale).to(v.dtype) if needs_v else None, dweight * form.scale if needs_weight else None
 
 
 def _definition(v: Tensor, weight: Tensor, stream: Stream, form: _Form) -> Tensor:
@@ -134,7 +145,7 @@ def _definition(v: Tensor, weight: Tensor, stream: Stream, form: _Form) -> Tenso
     return form.scale * torch.cat(
         [
             v[examples] @ torch.where(mask != 0, weight, 0).t()
-            for examples, mask in _masks(v, weight, stream, form)
+            for examples, _, mask in _masks(v, weight, stream, form, whole=True)
         ]
     )
 
@@ -143,7 +154,8 @@ def _differentiable_backward(
     dz, v, weight, stream, form, needs_v: bool, needs_weight: bool, needs_bias: bool
 ):
     """The derivative of ``_definition``, as differentiable. For second derivatives and batched gradients."""
-    masks = [(examples, mask != 0) for examples, mask in _masks(v, weight, stream, form)]
+    masks = _masks(v, weight, stream, form, whole=True)
+    masks = [(examples, mask != 0) for examples, _, mask in masks]
     dv = dweight = None
     if needs_v:
         dv = torch.cat([dz[examples] @ torch.where(mask, weight, 0) for examples, mask in masks]) * form.scale
@@ -546,6 +558,9 @@ def drop_connect_linear(
             examples agree and where they differ has an even number of differences at the corners of any rectangle of
             outputs and inputs (Wen et al. 2018). "gaussian" has no masks but noise: every sum is normal, with the mean
             and the variance that it has over masks (local reparameterization: Kingma et al. 2015).
+            On the CPU (64 examples, 1,024 x 1,024 weights, p = 1/2) "example" takes 50 to 70 times as long as the dense
+            product, half of it to draw its bits, and three times that with p = 0.1; "batch" takes 6 to 10 times as
+            long as the product, "flipout" 5 times, "gaussian" 3 times.
         group_size: of mask="group".
         inverted: scale in training, not in evaluation.
         inference: in evaluation, "gaussian" is the paper's: the expectation of ``activation`` over a Gaussian with the

@@ -90,8 +90,19 @@ def row_of(parameter: Tensor, rule: Rule) -> int:
     return parameter.numel() // count if count else 0
 
 
+def rows_lie_together(parameter: Tensor, rule: Rule) -> bool:
+    """Whether each row that is projected is one stretch of memory."""
+    row = row_of(parameter, rule) if rule.rows else 0
+    return not row or parameter.shape[0] == 1 or parameter.stride(0) == row
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+def decay_rate(numbers: Numbers) -> float:
+    """What lr is multiplied with in the decoupled decay."""
+    return float(numbers.decay) / (numbers.lr_0 or 1.0)
 
 
 # --- the definition, in ATen ------------------------------------------------------------------------------
@@ -99,14 +110,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def resolve(numbers: Numbers, adam: bool, t: float, gain: float = 1.0) -> dict[str, float]:
     """What ``advance`` computes, for step number ``t``. gain: of unscaling and clipping."""
-    lr, decay = float(numbers.lr), float(numbers.decay)
+    lr = float(numbers.lr)
     moves = lr != 0
     found = {
         "gain": numbers.sign * gain,
         "coupled": float(numbers.l2),
         "subgradient": numbers.l1_subgradient,
         "size": lr,
-        "keep": 1 - decay * (lr / numbers.lr_0 if numbers.lr_0 else lr),
+        "keep": 1 - lr * decay_rate(numbers),
         "threshold": lr * numbers.l1_proximal,
         "radius": numbers.max_norm if moves else math.inf,
         "follow": numbers.follow if moves else 0.0,
@@ -179,16 +190,6 @@ def define(member: Member, rule: Rule, numbers: Numbers, gain: float = 1.0, shar
         member.average.lerp_(value if member.master is not None else p.to(compute), s["follow"])
 
 
-def finish(member: Member, rule: Rule, numbers: Numbers, shards: Any = None) -> None:
-    """What a step does after the update, for a parameter that torch's own step has moved: L1, max-norm, average."""
-    s = resolve(numbers, False, math.inf)
-    p = member.parameter
-    if s["threshold"] or rule.rows is not None:
-        p.copy_(_constrained(p, rule, s, shards))
-    if member.average is not None:
-        member.average.lerp_(p, s["follow"])
-
-
 def _constrained(value: Tensor, rule: Rule, s: dict[str, float], shards: Any) -> Tensor:
     """Shrunk by the proximal L1, then projected into the ball of the max-norm."""
     if s["threshold"]:
@@ -232,10 +233,7 @@ def takes(p: Tensor, g: Tensor, rule: Rule) -> bool:
     """Whether the kernels take this parameter with this gradient; one of another layout is copied for them."""
     if not backend.runs_kernels(p) or not is_dense(p) or not backend.is_plain(g):
         return False
-    if g.dtype not in DTYPES or g.layout != torch.strided:
-        return False
-    row = row_of(p, rule) if rule.rows else 0
-    return not row or p.shape[0] == 1 or p.stride(0) == row
+    return g.dtype in DTYPES and g.layout == torch.strided and rows_lie_together(p, rule)
 
 
 class Batch:

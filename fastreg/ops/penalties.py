@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastreg.ops import backend
+from fastreg.ops import backend, foreach
 from fastreg.ops.backend import Launch
-from fastreg.ops.bulk import addresses, remembered
+from fastreg.ops.bulk import addresses, by_kind, remembered
 from fastreg.ops.multi_tensor import (
     Table,
     deal_rows,
@@ -283,38 +283,51 @@ class _Projected(NamedTuple):
     entries: tuple[tuple[int, ...], ...]  # of the table: addresses, elements, elements of a row
 
 
+class _Projections(NamedTuple):
+    """What kernels project, and the places of what they write and of the others."""
+
+    launched: list[_Projected]
+    written: list[int]
+    listed: dict[torch.dtype, list[int]]  # on the CPU, in lists of a dtype
+    defined: list[int]
+
+
+@by_kind
 @remembered
-def _projections(ps: Sequence[Tensor], rows: bool) -> tuple[list[_Projected], list[int], list[int]]:
-    """What kernels project, the places of what they write, and of what takes the definition."""
+def _projections(ps: Sequence[Tensor], rows: bool) -> _Projections:
     kinds: dict[tuple, list[Tensor]] = {}
-    written, defined = [], []
+    found = _Projections([], [], {}, [])
     for i, (p, known) in enumerate(zip(ps, taken(ps), strict=True)):
         if not p.numel():
             continue
         row = _row_of(p, rows)
-        if not known or (rows and p.shape[0] > 1 and p.stride(0) != row):
-            defined.append(i)
-            continue
-        width = max(8, 1 << (row - 1).bit_length()) if row <= ROW_MOST else 0
-        kinds.setdefault((p.device, p.dtype, width), []).append(p)
-        written += [] if p.is_inference() else [i]
-    found = []
+        together = not rows or p.shape[0] == 1 or p.stride(0) == row
+        if known and together:
+            width = max(8, 1 << (row - 1).bit_length()) if row <= ROW_MOST else 0
+            kinds.setdefault((p.device, p.dtype, width), []).append(p)
+            found.written.extend([] if p.is_inference() else [i])
+        elif together and p.is_floating_point() and foreach.takes(p):
+            found.listed.setdefault(p.dtype, []).append(i)
+        else:
+            found.defined.append(i)
     for kind, members in kinds.items():
         entries = (
             tuple(addresses(members).tolist()),
             tuple(p.numel() for p in members),
             tuple(_row_of(p, rows) for p in members),
         )
-        found.append(_Projected(*kind, entries))
-    return found, written, defined
+        found.launched.append(_Projected(*kind, entries))
+    return found
 
 
 def project_(ps: Sequence[Tensor], radius: float, rows: bool) -> None:
     """Projects tensors that are whole, in place: each row of them, or each of them."""
-    launched, written, defined = _projections(ps, rows=rows)
-    for i in defined:
+    found = _projections(ps, rows=rows)
+    for i in found.defined:
         project_by_definition_(ps[i], radius, rows)
-    for device, dtype, width, entries in launched:
+    for places in found.listed.values():
+        foreach.project_([ps[i] for i in places], radius, rows)
+    for device, dtype, width, entries in found.launched:
         if width:
             table = table_of(device, entries, tuple(row * (TILE // width) for row in entries[2]))
             _project_rows(table, radius, dtype, width).run(device)
@@ -326,5 +339,5 @@ def project_(ps: Sequence[Tensor], radius: float, rows: bool) -> None:
         _launch(long.table, Form(l2=2.0), (dtype, dtype), partials=partials, rows=True).run(device)
         fold(partials, long.units, squared).run(device)
         _shorten(long, squared, radius, dtype).run(device)
-    if written:
-        torch.autograd.graph.increment_version([ps[i] for i in written])
+    if found.written:
+        torch.autograd.graph.increment_version([ps[i] for i in found.written])

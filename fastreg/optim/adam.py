@@ -29,27 +29,25 @@ class _Adam(Regularized):
         return MOMENTS if group["amsgrad"] else MOMENTS[:2]
 
     def _torch_step(
-        self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor], walks: bool
+        self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor]
     ) -> None:
         lists: list[list[Tensor]] = [[], [], [], [], [], []]
         has_complex = self._init_group({**group, "params": params}, *lists)
         moments = [[local(t) for t in found] for found in lists[2:5]]
-        fused = walks and not has_complex
-        steps = lists[5]
         adam(
             pieces,
             grads,
             *moments,
-            steps,
+            lists[5],
             foreach=bool(group["foreach"]),
             capturable=group["capturable"],
             differentiable=False,
-            fused=fused,
+            fused=False,
             has_complex=has_complex,
             amsgrad=group["amsgrad"],
             beta1=group["betas"][0],
             beta2=group["betas"][1],
-            lr=float(group["lr"]) if fused else group["lr"],
+            lr=group["lr"],
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=group["maximize"],

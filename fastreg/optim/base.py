@@ -4,7 +4,8 @@ The classes are torch's own with another ``step``: arguments, groups, hooks and 
 can be loaded here and taken back. Where a step runs:
 
     kernels    dense CUDA parameters: all groups and tensors of one kind together (``ops/optimizers.py``)
-    torch      CPU parameters, unless our options change the update; what torch alone can do (complex, differentiable)
+    lists      dense CPU parameters, by torch's fused step and what our options do around it (``ops/foreach.py``)
+    torch      what has none of our options: complex and sparse tensors, where the user has chosen another step of torch
     ATen       all the rest, tensor by tensor, by the definition
 
 Between two steps a plan is kept, with the tables of addresses (``plan.py``). What may have changed since is asked in
@@ -23,8 +24,9 @@ from torch.optim import Optimizer
 
 from fastreg.ops.backend import recording
 from fastreg.ops.bulk import gradients
+from fastreg.ops.foreach import Lists, squares, step_, walks
+from fastreg.ops.layout import dense
 from fastreg.ops.optimizers import (
-    DTYPES,
     Member,
     Numbers,
     Rule,
@@ -32,7 +34,6 @@ from fastreg.ops.optimizers import (
     clipped,
     compute_dtype,
     define,
-    finish,
     laid_out,
     projection,
     same_layout,
@@ -47,17 +48,8 @@ from fastreg.optim.distributed import (
     shards,
     total,
 )
-from fastreg.optim.options import OPTIONS, check
-from fastreg.optim.plan import Placed, Plan
-
-
-def may_walk(group: dict[str, Any], grads: list[Tensor]) -> bool:
-    """Whether torch's fused step on the CPU, which walks over memory, does what its loop over the parameters does.
-
-    Of parameters and state the plan knows it. Where the user has chosen another of torch's ways, it is taken.
-    """
-    chosen = group["fused"] if group["foreach"] is None else False
-    return chosen is not False and all(map(torch.Tensor.is_contiguous, grads))
+from fastreg.optim.options import OPTIONS, changes_before, check, has_options
+from fastreg.optim.plan import Listed, Placed, Plan
 
 
 def _is_ordinary(p: Tensor, g: Tensor) -> bool:
@@ -100,12 +92,9 @@ class Regularized(Optimizer):
         raise NotImplementedError
 
     def _torch_step(
-        self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor], walks: bool
+        self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor]
     ) -> None:
-        """The step of torch, for parameters whose state has been made (or is torch's to make).
-
-        walks: by its fused one, which walks over memory.
-        """
+        """A step of torch that is not fused, for parameters whose state has been made (or is torch's to make)."""
         raise NotImplementedError
 
     # --- gradient scaling
@@ -258,9 +247,9 @@ class Regularized(Optimizer):
         self._run(plan, grads, pieces)
 
     def _structure(self, group: dict) -> tuple:
-        damped = group.get("dampening", 0) != 0
-        update = self._needs_our_update(group)
-        return len(group["params"]), self._rule(group), group["max_grad_norm"] is None, damped, update
+        damped, clips = group.get("dampening", 0) != 0, group["max_grad_norm"] is not None
+        where = changes_before(group), has_options(group), self._fuses(group)
+        return len(group["params"]), self._rule(group), clips, damped, *where
 
     def _make(
         self, structure: tuple, params: list[Tensor], grads: list[Tensor | None], pieces: list[Tensor]
@@ -315,29 +304,22 @@ class Regularized(Optimizer):
     def _place(self, plan: Plan, i: int, piece: Tensor, g: Tensor, owner: int, rule: Rule) -> None:
         """Finds the place of a parameter that no kernel takes."""
         p, group = plan.params[i], self.param_groups[owner]
-        if _is_ordinary(p, g):
-            self._prepare(p, piece, group, rule, kernels=False)
-            member = self._member(i, p, piece, g, owner, rule)
-            state = [t for t in (member.first, member.second, member.largest) if t is not None]
-            alike = all(t.dtype == p.dtype for t in state)
-            if (
-                self._needs_our_update(group)
-                or not alike
-                or (rule.average and compute_dtype(p.dtype) != p.dtype)
-            ):
-                plan.rest.append(i)
-                return
-            walks = all(
-                t.layout == torch.strided
-                and t.is_contiguous()
-                and t.dtype in DTYPES
-                and t.device.type == "cpu"
-                for t in (piece, *state)
-            )
-            plan.walks[owner] = plan.walks.get(owner, True) and walks
+        if not _is_ordinary(p, g):
+            plan.torch.setdefault(owner, []).append(i)
+            return
+        self._prepare(p, piece, group, rule, kernels=False)
+        member = self._member(i, p, piece, g, owner, rule)
+        state = (t for t in (member.first, member.second, member.largest) if t is not None)
+        small = compute_dtype(p.dtype) != p.dtype
+        if self._fuses(group) and walks(member, rule) and not (small and changes_before(group)):
+            over = shards(p) if rule.rows is False else None
+            key = shards(p) if group["max_grad_norm"] is not None else None
+            plan.lists.setdefault(Listed(owner, rule, p.dtype, over, key), []).append(i)
+            plan.written += [] if p.is_inference() else [p]
+        elif has_options(group) or any(t.dtype != p.dtype for t in state):
+            plan.rest.append(i)
         else:
-            plan.walks[owner] = False
-        plan.torch.setdefault(owner, []).append(i)
+            plan.torch.setdefault(owner, []).append(i)
 
     def _refuse(self, p: Tensor, piece: Tensor, g: Tensor, group: dict) -> None:
         """Raises for what no step can take, before anything has changed."""
@@ -349,23 +331,17 @@ class Regularized(Optimizer):
                 check_beside(piece, local(state[key]), key)
         if g.is_sparse and "betas" in self.defaults:
             raise RuntimeError("Adam does not support sparse gradients, please consider SparseAdam instead")
-        if self._has_options(group) and (g.is_sparse or not p.is_floating_point() or p.is_meta):
+        if has_options(group) and (g.is_sparse or not p.is_floating_point() or p.is_meta):
             raise RuntimeError(
                 "l1, max_norm, max_grad_norm and the other options beside those of torch need parameters of floating "
                 f"point and dense gradients, but got {p.dtype} on {p.device}, and a gradient of {g.layout}"
             )
 
     @staticmethod
-    def _needs_our_update(group: dict) -> bool:
-        """Whether options change more than what may follow torch's step: a shrinkage, a projection, an average."""
-        after = ("l1_mode", "max_norm", "max_norm_dim", "ema_decay")
-        if group["l1_mode"] == "proximal":
-            after += ("l1",)
-        return any(group[key] != OPTIONS[key] for key in OPTIONS if key not in after)
-
-    @staticmethod
-    def _has_options(group: dict) -> bool:
-        return any(group[key] != OPTIONS[key] for key in OPTIONS if key not in ("l1_mode", "max_norm_dim"))
+    def _fuses(group: dict) -> bool:
+        """Whether CPU parameters take torch's fused step: with our options always, else unless the user has chosen."""
+        chosen = group["fused"] if group["foreach"] is None else False
+        return chosen is not False or has_options(group)
 
     def _rule_of(self, p: Tensor, group: dict) -> Rule:
         """The rule of the group, without what there is nothing to do for in this parameter."""
@@ -467,7 +443,7 @@ class Regularized(Optimizer):
         for written in (plan.written, [average() for average in plan.averages]):
             if written:
                 torch.autograd.graph.increment_version(written)
-        if plan.rest or plan.torch:
+        if plan.lists or plan.torch or plan.rest:
             self._step_the_rest(plan, grads, pieces, numbers, scale, found_inf, squared)
         if squared is not None:
             if norm is None:
@@ -482,9 +458,12 @@ class Regularized(Optimizer):
             if batch.clips:
                 batch.run(batch.squares())
                 sums[batch.key] += batch.partials.sum(dtype=torch.float64).to(device)
+        for kind, places in plan.lists.items():
+            if self.param_groups[kind.owner]["max_grad_norm"] is not None:
+                sums[kind.key] += squares([grads[i] for i in places]).to(device)
         for i in plan.rest:
             if self.param_groups[plan.owners[i]]["max_grad_norm"] is not None:
-                sums[shards(plan.params[i])] += grads[i].double().square().sum().to(device)
+                sums[shards(plan.params[i])] += squares([dense(grads[i])]).to(device)
         return total(sums)
 
     def _step_the_rest(self, plan, grads, pieces, numbers, scale, found_inf, squared) -> None:
@@ -494,31 +473,57 @@ class Regularized(Optimizer):
         norm = None
         if squared is not None:
             norm = float(squared.sqrt()) / (1 if scale is None else abs(float(scale)))
-        gain = 1.0 if scale is None else 1 / float(scale)
-        by_torch = plan.torch
-        ours = plan.rest
-        if scale is not None:
-            by_torch = {}
-            ours = plan.rest + [i for places in plan.torch.values() for i in places]
-        for i in ours:
+
+        def gain_of(group: dict) -> float:
+            gain, most = 1.0 if scale is None else 1 / float(scale), group["max_grad_norm"]
+            return gain if most is None else gain * clipped(norm, most)
+
+        by_definition = list(plan.rest)
+        for kind, places in plan.lists.items():
+            if kind.dtype.itemsize < 4 and scale is not None:  # its gradients would be rounded once more
+                by_definition += places
+                continue
+            lists = self._lists(plan, kind, places, grads, pieces)
+            step_(lists, kind.rule, numbers[kind.owner], gain_of(self.param_groups[kind.owner]), kind.over)
+        for owner, places in plan.torch.items():
+            if scale is not None:  # which torch's steps do not know
+                by_definition += places
+                continue
+            params, parts, own = ([x[i] for i in places] for x in (plan.params, pieces, grads))
+            self._torch_step(self.param_groups[owner], params, parts, own)
+        for i in by_definition:
             p, owner = plan.params[i], plan.owners[i]
             group = self.param_groups[owner]
             rule = self._rule_of(p, group)
             member = self._member(i, p, pieces[i], grads[i], owner, rule)
-            most = group["max_grad_norm"]
-            own = gain if most is None else gain * clipped(norm, most)
-            define(member, rule, numbers[owner], own, shards(p) if rule.rows is False else None)
-        for owner, places in by_torch.items():
-            group = self.param_groups[owner]
-            params, parts, own = ([x[i] for i in places] for x in (plan.params, pieces, grads))
-            walks = plan.walks[owner] and may_walk(group, own)
-            self._torch_step(group, params, parts, own, walks)
-            # torch's fused step does not say what it writes
-            torch.autograd.graph.increment_version([p for p in params if not p.is_inference()])
-            if self._has_options(group):
-                for i in places:
-                    rule = self._rule_of(plan.params[i], group)
-                    member = self._member(i, plan.params[i], pieces[i], grads[i], owner, rule)
-                    finish(
-                        member, rule, numbers[owner], shards(plan.params[i]) if rule.rows is False else None
-                    )
+            over = shards(p) if rule.rows is False else None
+            define(member, rule, numbers[owner], gain_of(group), over)
+
+    def _lists(
+        self, plan: Plan, kind: Listed, places: list[int], grads: list[Tensor], pieces: list[Tensor]
+    ) -> Lists:
+        """What a step of a kind is given. (One member after the other takes longer than the step of small tensors.)"""
+        group, rule = self.param_groups[kind.owner], kind.rule
+        params, pieces, grads = (
+            x if len(x) == len(places) else [x[i] for i in places] for x in (plan.params, pieces, grads)
+        )
+        moments, average = self._moments(group), ["ema"] if rule.average else []
+        states = [self.state[p] for p in params] if moments or average else []
+        if "betas" in group:
+            counters = states
+        else:  # all have one, or none
+            counts = self._counters(params[0], group, rule) is not None
+            counters = [self._counters(p, group, rule) for p in params] if counts else []
+
+        def column(key: str) -> list[Tensor]:
+            found = [state[key] for state in states]
+            return list(map(local, found)) if plan.distributed else found
+
+        return Lists(
+            pieces,
+            grads,
+            *map(column, moments),
+            *([] for _ in range(3 - len(moments))),
+            *(map(column, average) if average else [[]]),
+            [counter["step"] for counter in counters],
+        )

@@ -36,6 +36,11 @@ OPTIONS_DOC = """
             the bits depend on the place of the parameter and its step alone. Others are rounded to the nearest.
         master_weights: keeps an fp32 copy of parameters of 16 bits as ``state[p]["master"]``, and the moments in fp32.
             It is the copy that is trained: weights loaded into the model later need a new optimizer.
+
+        On the CPU these take what torch's fused step and torch's functions take together, with three exceptions.
+        max_grad_norm and ``torch.amp.GradScaler`` leave ``.grad`` as it is, and scale a copy: up to a third more
+        where torch scales in place. stochastic_rounding and master_weights go tensor by tensor through the definition,
+        and so do 16-bit parameters if SGD has options, or Adam cautious, max_grad_norm, a subgradient or an average.
 """
 
 
@@ -57,6 +62,20 @@ def check(group: dict[str, Any], decoupled: bool) -> None:
             raise ValueError(f"{name} is a way of decoupled weight decay: use SGDW or AdamW")
     if group["master_weights"] and group["stochastic_rounding"]:
         raise ValueError("master_weights and stochastic_rounding exclude each other")
+
+
+_NONE = {key: value for key, value in OPTIONS.items() if key not in ("l1_mode", "max_norm_dim")}
+
+
+def has_options(group: dict[str, Any]) -> bool:
+    """Whether a group has more than torch's arguments."""
+    return not _NONE.items() <= group.items()
+
+
+def changes_before(group: dict[str, Any]) -> bool:
+    """Whether options change gradients or weights before the step of torch, and not after it alone."""
+    subgradient = group["l1"] != 0 and group["l1_mode"] == "subgradient"
+    return group["max_grad_norm"] is not None or bool(group["cautious"]) or subgradient
 
 
 def rule_of(group: dict[str, Any], **rest: bool) -> Rule:

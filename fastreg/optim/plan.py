@@ -1,8 +1,7 @@
 """What an optimizer keeps between two steps: which parameters are stepped where, and by what to know them again."""
 
 import weakref
-from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,8 +9,18 @@ from torch import Tensor
 from fastreg.ops import backend
 from fastreg.ops.bulk import Watch, addresses, equal, kinds_of
 from fastreg.ops.multi_tensor import upload
-from fastreg.ops.optimizers import NUMBERS, WIDTH, Batch, Numbers, same_strides
+from fastreg.ops.optimizers import NUMBERS, WIDTH, Batch, Numbers, Rule, same_strides
 from fastreg.optim.distributed import is_distributed
+
+
+class Listed(NamedTuple):
+    """Parameters that are stepped in one call of ``ops.foreach.step_``."""
+
+    owner: int  # their group
+    rule: Rule
+    dtype: torch.dtype
+    over: Any  # the processes over which the max-norm of each goes
+    key: Any  # those over which the norm of their gradients is summed
 
 
 class Plan:
@@ -24,12 +33,14 @@ class Plan:
         self.structure, self.params = structure, params
         self.distributed = any(is_distributed(p) for p in params)
         self.batches: list[Placed] = []
-        self.rest: list[int] = []  # places of parameters that no kernel takes
-        self.torch: dict[int, list[int]] = {}  # and of those that torch's own step can take, by group
-        self.walks: dict[int, bool] = {}  # whose memory may be walked over, but for the gradients
+        self.lists: dict[Listed, list[int]] = {}  # places of parameters that are stepped in lists,
+        self.torch: dict[int, list[int]] = {}  # of those that take another step of torch, by group,
+        self.rest: list[int] = []  # and of those that take the definition
         self.sums: list = []  # by what shards the norm of the gradients is summed, in an order all processes share
         self.copies = False  # some gradient has another layout than its parameter
-        self.written: list[Tensor] = []  # parameters that kernels write, behind the back of autograd
+        self.written: list[
+            Tensor
+        ] = []  # parameters that kernels and fused steps write behind the back of autograd
         self.averages: list[weakref.ref] = []  # and averages
 
     def remember(self, grads: list[Tensor | None], pieces: list[Tensor], state: dict) -> None:
@@ -37,17 +48,19 @@ class Plan:
         self._gradients: Watch | None = Watch(grads)
         self._absent = [g is None for g in grads]
         self._kinds = None
-        # Of these the memory matters: what tables point to, batch after batch, and what torch walks over.
-        walked = (places for group, places in self.torch.items() if self.walks[group])
-        self._places = list(chain(*(batch.places for batch in self.batches), *walked))
+        # What tables point to, batch after batch, and what torch's fused step walks over.
+        launched = [(i, batch.dtypes[1]) for batch in self.batches for i in batch.places]
+        walked = [(i, pieces[i].dtype) for places in self.lists.values() for i in places]
+        self._places = [i for i, _ in launched + walked]
+        self._launched = len(launched)
         self._whole = self._places == list(range(len(grads)))
-        dtypes = [batch.dtypes[1] for batch in self.batches for _ in batch.places]
-        dtypes += [None] * (len(self._places) - len(dtypes))
         placed = self._placed(pieces)
+        dtypes = (dtype for _, dtype in launched + walked)
         self._wanted = [(x.shape, x.stride(), dtype) for x, dtype in zip(placed, dtypes, strict=True)]
-        self._addresses = addresses(placed)
+        self._addresses = addresses(placed[: self._launched])
+        self._walked = kinds_of(placed[self._launched :])
         self._state_addresses = addresses([], dicts=state.values()) if self.batches else None
-        self._gradient_addresses = addresses(self._placed(grads))
+        self._gradient_addresses = addresses(self._placed(grads)[: self._launched])
 
     def _placed(self, tensors: list) -> list:
         return tensors if self._whole else [tensors[i] for i in self._places]
@@ -86,9 +99,14 @@ class Plan:
             known = alike and len(ours) == len(grads)
             # Who replaces gradients does so in every step (``zero_grad``): from now on their kind is asked at once.
             self._gradients = None
-        if not equal(addresses(self._placed(pieces), not self.distributed), self._addresses):
+        placed = self._placed(pieces)
+        if not self._walked.check(*placed[self._launched :]):
             return False
-        found = addresses(self._placed(grads), known)
+        if not self.batches:
+            return True
+        if not equal(addresses(placed[: self._launched], not self.distributed), self._addresses):
+            return False
+        found = addresses(self._placed(grads)[: self._launched], known)
         if not equal(found, self._gradient_addresses):
             start = 0
             for batch in self.batches:
@@ -130,10 +148,11 @@ class Placed(Batch):
         return self._on_device
 
 
-def _fits(g: Tensor, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype | None) -> bool:
-    """dtype: that of a kernel. Whether torch may walk over a gradient is asked in every step."""
-    if g.shape != shape or g.layout != torch.strided:
-        return False
-    return dtype is None or (
-        g.dtype == dtype and backend.is_plain(g) and same_strides(shape, g.stride(), stride)
+def _fits(g: Tensor, shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype) -> bool:
+    return (
+        g.shape == shape
+        and g.layout == torch.strided
+        and g.dtype == dtype
+        and backend.is_plain(g)
+        and same_strides(shape, g.stride(), stride)
     )

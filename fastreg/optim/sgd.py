@@ -83,7 +83,7 @@ class SGD(Regularized, torch.optim.SGD):
         return ["momentum_buffer"] if group["momentum"] != 0 else []
 
     def _torch_step(
-        self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor], walks: bool
+        self, group: dict, params: list[Tensor], pieces: list[Tensor], grads: list[Tensor]
     ) -> None:
         states = [self.state[p] for p in params] if group["momentum"] != 0 else []
         aside = self.__dict__.get("_aside", {}) if group["dampening"] != 0 else {}
@@ -99,18 +99,16 @@ class SGD(Regularized, torch.optim.SGD):
         if self._decoupled(group):
             torch._foreach_mul_(pieces, 1 - float(group["lr"]) * float(decay))
             decay = 0
-        one_first_step = all(seen) or not any(seen)  # torch's fused step knows no other
-        fused = walks and one_first_step
         sgd(
             pieces,
             grads,
             buffers,
             has_sparse_grad=any(g.is_sparse for g in grads),
             foreach=bool(group["foreach"]),
-            fused=fused,
+            fused=False,
             weight_decay=decay,
             momentum=group["momentum"],
-            lr=float(group["lr"]) if fused else group["lr"],
+            lr=group["lr"],
             dampening=group["dampening"],
             nesterov=group["nesterov"],
             maximize=group["maximize"],
