@@ -187,6 +187,11 @@ def penalty(ps: Sequence[Tensor], form: Form) -> Tensor:
     return _sum(parts, dtype, ps[0].device if ps else torch.device("cpu"))
 
 
+def _fits_lists(p: Tensor, g: Tensor) -> bool:
+    """Whether ``foreach`` takes them, and rounds no more often than the definition."""
+    return p.dtype == g.dtype == compute_dtype(p.dtype) and foreach.takes(p) and g.is_cpu and p.numel() > 0
+
+
 @torch.no_grad()
 def penalize_(ps: Sequence[Tensor], gs: Sequence[Tensor], fresh: Sequence[bool], form: Form) -> Tensor:
     """The value; its gradients are added to ``gs``, or written where ``fresh``."""
@@ -198,10 +203,18 @@ def penalize_(ps: Sequence[Tensor], gs: Sequence[Tensor], fresh: Sequence[bool],
     parts = []
     for how in ("add", "write"):
         parts += _run([ps[i] for i in kinds[how]], form, [gs[i] for i in kinds[how]], how=how)
+    lists: dict[torch.dtype, list[int]] = {}
     for i in kinds["definition"]:
+        if not form.mean and _fits_lists(ps[i], gs[i]):
+            lists.setdefault(ps[i].dtype, []).append(i)
+            if fresh[i]:
+                gs[i].zero_()
+            continue
         parts.append(_value(ps[i], form))
         slope = _slope(ps[i], form, 1.0)
         gs[i].copy_(slope) if fresh[i] else gs[i].add_(slope)
+    for places in lists.values():
+        parts.append(foreach.penalize_([ps[i] for i in places], [gs[i] for i in places], form.l1, form.l2))
     written = [gs[i] for i in kinds["add"] + kinds["write"] if not gs[i].is_inference()]
     if written:
         torch.autograd.graph.increment_version(written)
