@@ -110,9 +110,7 @@ class _Averaged(NamedTuple):
     """What kernels average, and the places of the others."""
 
     launched: list[_Launched]
-    listed: dict[
-        tuple[torch.dtype, bool], list[int]
-    ]  # by torch, in lists: their dtype, and whether they are trained
+    listed: dict[tuple[torch.dtype, bool], list[int]]  # by torch, of one dtype, trained or not
     copied: list[int]
     defined: list[int]
     unlike: list[int]  # cannot be averaged

@@ -38,9 +38,7 @@ class Plan:
         self.rest: list[int] = []  # and of those that take the definition
         self.sums: list = []  # by what shards the norm of the gradients is summed, in an order all processes share
         self.copies = False  # some gradient has another layout than its parameter
-        self.written: list[
-            Tensor
-        ] = []  # parameters that kernels and fused steps write behind the back of autograd
+        self.written: list[Tensor] = []  # parameters that are written behind the back of autograd
         self.averages: list[weakref.ref] = []  # and averages
 
     def remember(self, grads: list[Tensor | None], pieces: list[Tensor], state: dict) -> None:
