@@ -1,5 +1,6 @@
 """The kernels run natively where there is a GPU, and through Triton's interpreter on the CPU where there is none."""
 
+import gc
 import os
 import random
 import time
@@ -139,6 +140,11 @@ def pytest_runtest_setup(item) -> None:
     most = item.config.getoption("--stop-after")
     if most is not None and time.monotonic() - _began > most:
         pytest.skip("left out: no time")
+
+
+def pytest_collection_finish(session) -> None:
+    """What is there by now stays, thousands of tests among it: garbage is not looked for in it again and again."""
+    gc.freeze()
 
 
 # Thousands of cases, minutes on the interpreter: by default these run on ATen, and with ``-m slow`` on the kernels.

@@ -873,6 +873,7 @@ def test_what_is_warmed_up_is_all_that_follows(monkeypatch):
     assert sorted(steps_taken) == sorted(network.name for network in steps.SMALL_NETWORKS)
 
 
+@pytest.mark.slow  # a minute; CI runs it apart
 @pytest.mark.skipif("FASTREG_CHECK" in os.environ, reason="runs within the check itself")
 def test_check_makes_a_dry_run_end_to_end(tmp_path):
     command = [sys.executable, "-m", "bench", "check", "--dry-run", "--out", str(tmp_path)]
