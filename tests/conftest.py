@@ -150,6 +150,15 @@ def pytest_collection_finish(session) -> None:
 # Thousands of cases, minutes on the interpreter: by default these run on ATen, and with ``-m slow`` on the kernels.
 # Tests marked ``sampled`` choose themselves which of their cases run on the kernels in every run.
 _SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py")
+# Of hundreds of cases of one kind, a third runs by default, always the same, and with ``-m slow`` the others.
+_MANY = (
+    "test_arguments.py",
+    "test_dropout_conformance.py",
+    "test_norm_conformance.py",
+    "test_optim_conformance.py",
+    "test_tools.py",
+    "test_without_data.py",
+)
 # Tests of some ten seconds each, which compile or start processes: first, so that none is left for the end.
 _LONG = ("test_gpu_host.py", "test_inspect.py", "test_compiled.py", "test_training.py", "test_bench.py")
 
@@ -160,6 +169,12 @@ def pytest_collection_modifyitems(config, items) -> None:
         interpreted = getattr(item, "callspec", None) and item.callspec.params.get("path") == "kernels"
         swept = item.path.name in _SWEEPS and not item.get_closest_marker("sampled")
         if swept and interpreted and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.slow)
+        if (
+            item.path.name in _MANY
+            and hasattr(item, "callspec")
+            and random.Random(item.name).random() > 1 / 3
+        ):
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name not in _LONG)
     share, seed = config.getoption("--sample"), config.getoption("--seed")

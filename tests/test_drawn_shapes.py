@@ -22,7 +22,7 @@ from fastreg.ops.averages import copy_if_, follow_
 
 pytestmark = pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
 
-SAMPLE, SWEEP = 12, 1000
+SAMPLE, SWEEP = 8, 1000
 ELEMENTS = 20_000  # at most, of a tensor: seven programs or so
 
 # Of the largest value, or of the sums that it comes from. 16-bit results are rounded once, and gradients of products of

@@ -273,6 +273,7 @@ def one_graph(device, kind, activation=None):
                 assert_close(actual, target, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_graph_for_every_batch_size(path, device, kind):
     one_graph(device, kind)

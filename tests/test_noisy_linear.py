@@ -226,6 +226,7 @@ def test_opcheck(device, activation, keep):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "activation"), [*((kind, None) for kind in ops.KINDS), ("additive", "silu")]
 )

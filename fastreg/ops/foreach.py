@@ -267,7 +267,7 @@ def project_(ps: Sequence[Tensor], radius: float, rows: bool, shards: Any = None
     if rows:
         counts = list(map(len, ps))
         gains = gains[:, None].split(counts)
-        ends = torch.tensor([0, *itertools.accumulate(counts)], device="cpu")
+        ends = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int64, device="cpu")
         outside = outside.cumsum(0)  # how many so far
         outside = torch.cat([outside.new_zeros(1), outside])[ends].diff() > 0
     else:
