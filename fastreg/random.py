@@ -257,7 +257,7 @@ def stream(
     if torch.compiler.is_compiling() or backend.watched() or device.type == "meta":
         # Every call of a graph draws anew, ``torch.func.vmap`` may draw for each example, and without data there is no
         # number.
-        if torch.compiler.is_compiling() and _is_recomputed():
+        if torch.compiler.is_compiling() and _is_recomputed() and torch.is_grad_enabled():
             return Stream(checkpoint(_drawn, device, generator, use_reentrant=False))
         return Stream(_drawn(device, generator))
     if device.type != "cuda":
@@ -273,6 +273,12 @@ def stream(
         return Stream(_signed(generator.initial_seed() ^ 0x6661737472656721), offset)
 
 
+def is_wanted(seed: int | Tensor | None, generator: Generator | None) -> bool:
+    """Whether a stream has to be drawn where torch's own random functions would do: asked for by a seed or a generator,
+    or needed in a graph that may draw twice."""
+    return seed is not None or generator is not None or (torch.compiler.is_compiling() and _is_recomputed())
+
+
 def _drawn(device: torch.device, generator: Generator | None) -> Tensor:
     """A seed in memory, which an operator of a graph draws."""
     return torch.randint(0, 2**63 - 1, (1,), generator=generator, dtype=torch.int64, device=device)
@@ -282,7 +288,8 @@ def _is_recomputed() -> bool:
     """Whether the backward pass of a graph that is compiled may draw once more what the forward pass has drawn.
 
     With an activation memory budget below 1, torch.compile computes again what it does not save, and a random number
-    comes out as another one (pytorch#190717), unless it belongs to a checkpoint, whose generator is put back.
+    comes out as another one (pytorch#190717), unless it belongs to a checkpoint, whose generator is put back. (Graphs
+    without gradients compute nothing again, and torch compiles no checkpoint of random numbers in them.)
     """
     region = traceback.current_meta.get("custom", {})
     return region.get("_region_activation_memory_budget", config.activation_memory_budget) < 1

@@ -147,6 +147,10 @@ def pytest_collection_finish(session) -> None:
     gc.freeze()
 
 
+def pytest_sessionfinish(session) -> None:
+    gc.unfreeze()
+
+
 # Thousands of cases, minutes on the interpreter: by default these run on ATen, and with ``-m slow`` on the kernels.
 # Tests marked ``sampled`` choose themselves which of their cases run on the kernels in every run.
 _SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py")

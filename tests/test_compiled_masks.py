@@ -36,7 +36,7 @@ if hasattr(torch.autograd.graph, "region_activation_memory_budget"):  # since to
 
 @pytest.mark.parametrize(("budget", "around"), BUDGETS)
 @pytest.mark.parametrize("make", [pytest.param(LAYERS["Dropout"], id="Dropout"), TORCHS])
-def test_what_is_computed_again_is_drawn_as_before(make, budget, around, device):
+def test_what_is_computed_again_is_drawn_as_before(make, budget, around, device, path):
     """Of a linear function f, the gradient of the sum over f(x) times x is that sum."""
     torch._dynamo.reset()
     layer = make().to(device)
@@ -57,8 +57,17 @@ def test_what_is_computed_again_is_drawn_as_before(make, budget, around, device)
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_all_layers_draw_as_before(name, device):
-    test_what_is_computed_again_is_drawn_as_before(LAYERS[name], 0.0, contextlib.nullcontext, device)
+def test_all_layers_draw_as_before(name, device, path):
+    test_what_is_computed_again_is_drawn_as_before(LAYERS[name], 0.0, contextlib.nullcontext, device, path)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_without_gradients_nothing_is_kept_for_later(name, device, path):
+    torch._dynamo.reset()
+    x = torch.rand(6, 5, 8, device=device)
+    with config.patch(activation_memory_budget=0.5), torch.no_grad():
+        compiled = torch.compile(LAYERS[name]().to(device), backend="aot_eager")
+        assert not torch.equal(compiled(x), compiled(x))
 
 
 def test_without_a_budget_the_seed_is_saved(device):

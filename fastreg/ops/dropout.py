@@ -447,7 +447,7 @@ def _dropout(
         p = checked_p(input, p, training, F.dropout if aten is _aten_drop_path else aten)
     unfused = bias is None and activation is None and residual is None
     ours = backend.runs_kernels(input)
-    seeded = seed is not None or generator is not None
+    seeded = random.is_wanted(seed, generator)
     if (
         unfused
         and inverted

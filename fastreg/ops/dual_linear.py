@@ -501,7 +501,7 @@ def _dual(v, weight, bias, sigma, weight_sigma, bias_sigma, form, activation, se
     tensors = (v, weight, bias, sigma, weight_sigma, bias_sigma)
     if not on_kernels(*tensors) or v.numel() == 0 or weight.numel() == 0:
         # What no seed has to agree with takes torch's own random numbers.
-        drawn = seed is not None or generator is not None
+        drawn = random.is_wanted(seed, generator)
         stream = random.stream(v.device, seed, generator) if drawn else None
         return activated(_definition(*tensors, stream, form), activation)
     stream = random.stream(v.device, seed, generator)

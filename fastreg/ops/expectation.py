@@ -264,7 +264,7 @@ def average(
         that of ``fastreg.random.draws``.
     """
     ours = _on_kernels(mean, deviation)
-    drawn = samples > 0 and (ours or seed is not None or generator is not None)
+    drawn = samples > 0 and (ours or random.is_wanted(seed, generator))
     stream = random.stream(mean.device, seed, generator) if drawn else None
     if not ours:
         return _definition(mean, deviation, stream, activation, samples)

@@ -212,7 +212,7 @@ def gaussian_noise(
         raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
     multiplicative = mode == "multiplicative"
     ours = backend.runs_kernels(input) and backend.worth_a_launch(input, ATEN_BELOW)
-    if seed is not None or generator is not None or ours:
+    if ours or random.is_wanted(seed, generator):
         stream = random.stream(input.device, seed, generator)
         return _with_noise(input, stream, _Form(std, multiplicative, dense_strides(input)), inplace)
     y = _definition(input, torch.randn_like(input, dtype=_computed_in(input)), std, multiplicative)

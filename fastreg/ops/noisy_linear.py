@@ -170,7 +170,7 @@ _row_noise_op.register_autograd(_compiled_backward, setup_context=_save)
 def row_noise(x: Tensor, deviation: Tensor, activation=None, seed=None, generator=None) -> Tensor:
     """activation(x + deviation eps) for x ``[rows, columns]`` and a deviation ``[rows]`` (fp32; fp64 for fp64)."""
     if not on_kernels(x, deviation) or x.numel() == 0:
-        drawn = seed is not None or generator is not None
+        drawn = random.is_wanted(seed, generator)
         stream = random.stream(x.device, seed, generator) if drawn else None
         return activated(_definition(x, deviation, stream), activation)
     stream = random.stream(x.device, seed, generator)
