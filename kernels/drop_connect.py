@@ -427,7 +427,7 @@ def weight_gradient(
 ):
     """dW[n, k] = scale sum_b m(b, n, k) dz[b, n] v[b, k]. Grid: blocks of outputs times blocks of inputs."""
     seed = _seed(seed_ptr, seed)
-    output_block, input_block = block_of_program(tl.cdiv(outputs, BLOCK_OUTPUTS))
+    input_block, output_block = block_of_program(tl.cdiv(inputs, BLOCK_INPUTS))
     output = output_block * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
     call = input_block * (BLOCK_INPUTS // CALL) + tl.arange(0, BLOCK_INPUTS // CALL)
     input = call[:, None] * CALL + tl.arange(0, CALL)[None, :]
