@@ -198,6 +198,33 @@ def test_state_is_its_own(path, device):
         ExponentialMovingAverage(nn.Linear(3, 3), 0.5).load_state_dict(state)
 
 
+@pytest.mark.parametrize("decay", [torch.tensor(0.5), np.float32(0.5), np.float64(0.5), np.array(0.5)[()]])
+def test_decay_becomes_a_number_of_python(decay, path):
+    model = nn.Linear(2, 2)
+    ema = ExponentialMovingAverage(model, decay)
+    assert type(ema.decay) is float
+    assert type(ema.state_dict()["decay"]) is float
+    averages = [p.detach() + 1 for p in model.parameters()]
+    expected = [p.detach() + 0.5 for p in model.parameters()]
+    get_ema_multi_avg_fn(decay)(averages, list(model.parameters()), 1)
+    assert_close(averages, expected)
+    ema.load_state_dict({**ema.state_dict(), "decay": decay})
+    file = io.BytesIO()
+    torch.save(ema.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["decay"] == 0.5
+
+
+@pytest.mark.parametrize("decay", ["0.5", None, [0.5], torch.ones(2), torch.tensor(0.5, requires_grad=True)])
+def test_a_decay_that_is_no_number_is_refused_by_name(decay):
+    for make in (
+        lambda: ExponentialMovingAverage(nn.Linear(2, 2), decay),
+        lambda: get_ema_multi_avg_fn(decay),
+    ):
+        with pytest.raises(TypeError, match="decay has to be a number"):
+            make()
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
 def test_bad_decay_in_torchs_words(decay):
     with pytest.raises(ValueError, match="Please provide a value in"):
@@ -613,3 +640,31 @@ def test_other_pieces_are_refused(processes, path):
 def test_public_names():
     assert fastreg.ExponentialMovingAverage is ExponentialMovingAverage
     assert fastreg.BestWeights is BestWeights
+
+
+@pytest.mark.parametrize("kind", ["average", "best"])
+def test_a_state_in_another_order_is_taken(kind):
+    make = (lambda m: ExponentialMovingAverage(m, 0.5)) if kind == "average" else BestWeights
+    one, other = make(Net()), make(Net())
+    state = one.state_dict()
+    state["tensors"] = dict(reversed(state["tensors"].items()))
+    other.load_state_dict(state)
+    assert_same(other.tensors, one.tensors)
+    del state["tensors"]["long"]
+    before = {name: x.clone() for name, x in other.tensors.items()}
+    with pytest.raises(ValueError, match=r"missing \['long'\], unexpected \[\]"):
+        other.load_state_dict(state)
+    assert_same(other.tensors, before)
+
+
+@pytest.mark.parametrize("kind", ["average", "best"])
+def test_the_state_of_something_else_is_refused_in_one_sentence(kind):
+    model = Net()
+    kept = ExponentialMovingAverage(model, 0.5) if kind == "average" else BestWeights(model)
+    for state in (
+        model.state_dict(),
+        {},
+        {"tensors": model.state_dict(), "decay": 0.5} if kind == "average" else {},
+    ):
+        with pytest.raises(ValueError, match=f"no state of {type(kept).__name__}: it has no "):
+            kept.load_state_dict(state)
