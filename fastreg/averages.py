@@ -30,6 +30,7 @@ from torch import Tensor
 from fastreg.ops.arguments import integer, real
 from fastreg.ops.averages import copy_, copy_if_, follow_
 from fastreg.ops.bulk import Watch
+from fastreg.ops.layout import check_written
 from fastreg.ops.optimizers import compute_dtype
 from fastreg.optim.distributed import local, local_pairs
 
@@ -79,7 +80,10 @@ class _Kept:
     def __init__(self, model: torch.nn.Module, keep: Callable[[Tensor], Tensor]) -> None:
         self.model = model
         self._tensors = _Tensors(model)
-        self._kept = [keep(x.detach()) for x in self._tensors.now()]
+        now = self._tensors.now()
+        for name, x in zip(self._tensors.names, now, strict=True):
+            check_written(local(x), name)
+        self._kept = [keep(x.detach()) for x in now]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -153,6 +157,7 @@ class ExponentialMovingAverage(_Kept):
     Raises:
         ValueError: a decay out of range; in every method, a tensor of the model that is gone, has come, or has another
             shape, and then nothing was written.
+        RuntimeError: a tensor of the model that is sparse, or whose elements share memory (``expand``).
 
     Source: Polyak and Juditsky 1992; the exponential form as in Szegedy et al. 2016, "Rethinking the Inception
     Architecture", section 8.
