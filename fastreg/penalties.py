@@ -33,6 +33,7 @@ from torch import Tensor
 
 from fastreg.ops import penalties as ops
 from fastreg.ops.arguments import plain, real
+from fastreg.ops.layout import check_inference, check_written
 from fastreg.ops.optimizers import check_beside
 from fastreg.ops.penalties import Form
 from fastreg.optim.distributed import Shards, by_shards, check_max_norm, is_distributed, local, shards
@@ -221,6 +222,8 @@ def max_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, dim: int |
         raise ValueError(f"Invalid dim: {dim}, choose None or 0")
     for p in tensors:
         check_max_norm(p, dim)
+        check_written(local(p), "parameters")
+        check_inference(p, "parameters")
     rows = dim == 0
     whole, pieces = [], []
     for p in tensors:
@@ -308,8 +311,8 @@ def _check_accumulates(p: Tensor) -> None:
     g = p.grad if p.is_leaf else None
     if g is None or not p.requires_grad:
         return
-    if g.layout != torch.strided:
-        raise RuntimeError(f"accumulate=True needs dense gradients, but got {g.layout}")
+    check_written(local(g), "gradient")
+    check_inference(g, "gradient")
     check_beside(p, g, "gradient")
     if is_distributed(p) != is_distributed(g) or (is_distributed(p) and g.placements != p.placements):
         raise RuntimeError(

@@ -507,3 +507,53 @@ def test_public_names():
         "max_norm_",
     ]
     assert repr(GaussianPrior(0.5)) == "GaussianPrior(std=0.5, mean=0.0, constant=False, examples=1)"
+
+
+# --- what cannot be written -------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _of_inference(device):
+    return torch.zeros(3, 4, device=device)
+
+
+UNWRITABLE = {
+    "expanded": (
+        lambda device: torch.zeros(1, 4, device=device).expand(3, 4),
+        "gradient: unsupported operation: more than one element of the written-to tensor",
+    ),
+    "inference": (_of_inference, "gradient: Inplace update to inference tensor outside InferenceMode"),
+    "sparse": (lambda device: torch.zeros(3, 4, device=device).to_sparse(), "gradient: .*sparse"),
+}
+
+
+@pytest.mark.parametrize("kind", UNWRITABLE)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_that_cannot_be_written_are_refused_before_any_is(form, kind, device, path):
+    make, words = UNWRITABLE[kind]
+    fresh, has, bad = (torch.randn(3, 4, device=device, requires_grad=True) for _ in range(3))
+    has.grad = torch.zeros(3, 4, device=device)
+    bad.grad = make(device)
+    with pytest.raises(RuntimeError, match=words):
+        FORMS[form][0]([fresh, has, bad], accumulate=True)
+    assert fresh.grad is None
+    assert not has.grad.any()
+    bad.requires_grad_(False)  # whose gradient nobody adds to
+    FORMS[form][0]([fresh, has, bad], accumulate=True)
+    assert has.grad.any()
+    if kind == "inference":
+        bad.requires_grad_()
+        with torch.inference_mode():
+            FORMS[form][0]([bad], accumulate=True)
+            assert bad.grad.any()
+
+
+@pytest.mark.parametrize("dim", [None, 0])
+@pytest.mark.parametrize("kind", UNWRITABLE)
+def test_weights_that_cannot_be_written_are_refused_before_any_is(kind, dim, device, path):
+    make, words = UNWRITABLE[kind]
+    good = torch.ones(3, 4, device=device)
+    bad = make(device)
+    with pytest.raises(RuntimeError, match=words.replace("gradient", "parameters")):
+        max_norm_([good, bad], 0.1, dim)
+    assert (good == 1).all()
