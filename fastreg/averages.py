@@ -215,6 +215,9 @@ class BestWeights(_Kept):
 
     ``best.update(loss < lowest)`` with tensors on the device copies there or does not, and the host waits for neither:
     8 bytes a weight where it improved, none where it did not.
+
+    Raises:
+        ValueError, RuntimeError: as :class:`ExponentialMovingAverage`.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
