@@ -1,4 +1,4 @@
-"""``python -m bench`` (in a checkout) and ``fastreg bench`` (installed): run, steps, host, pieces, report, check."""
+"""``python -m bench`` (in a checkout) and ``fastreg bench`` (installed)."""
 
 import contextlib
 import importlib
@@ -18,6 +18,9 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from fastreg.training.errors import InputError
+from fastreg.training.settings import resolve_device
 
 from . import FAMILIES
 from .cases import Case
@@ -46,7 +49,9 @@ from .steps import run as time_steps
 # Results belong to the checkout; an installed package writes none into itself.
 RESULTS = REPOSITORY / "bench/results" if (REPOSITORY / "pyproject.toml").exists() else Path("bench-results")
 app = typer.Typer(
-    help="Benchmarks: run, steps, host, pieces, report, check.", no_args_is_help=True, add_completion=False
+    help="Benchmarks: run, steps, host, pieces, report, check, list.",
+    no_args_is_help=True,
+    add_completion=False,
 )
 console = Console(highlight=False, soft_wrap=True)
 
@@ -72,7 +77,22 @@ def nbytes(text: str) -> int:
 
 
 def choose_device(name: str) -> torch.device:
-    return torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        return torch.device(resolve_device(name or "auto"))
+    except InputError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def above_zero(value: float | None) -> float | None:
+    if value is not None and not 0 < value < math.inf:
+        raise typer.BadParameter(f"has to be a number above 0, but got {value}")
+    return value
+
+
+def not_below_zero(value: float) -> float:
+    if not value >= 0:
+        raise typer.BadParameter(f"has to be at least 0, but got {value}")
+    return value
 
 
 @app.command()
@@ -89,8 +109,12 @@ def run(
     out: Annotated[Path | None, typer.Option(help="Folder of the result files.")] = None,
     quick: Annotated[bool, typer.Option(help="Few sizes, bf16, short timings, no max-autotune.")] = False,
     device: Annotated[str, typer.Option(help="cuda or cpu; cuda where there is one.")] = "",
-    budget: Annotated[float | None, typer.Option(help="Milliseconds for one timing.")] = None,
-    stop_after: Annotated[float, typer.Option(help="Seconds after which no new case is begun.")] = math.inf,
+    budget: Annotated[
+        float | None, typer.Option(help="Milliseconds for one timing.", callback=above_zero)
+    ] = None,
+    stop_after: Annotated[
+        float, typer.Option(help="Seconds after which no new case is begun.", callback=not_below_zero)
+    ] = math.inf,
     without: Annotated[str, typer.Option(help="Not these implementations.")] = "",
     label: Annotated[str, typer.Option(help="A word for the result files, to keep them beside others.")] = "",
 ) -> None:
@@ -192,7 +216,7 @@ def steps(
     ] = "",
     out: Annotated[Path | None, typer.Option(help="Folder of the result file.")] = None,
     device: Annotated[str, typer.Option(help="cuda or cpu; cuda where there is one.")] = "",
-    seconds: Annotated[float, typer.Option(help="Seconds of one timing.")] = 5,
+    seconds: Annotated[float, typer.Option(help="Seconds of one timing.", callback=above_zero)] = 5,
 ) -> None:
     """Time one training step of whole networks, with our layers and with torch's."""
     where, failed, names = choose_device(device), False, tuple(words(implementations))
@@ -246,6 +270,9 @@ def report(
     ] = None,
 ) -> None:
     """Render tables and pictures from result files."""
+    if not any(results.rglob("*.json")):
+        console.print(f"there are no results in {results}", style="red", markup=False)
+        raise typer.Exit(1)
     try:
         written = render(results, page or results.parent / "RESULTS.md", readme)
     except ValueError as error:
@@ -264,7 +291,7 @@ def check(
     tests: Annotated[
         str | None, typer.Option(help='Arguments for pytest: a path, or "tests -k name".')
     ] = None,
-    seconds: Annotated[float, typer.Option(help="Time for everything.")] = TOTAL,
+    seconds: Annotated[float, typer.Option(help="Time for everything.", callback=above_zero)] = TOTAL,
 ) -> None:
     """Tests, sanitizer, quick benchmarks and report in nine minutes: the command for a fresh GPU machine."""
     dry = not torch.cuda.is_available() if dry_run is None else dry_run
@@ -334,7 +361,7 @@ def once(case: Case, dtype: torch.dtype, numel: int, where: torch.device) -> str
 def sanitize(
     family: Annotated[list[str] | None, typer.Argument()] = None,
     device: Annotated[str, typer.Option()] = "",
-    stop_after: Annotated[float, typer.Option()] = math.inf,
+    stop_after: Annotated[float, typer.Option(callback=not_below_zero)] = math.inf,
 ) -> None:
     """Every case once, forward and backward, checked: what runs under compute-sanitizer. Says what it left out."""
     where, end, failed = choose_device(device), time.monotonic() + stop_after, False

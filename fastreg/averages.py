@@ -27,8 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastreg.ops.arguments import integer, real
 from fastreg.ops.averages import copy_, copy_if_, follow_
 from fastreg.ops.bulk import Watch
+from fastreg.ops.layout import check_written
 from fastreg.ops.optimizers import compute_dtype
 from fastreg.optim.distributed import local, local_pairs
 
@@ -78,7 +80,10 @@ class _Kept:
     def __init__(self, model: torch.nn.Module, keep: Callable[[Tensor], Tensor]) -> None:
         self.model = model
         self._tensors = _Tensors(model)
-        self._kept = [keep(x.detach()) for x in self._tensors.now()]
+        now = self._tensors.now()
+        for name, x in zip(self._tensors.names, now, strict=True):
+            check_written(local(x), name)
+        self._kept = [keep(x.detach()) for x in now]
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -104,10 +109,16 @@ class _Kept:
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what ``state_dict`` returned."""
-        found = state_dict["tensors"]
-        if list(found) != self._tensors.names:
-            raise ValueError(_differing("the state", list(found), self._tensors.names))
-        self._copy(self._kept, list(found.values()))
+        self._check_keys(state_dict, "tensors")
+        found, names = state_dict["tensors"], self._tensors.names
+        if found.keys() != set(names):
+            raise ValueError(_differing("the state", list(found), names))
+        self._copy(self._kept, [found[name] for name in names])
+
+    def _check_keys(self, state_dict: dict[str, Any], *keys: str) -> None:
+        missing = [key for key in keys if key not in state_dict]
+        if missing:
+            raise ValueError(f"this is no state of {type(self).__name__}: it has no {', '.join(missing)}")
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model, "kept": self._kept, **self._rest()}
@@ -146,14 +157,14 @@ class ExponentialMovingAverage(_Kept):
     Raises:
         ValueError: a decay out of range; in every method, a tensor of the model that is gone, has come, or has another
             shape, and then nothing was written.
+        RuntimeError: a tensor of the model that is sparse, or whose elements share memory (``expand``).
 
     Source: Polyak and Juditsky 1992; the exponential form as in Szegedy et al. 2016, "Rethinking the Inception
     Architecture", section 8.
     """
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
-        _check_decay(decay)
-        self.decay = decay
+        self.decay = _checked_decay(decay)
         self.updates = 0
 
         def wide(x: Tensor) -> Tensor:
@@ -187,8 +198,8 @@ class ExponentialMovingAverage(_Kept):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Takes up what ``state_dict`` returned, its decay included."""
-        decay, updates = state_dict["decay"], state_dict["updates"]
-        _check_decay(decay)
+        self._check_keys(state_dict, "tensors", "decay", "updates")
+        decay, updates = _checked_decay(state_dict["decay"]), integer("updates", state_dict["updates"])
         super().load_state_dict(state_dict)
         self.decay, self.updates = decay, updates
 
@@ -204,6 +215,9 @@ class BestWeights(_Kept):
 
     ``best.update(loss < lowest)`` with tensors on the device copies there or does not, and the host waits for neither:
     8 bytes a weight where it improved, none where it did not.
+
+    Raises:
+        ValueError, RuntimeError: as :class:`ExponentialMovingAverage`.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -245,7 +259,7 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Se
     takes up to 1.6 times as long as torch's function: it looks for infinities (masks in buffers), of which that one
     makes NaN.
     """
-    _check_decay(decay)
+    decay = _checked_decay(decay)
 
     def average(averages: Sequence[Tensor], current: Sequence[Tensor], _: Any) -> None:
         follow_(*local_pairs(averages, current), decay)
@@ -253,6 +267,8 @@ def get_ema_multi_avg_fn(decay: float = 0.999) -> Callable[[Sequence[Tensor], Se
     return average
 
 
-def _check_decay(decay: float) -> None:
-    if not 0.0 <= decay <= 1.0:
+def _checked_decay(decay: Any) -> float:
+    found = real("decay", decay)
+    if not 0.0 <= found <= 1.0:
         raise ValueError(f"Invalid decay value {decay} provided. Please provide a value in [0,1] range.")
+    return found

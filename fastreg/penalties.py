@@ -32,6 +32,8 @@ import torch
 from torch import Tensor
 
 from fastreg.ops import penalties as ops
+from fastreg.ops.arguments import plain, real
+from fastreg.ops.layout import check_inference, check_written
 from fastreg.ops.optimizers import check_beside
 from fastreg.ops.penalties import Form
 from fastreg.optim.distributed import Shards, by_shards, check_max_norm, is_distributed, local, shards
@@ -60,7 +62,7 @@ def l1(parameters: Tensor | Iterable[Tensor], coefficient: float, *, accumulate:
 
     Raises:
         ValueError: a coefficient that is negative, infinite or NaN.
-        TypeError: tensors that are not floating point.
+        TypeError: a coefficient that is no number, or a tensor with a gradient; tensors that are not floating point.
         RuntimeError: accumulate with a tensor that is no leaf, or with a gradient in other pieces than the tensor.
     """
     return elastic_net(parameters, l1=coefficient, l2=0.0, accumulate=accumulate)
@@ -81,20 +83,17 @@ def elastic_net(
 
     Arguments, result and errors are those of :func:`l1`.
     """
-    for name, value in (("l1", l1), ("l2", l2)):
-        _check(name, value, least=0.0)
-    return _penalty(_listed(parameters), Form(float(l1), float(l2)), accumulate)
+    form = Form(_checked("l1", l1, least=0.0), _checked("l2", l2, least=0.0))
+    return _penalty(_listed(parameters), form, accumulate)
 
 
 class _Prior(torch.nn.Module):
     def __init__(self, mean: float, constant: bool, examples: int) -> None:
         super().__init__()
-        _check("mean", mean)
-        if isinstance(examples, Tensor) or not examples > 0:
-            raise ValueError(f"Invalid examples value: {examples}")
-        self.mean = float(mean)
+        self.mean = _checked("mean", mean)
         self.constant = constant
-        self.examples = examples
+        _checked("examples", examples, above=0.0)
+        self.examples = plain(examples)
 
     def _form(self) -> Form:
         raise NotImplementedError
@@ -148,10 +147,8 @@ class GaussianPrior(_Prior):
         if (std is None) == (precision is None):
             raise ValueError("GaussianPrior takes either std or precision")
         if precision is None:
-            _check("std", std, above=0.0)
-            precision = std**-2.0
-        _check("precision", precision, **({"above": 0.0} if constant else {"least": 0.0}))
-        self.precision = float(precision)
+            precision = _checked("std", std, least=1e-154) ** -2.0  # of a smaller one it is no float
+        self.precision = _checked("precision", precision, **({"above": 0.0} if constant else {"least": 0.0}))
 
     @property
     def std(self) -> float:
@@ -183,8 +180,7 @@ class LaplacePrior(_Prior):
 
     def __init__(self, scale: float, *, mean: float = 0.0, constant: bool = False, examples: int = 1) -> None:
         super().__init__(mean, constant, examples)
-        _check("scale", scale, above=0.0)
-        self.scale = float(scale)
+        self.scale = _checked("scale", scale, least=1e-308)  # of a smaller one the inverse is no float
 
     def _form(self) -> Form:
         return Form(l1=1 / self.scale, mean=self.mean)
@@ -219,12 +215,15 @@ def max_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, dim: int |
     Source: Srivastava et al. 2014 (JMLR 15), section 5.1.
     """
     tensors = _listed(parameters, complex=True)
-    if not max_norm >= 0:
+    radius = real("max_norm", max_norm)
+    if not radius >= 0:
         raise RuntimeError(f"renorm: expected maxnorm to be >= 0 but got {max_norm}")
     if dim not in (None, 0):
         raise ValueError(f"Invalid dim: {dim}, choose None or 0")
     for p in tensors:
         check_max_norm(p, dim)
+        check_written(local(p), "parameters")
+        check_inference(p, "parameters")
     rows = dim == 0
     whole, pieces = [], []
     for p in tensors:
@@ -232,19 +231,30 @@ def max_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, dim: int |
             continue
         over = None if rows else shards(p)
         (whole if over is None else pieces).append((local(p), over))
-    ops.project_([p for p, _ in whole], float(max_norm), rows)
+    ops.project_([p for p, _ in whole], radius, rows)
     for p, over in pieces:
-        ops.project_by_definition_(p, float(max_norm), rows, over)
+        ops.project_by_definition_(p, radius, rows, over)
 
 
 # --- what they share --------------------------------------------------------------------------------------
 
 
-def _check(name: str, value: Any, least: float = -math.inf, above: float = -math.inf) -> None:
-    if isinstance(value, Tensor):
-        raise TypeError(f"{name} has to be a number, but got a tensor: multiply the penalty by it")
-    if not (least <= value and above < value and math.isfinite(value)):
-        raise ValueError(f"Invalid {name} value: {value}")
+def _checked(name: str, value: Any, least: float = -math.inf, above: float = -math.inf) -> float:
+    if isinstance(value, Tensor) and value.requires_grad:
+        raise TypeError(
+            f"{name} has to be a number, but got a tensor with a gradient: multiply the penalty by it"
+        )
+    found = real(name, value)
+    if not (least <= found and above < found and math.isfinite(found)):
+        bound = (
+            f", and above {above}"
+            if above > -math.inf
+            else f", and at least {least}"
+            if least > -math.inf
+            else ""
+        )
+        raise ValueError(f"Invalid {name} value: {value}, which has to be finite{bound}")
+    return found
 
 
 def _listed(parameters: Tensor | Iterable[Tensor], complex: bool = False) -> list[Tensor]:
@@ -301,8 +311,8 @@ def _check_accumulates(p: Tensor) -> None:
     g = p.grad if p.is_leaf else None
     if g is None or not p.requires_grad:
         return
-    if g.layout != torch.strided:
-        raise RuntimeError(f"accumulate=True needs dense gradients, but got {g.layout}")
+    check_written(local(g), "gradient")
+    check_inference(g, "gradient")
     check_beside(p, g, "gradient")
     if is_distributed(p) != is_distributed(g) or (is_distributed(p) and g.placements != p.placements):
         raise RuntimeError(

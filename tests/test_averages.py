@@ -198,6 +198,33 @@ def test_state_is_its_own(path, device):
         ExponentialMovingAverage(nn.Linear(3, 3), 0.5).load_state_dict(state)
 
 
+@pytest.mark.parametrize("decay", [torch.tensor(0.5), np.float32(0.5), np.float64(0.5), np.array(0.5)[()]])
+def test_decay_becomes_a_number_of_python(decay, path):
+    model = nn.Linear(2, 2)
+    ema = ExponentialMovingAverage(model, decay)
+    assert type(ema.decay) is float
+    assert type(ema.state_dict()["decay"]) is float
+    averages = [p.detach() + 1 for p in model.parameters()]
+    expected = [p.detach() + 0.5 for p in model.parameters()]
+    get_ema_multi_avg_fn(decay)(averages, list(model.parameters()), 1)
+    assert_close(averages, expected)
+    ema.load_state_dict({**ema.state_dict(), "decay": decay})
+    file = io.BytesIO()
+    torch.save(ema.state_dict(), file)
+    file.seek(0)
+    assert torch.load(file, weights_only=True)["decay"] == 0.5
+
+
+@pytest.mark.parametrize("decay", ["0.5", None, [0.5], torch.ones(2), torch.tensor(0.5, requires_grad=True)])
+def test_a_decay_that_is_no_number_is_refused_by_name(decay):
+    for make in (
+        lambda: ExponentialMovingAverage(nn.Linear(2, 2), decay),
+        lambda: get_ema_multi_avg_fn(decay),
+    ):
+        with pytest.raises(TypeError, match="decay has to be a number"):
+            make()
+
+
 @pytest.mark.parametrize("decay", [-0.1, 1.1, float("nan")])
 def test_bad_decay_in_torchs_words(decay):
     with pytest.raises(ValueError, match="Please provide a value in"):
@@ -540,7 +567,7 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_is_written(path, d
         with pytest.raises(ValueError, match="flags"):
             ema.load_state_dict(broken)
         assert_same(ema.tensors, mine)
-    with pytest.raises(KeyError, match="updates"):
+    with pytest.raises(ValueError, match="it has no updates"):
         ema.load_state_dict({key: value for key, value in state.items() if key != "updates"})
     assert_same(ema.tensors, mine)
     assert ema.decay == 0.5
@@ -613,3 +640,139 @@ def test_other_pieces_are_refused(processes, path):
 def test_public_names():
     assert fastreg.ExponentialMovingAverage is ExponentialMovingAverage
     assert fastreg.BestWeights is BestWeights
+
+
+@pytest.mark.parametrize("kind", ["average", "best"])
+def test_a_state_in_another_order_is_taken(kind):
+    make = (lambda m: ExponentialMovingAverage(m, 0.5)) if kind == "average" else BestWeights
+    one, other = make(Net()), make(Net())
+    state = one.state_dict()
+    state["tensors"] = dict(reversed(state["tensors"].items()))
+    other.load_state_dict(state)
+    assert_same(other.tensors, one.tensors)
+    del state["tensors"]["long"]
+    before = {name: x.clone() for name, x in other.tensors.items()}
+    with pytest.raises(ValueError, match=r"missing \['long'\], unexpected \[\]"):
+        other.load_state_dict(state)
+    assert_same(other.tensors, before)
+
+
+@pytest.mark.parametrize("kind", ["average", "best"])
+def test_the_state_of_something_else_is_refused_in_one_sentence(kind):
+    model = Net()
+    kept = ExponentialMovingAverage(model, 0.5) if kind == "average" else BestWeights(model)
+    for state in (
+        model.state_dict(),
+        {},
+        {"tensors": model.state_dict(), "decay": 0.5} if kind == "average" else {},
+    ):
+        with pytest.raises(ValueError, match=f"no state of {type(kept).__name__}: it has no "):
+            kept.load_state_dict(state)
+
+
+def _expanded():
+    return torch.zeros(1, 3).expand(4, 3)
+
+
+@torch.inference_mode()
+def _of_inference():
+    return torch.zeros(3)
+
+
+def _with_buffer(buffer, device):
+    """Buffers come after parameters: what is written in turn has written those."""
+    model = nn.Linear(3, 3).to(device)
+    model.register_buffer("odd", buffer.to(device))
+    return model
+
+
+KEEPERS = {"average": lambda m: ExponentialMovingAverage(m, 0.5), "best": BestWeights}
+UNWRITABLE = {
+    "expanded": (
+        _expanded,
+        "odd: unsupported operation: more than one element of the written-to tensor refers to",
+    ),
+    "sparse": (lambda: torch.eye(3).to_sparse(), "odd: .*sparse"),
+    "compressed": (lambda: torch.eye(3).to_sparse_csr(), "odd: .*sparse"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("kind", UNWRITABLE)
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_what_cannot_be_written_is_refused_at_once(keeper, kind, device, path):
+    make, words = UNWRITABLE[kind]
+    with pytest.raises(RuntimeError, match=words):
+        KEEPERS[keeper](_with_buffer(make(), device))
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("kind", UNWRITABLE)
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_what_can_no_longer_be_written_is_refused_before_anything_is(keeper, kind, device, path):
+    make, words = UNWRITABLE[kind]
+    model = _with_buffer(make().to_dense().contiguous().clone(), device)
+    kept = KEEPERS[keeper](model)
+    disturb_all(model)
+    model.odd = make().to(device)
+    weights = [p.detach().clone() for p in model.parameters()]
+    averages = [x.clone() for x in kept.tensors.values()]
+    calls = [lambda: kept.copy_to(model)]
+    if keeper == "average":
+        calls.append(lambda: kept.applied().__enter__())
+    else:
+        calls.append(kept.restore)
+    if kind != "expanded":  # which can be read
+        flag = torch.tensor(True, device=device)
+        calls += (
+            [kept.update] if keeper == "average" else [lambda: kept.update(flag), lambda: kept.update(True)]
+        )
+    for call in calls:
+        with pytest.raises(RuntimeError, match=words):
+            call()
+        assert_close([p.detach() for p in model.parameters()], weights, rtol=0, atol=0)
+        assert_close(list(kept.tensors.values()), averages, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def disturb_all(model):
+    for p in model.parameters():
+        p.add_(1.0)
+
+
+@pytest.mark.parametrize("keeper", KEEPERS)
+def test_tensors_of_inference_mode_are_written_in_it_alone(keeper, device, path):
+    model = _with_buffer(_of_inference(), device)
+    kept = KEEPERS[keeper](model)
+    disturb_all(model)
+    weights = [p.detach().clone() for p in model.parameters()]
+    write = (lambda: kept.applied().__enter__()) if keeper == "average" else kept.restore
+    with pytest.raises(RuntimeError, match="odd: Inplace update to inference tensor outside InferenceMode"):
+        write()
+    assert_close([p.detach() for p in model.parameters()], weights, rtol=0, atol=0)
+    kept.update() if keeper == "average" else kept.update(True)  # which read it
+    with torch.inference_mode():
+        inside = KEEPERS[keeper](model)
+        write()
+        inside.update() if keeper == "average" else inside.update(True)
+        before = [x.clone() for x in inside.tensors.values()]
+    disturb_all(model)
+    flag = torch.tensor(True, device=device)
+    updates = (
+        [inside.update] if keeper == "average" else [lambda: inside.update(True), lambda: inside.update(flag)]
+    )
+    for update in updates:
+        with pytest.raises(
+            RuntimeError, match="weight: Inplace update to inference tensor outside InferenceMode"
+        ):
+            update()
+        assert_close(list(inside.tensors.values()), before, rtol=0, atol=0)
+
+
+def test_averages_of_torchs_model_with_expanded_buffers_are_refused_before_anything_is_written(device, path):
+    averages = [torch.zeros(3, device=device), torch.zeros(1, 3, device=device).expand(4, 3)]
+    with pytest.raises(RuntimeError, match="tensor 1: unsupported operation"):
+        get_ema_multi_avg_fn(0.5)(
+            averages, [torch.ones(3, device=device), torch.ones(4, 3, device=device)], 1
+        )
+    assert not averages[0].any()

@@ -303,11 +303,55 @@ def test_run_says_how_much_is_left(tmp_path):
 
 @pytest.mark.parametrize(
     "options",
-    [["--sizes", "4TB"], ["--peers", "nobody"], ["--dtype", "int3"], ["--cases", "none"], ["nothing"]],
+    [
+        ["--sizes", "4TB"],
+        ["--peers", "nobody"],
+        ["--dtype", "int3"],
+        ["--cases", "none"],
+        ["nothing"],
+        ["--budget", "-1"],
+        ["--budget", "0"],
+        ["--budget", "nan"],
+        ["--budget", "inf"],
+        ["--stop-after", "nan"],
+        ["--stop-after", "-1"],
+    ],
 )
 def test_run_refuses_what_it_does_not_know(tmp_path, options):
     done = CliRunner().invoke(command.app, ["run", "--device", "cpu", "--out", str(tmp_path), *options])
     assert done.exit_code == 2
+
+
+@pytest.mark.parametrize("device", ["tpu", "meta", "cuda", "cuda:99"])
+@pytest.mark.parametrize("arguments", [["run", "dropout"], ["steps"], ["sanitize"], ["warm"]])
+def test_a_device_that_is_not_there_is_refused_in_one_sentence(arguments, device, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    done = CliRunner().invoke(command.app, [*arguments, "--device", device])
+    assert done.exit_code == 2
+    assert isinstance(done.exception, SystemExit)
+    assert f"'{device}' is not" in " ".join(done.output.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("seconds", ["0", "-1", "nan", "inf"])
+def test_seconds_above_zero(seconds, tmp_path):
+    for arguments in (["steps", "--device", "cpu"], ["check"]):
+        done = CliRunner().invoke(
+            command.app, [*arguments, "--out", str(tmp_path / "out"), "--seconds", seconds]
+        )
+        assert done.exit_code == 2
+        assert not (tmp_path / "out").exists()
+
+
+def test_report_says_that_there_is_nothing_to_report(tmp_path):
+    for folder in (tmp_path / "none", tmp_path / "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        done = CliRunner().invoke(command.app, ["report", "--results", str(folder)])
+        assert done.exit_code == 1
+        assert isinstance(done.exception, SystemExit)
+        assert "no results in" in done.output
+        assert [path.name for path in tmp_path.rglob("*")] == ["empty"]
 
 
 # --- whole training steps -----------------------------------------------------------------------------------
@@ -706,6 +750,7 @@ def test_report_leaves_a_readme_alone_that_it_is_not_given(tmp_path, monkeypatch
     monkeypatch.setattr(command, "REPOSITORY", tmp_path)
     monkeypatch.setattr(command, "RESULTS", tmp_path / "bench/results")
     (tmp_path / "bench/results").mkdir(parents=True)
+    (tmp_path / "bench/results/other.json").write_text("{}")
     readme = tmp_path / "README.md"
     text = f"{report.BEGIN}\nmine\n{report.END}\n"
     readme.write_text(text)

@@ -46,6 +46,16 @@ def test_every_command_has_its_own_help(name):
     assert len(finished.stdout) > 500
 
 
+def test_the_summary_of_bench_names_its_commands():
+    from fastreg.bench.__main__ import app
+
+    names = {
+        command.name or command.callback.__name__ for command in app.registered_commands if not command.hidden
+    }
+    for summary in (COMMANDS["bench"][1], app.info.help):
+        assert set(summary.removeprefix("Benchmarks: ").rstrip(".").split(", ")) == names
+
+
 def test_unknown_commands_are_refused():
     finished = run("trian")
     assert finished.returncode == 2

@@ -10,6 +10,7 @@ import io
 import pickle
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -915,3 +916,95 @@ def test_gradients_in_inference_mode_and_without_it(path, device):
             with torch.inference_mode():
                 step(optimizer, i)
     compare(ours, theirs)
+
+
+OUT_OF_RANGE = {
+    "l1": (-5, "Invalid l1 value"),
+    "l1_mode": ("other", "Invalid l1_mode"),
+    "max_norm": (float("nan"), "Invalid max_norm value"),
+    "max_norm_dim": (1, "Invalid max_norm_dim"),
+    "max_grad_norm": (0, "Invalid max_grad_norm value"),
+    "ema_decay": (2.0, "Invalid ema_decay value"),
+    "cautious": (True, "decoupled weight decay"),
+    "decouple_lr": (True, "decoupled weight decay"),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+@pytest.mark.parametrize("kind", ["SGD", "Adam"])
+def test_options_that_change_between_steps_are_checked_before_anything_changes(kind, name, device, path):
+    p = nn.Parameter(torch.randn(3, 2, device=device))
+    optimizer = getattr(optim, kind)([p], lr=0.1, l1=0.1, max_norm=10.0)
+    good = optimizer.param_groups[0][name]
+    for _ in range(2):
+        p.grad = torch.ones_like(p)
+        optimizer.step()
+    before, state = p.detach().clone(), copy.deepcopy(optimizer.state_dict()["state"])
+    value, words = OUT_OF_RANGE[name]
+    optimizer.param_groups[0][name] = value
+    for _ in range(2):
+        with pytest.raises(ValueError, match=words):
+            optimizer.step()
+    assert_close(p.detach(), before, **SAME)
+    assert_close(optimizer.state_dict()["state"], state, **SAME)
+    optimizer.param_groups[0][name] = good
+    optimizer.step()
+    assert not torch.equal(p.detach(), before)
+
+
+@pytest.mark.parametrize("later", [False, True], ids=["constructor", "add_param_group"])
+def test_max_norm_dim_of_a_group_needs_a_max_norm(later):
+    p, q = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(3, 2))
+    if later:
+        optimizer = optim.AdamW([q])
+        with pytest.raises(ValueError, match="max_norm_dim"):
+            optimizer.add_param_group({"params": [p], "max_norm_dim": 0})
+        assert len(optimizer.param_groups) == 1
+    else:
+        with pytest.raises(ValueError, match="max_norm_dim"):
+            optim.AdamW([{"params": [p], "max_norm_dim": 0}])
+    for groups, arguments in (
+        ([{"params": [p], "max_norm_dim": 0}], {"max_norm": 1.0}),
+        ([{"params": [p], "max_norm": 1.0}, {"params": [q]}], {"max_norm_dim": 0}),
+        ([{"params": [p], "max_norm": 1.0, "max_norm_dim": 0}], {}),
+    ):
+        if later:
+            optimizer = optim.AdamW([nn.Parameter(torch.randn(3, 2))], **{**arguments, "max_norm": 1.0})
+            optimizer.add_param_group(groups[0])
+        else:
+            optim.AdamW(groups, **arguments)
+
+
+NUMBERS = ("l1", "max_norm", "max_grad_norm", "ema_decay")
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_options_become_numbers_of_python(name):
+    for value in (torch.tensor(0.5), np.float32(0.5), np.array(0.5)[()]):
+        for where in ("argument", "group", "later"):
+            p = nn.Parameter(torch.randn(3, 2))
+            groups = [{"params": [p], name: value}] if where == "group" else [p]
+            optimizer = optim.SGD(groups, lr=0.1, **({name: value} if where == "argument" else {}))
+            if where == "later":
+                optimizer.param_groups[0][name] = value
+            p.grad = torch.ones_like(p)
+            optimizer.step()
+            found = optimizer.param_groups[0][name]
+            assert type(found) is float
+            assert found == 0.5
+            file = io.BytesIO()
+            torch.save(optimizer.state_dict(), file)
+            file.seek(0)
+            torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_options_that_are_no_numbers_are_refused_by_name(name):
+    p, q = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(3, 2))
+    optimizer = optim.SGD([p], lr=0.1)
+    for value in ("1", [1.0], torch.ones(2), torch.tensor(0.5, requires_grad=True)):
+        with pytest.raises(TypeError, match=f"{name} has to be a number"):
+            optim.SGD([p], lr=0.1, **{name: value})
+        with pytest.raises(TypeError, match=f"{name} has to be a number"):
+            optimizer.add_param_group({"params": [q], name: value})
+        assert len(optimizer.param_groups) == 1

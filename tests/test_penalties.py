@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -239,7 +240,7 @@ def test_bad_input(device):
         with pytest.raises(ValueError, match="Invalid scale value"):
             LaplacePrior(bad)
     with pytest.raises(TypeError, match="multiply the penalty"):
-        l2(p, torch.ones(()))
+        l2(p, torch.ones((), requires_grad=True))
     with pytest.raises(TypeError, match="floating point tensors"):
         l2([p, torch.ones(3, dtype=torch.long)], 1.0)
     with pytest.raises(TypeError, match="have to be tensors"):
@@ -255,6 +256,63 @@ def test_bad_input(device):
     with pytest.raises(RuntimeError, match="which only leaves have"):
         l2([p, p * 2], 1.0, accumulate=True)
     assert p.grad is None
+
+
+NUMBERS = {  # a call with a value
+    "coefficient": lambda p, v: l2(p, v),
+    "l1": lambda p, v: elastic_net(p, v, 0.0),
+    "l2": lambda p, v: elastic_net(p, 0.0, v),
+    "std": lambda p, v: GaussianPrior(v)(p),
+    "precision": lambda p, v: GaussianPrior(precision=v)(p),
+    "scale": lambda p, v: LaplacePrior(v)(p),
+    "mean": lambda p, v: LaplacePrior(1.0, mean=v)(p),
+    "examples": lambda p, v: LaplacePrior(1.0, examples=v)(p),
+    "max_norm": lambda p, v: max_norm_(p.detach(), v),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_every_kind(name, device):
+    p = torch.randn(3, device=device, requires_grad=True)
+    call = NUMBERS[name]
+    expected = call(p, 0.5)
+    for value in (torch.tensor(0.5), np.float32(0.5), np.float64(0.5)):
+        found = call(p, value)
+        assert found == expected
+    said = name if name != "coefficient" else "l2"
+    for value in ("1", None, [1.0], torch.ones(2), torch.tensor(0.5, requires_grad=True)):
+        if name in ("std", "precision") and value is None:
+            continue
+        with pytest.raises(TypeError, match=f"{said} has to be a number"):
+            call(p, value)
+    if name != "max_norm":
+        for value in (math.inf, math.nan, 10**400):
+            with pytest.raises(ValueError, match=said):
+                call(p, value)
+
+
+def test_priors_keep_numbers_of_python():
+    kept = vars(GaussianPrior(np.float32(0.5), mean=torch.tensor(1.0), examples=np.int64(3)))
+    kept |= vars(LaplacePrior(torch.tensor(0.5), examples=torch.tensor(3)))
+    assert {name: type(kept[name]) for name in ("precision", "mean", "scale", "examples")} == {
+        "precision": float,
+        "mean": float,
+        "scale": float,
+        "examples": int,
+    }
+
+
+@pytest.mark.parametrize("std", [1e-200, 1e-160, 5e-324])
+def test_a_std_whose_precision_no_float_holds_is_refused(std):
+    with pytest.raises(
+        ValueError, match=f"Invalid std value: {std}, which has to be finite, and at least 1e-154"
+    ):
+        GaussianPrior(std)
+    for scale in (1e-310, 5e-324):
+        with pytest.raises(ValueError, match=r"Invalid scale value: .* at least 1e-308"):
+            LaplacePrior(scale)
+    assert GaussianPrior(1e-154).precision == pytest.approx(1e308)
+    assert LaplacePrior(1e-308)(torch.ones(())) > 0
 
 
 # --- priors -----------------------------------------------------------------------------------------------
@@ -449,3 +507,53 @@ def test_public_names():
         "max_norm_",
     ]
     assert repr(GaussianPrior(0.5)) == "GaussianPrior(std=0.5, mean=0.0, constant=False, examples=1)"
+
+
+# --- what cannot be written -------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _of_inference(device):
+    return torch.zeros(3, 4, device=device)
+
+
+UNWRITABLE = {
+    "expanded": (
+        lambda device: torch.zeros(1, 4, device=device).expand(3, 4),
+        "gradient: unsupported operation: more than one element of the written-to tensor",
+    ),
+    "inference": (_of_inference, "gradient: Inplace update to inference tensor outside InferenceMode"),
+    "sparse": (lambda device: torch.zeros(3, 4, device=device).to_sparse(), "gradient: .*sparse"),
+}
+
+
+@pytest.mark.parametrize("kind", UNWRITABLE)
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_that_cannot_be_written_are_refused_before_any_is(form, kind, device, path):
+    make, words = UNWRITABLE[kind]
+    fresh, has, bad = (torch.randn(3, 4, device=device, requires_grad=True) for _ in range(3))
+    has.grad = torch.zeros(3, 4, device=device)
+    bad.grad = make(device)
+    with pytest.raises(RuntimeError, match=words):
+        FORMS[form][0]([fresh, has, bad], accumulate=True)
+    assert fresh.grad is None
+    assert not has.grad.any()
+    bad.requires_grad_(False)  # whose gradient nobody adds to
+    FORMS[form][0]([fresh, has, bad], accumulate=True)
+    assert has.grad.any()
+    if kind == "inference":
+        bad.requires_grad_()
+        with torch.inference_mode():
+            FORMS[form][0]([bad], accumulate=True)
+            assert bad.grad.any()
+
+
+@pytest.mark.parametrize("dim", [None, 0])
+@pytest.mark.parametrize("kind", UNWRITABLE)
+def test_weights_that_cannot_be_written_are_refused_before_any_is(kind, dim, device, path):
+    make, words = UNWRITABLE[kind]
+    good = torch.ones(3, 4, device=device)
+    bad = make(device)
+    with pytest.raises(RuntimeError, match=words.replace("gradient", "parameters")):
+        max_norm_([good, bad], 0.1, dim)
+    assert (good == 1).all()

@@ -630,6 +630,7 @@ BAD_INPUT = {
         "unknown regularizer 'dropuot': choose from none, dropout, dropconnect",
     ),
     "same twice": (["--compare", "none,none"], "needs one or more different names"),
+    "joined twice": (["--compare", "none,dropout+l1+dropout"], "cannot join dropout with itself"),
     "empty": (["--compare", ""], "unknown regularizer ''"),
     "two normalizations": (["--compare", "batchnorm+dropout+groupnorm"], "cannot join two with +"),
     "normalization without pixels": (
@@ -661,7 +662,7 @@ BAD_INPUT = {
     "lr": (["--lr", "0"], "--lr has to be a number above 0, but got 0.0"),
     "momentum": (["--momentum", "1"], "--momentum has to be at least 0 and below 1, but got 1.0"),
     "device": (["--device", "toaster"], "'toaster' is not a device"),
-    "strange device": (["--device", "meta"], "'meta' is not a device to train on"),
+    "strange device": (["--device", "meta"], "'meta' is not a device to run on"),
     "no such GPU": (["--device", "cuda:99"], "device 'cuda:99' is not there"),
     "file for a folder": (["--out", "cut/train-labels-idx1-ubyte/run"], "is not a folder"),
     "folder that cannot be made": (["--out", "/proc/run"], "cannot write to /proc/run"),

@@ -48,6 +48,14 @@ def number(name: str, value: Any) -> float:
     return found
 
 
+def real(name: str, value: Any) -> float:
+    """``value`` as Python's float, for an argument that torch's functions do not have."""
+    try:
+        return float(number(name, value))
+    except OverflowError:
+        raise ValueError(f"{name} has to be a number that a float holds, but got one beyond") from None
+
+
 def integer(name: str, value: Any) -> int:
     """``value`` as Python's int, for an argument that torch's functions do not have."""
     found = plain(value)

@@ -9,6 +9,7 @@ from torch import Tensor
 from fastreg.ops import backend, foreach
 from fastreg.ops.backend import Launch
 from fastreg.ops.bulk import addresses, by_kind, remembered
+from fastreg.ops.layout import can_be_written, check_inference, check_written
 from fastreg.ops.multi_tensor import Table, table_of, taken, type_of
 from fastreg.ops.optimizers import compute_dtype, same_layout
 
@@ -90,19 +91,36 @@ def _unlike(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> list[int]:
     return [
         i
         for i, (t, s) in enumerate(zip(targets, sources, strict=True))
-        if t.shape != s.shape or t.is_meta != s.is_meta or not torch.can_cast(s.dtype, t.dtype)
+        if t.shape != s.shape
+        or t.is_meta != s.is_meta
+        or not torch.can_cast(s.dtype, t.dtype)
+        or not can_be_written(t)
+        or s.layout != torch.strided
     ]
 
 
+def _of_inference(targets: Sequence[Tensor]) -> list[int]:
+    return [i for i, t in enumerate(targets) if t.is_inference()]
+
+
 def _refuse(
-    unlike: list[int], targets: Sequence[Tensor], sources: Sequence[Tensor], names: Sequence[str] | None
+    unlike: list[int],
+    of_inference: list[int],
+    targets: Sequence[Tensor],
+    sources: Sequence[Tensor],
+    names: Sequence[str] | None,
 ) -> None:
+    for i in of_inference[:1]:
+        check_inference(targets[i], names[i] if names else f"tensor {i}")
     if unlike:
         i = unlike[0]
+        name = names[i] if names else f"tensor {i}"
+        check_written(targets[i], name)
+        if sources[i].layout != torch.strided:
+            check_written(sources[i], name)
         source, target = (
             f"{tuple(x.shape)} of {x.dtype} on {x.device.type}" for x in (sources[i], targets[i])
         )
-        name = names[i] if names else f"tensor {i}"
         raise ValueError(f"{name}: a tensor {source} does not fit the one that is kept, {target}")
 
 
@@ -114,12 +132,13 @@ class _Averaged(NamedTuple):
     copied: list[int]
     defined: list[int]
     unlike: list[int]  # cannot be averaged
+    of_inference: list[int]  # written in inference mode alone
 
 
 @by_kind
 @remembered
 def _averaged(averages: Sequence[Tensor], tensors: Sequence[Tensor]) -> _Averaged:
-    found = _Averaged([], {}, [], [], _unlike(averages, tensors))
+    found = _Averaged([], {}, [], [], _unlike(averages, tensors), _of_inference(averages))
     if found.unlike:
         return found
     kinds: dict[tuple, list[int]] = {}
@@ -149,7 +168,7 @@ def follow_(
     names: of the tensors, for errors.
     """
     found = _averaged(averages, tensors)
-    _refuse(found.unlike, averages, tensors, names)
+    _refuse(found.unlike, found.of_inference, averages, tensors, names)
     for one in found.launched:
         table = table_of(one.device, one.rows, TILE)
         _follow(table, 1 - decay, one.dtypes).run(one.device)
@@ -169,7 +188,7 @@ def follow_(
 @torch.no_grad()
 def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor], names: Sequence[str] | None = None) -> None:
     """names: of the tensors, for errors."""
-    _refuse(_unlike(targets, sources), targets, sources, names)
+    _refuse(_unlike(targets, sources), _of_inference(targets), targets, sources, names)
     if targets:
         torch._foreach_copy_(targets, sources)
 
@@ -181,12 +200,13 @@ class _Copied(NamedTuple):
     waiting: list[int]  # copied by the definition, for which nobody waits
     rest: list[int]
     unlike: list[int]  # cannot be copied
+    of_inference: list[int]  # written in inference mode alone
 
 
 @by_kind
 @remembered
 def _copied(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> _Copied:
-    found = _Copied([], [], [], _unlike(targets, sources))
+    found = _Copied([], [], [], _unlike(targets, sources), _of_inference(targets))
     if found.unlike:
         return found
     targets, sources = list(map(_floats, targets)), list(map(_floats, sources))
@@ -214,7 +234,7 @@ def copy_if_(
     names: of the tensors, for errors.
     """
     found = _copied(targets, sources)
-    _refuse(found.unlike, targets, sources, names)
+    _refuse(found.unlike, found.of_inference, targets, sources, names)
     rest = list(found.rest)
     for one in found.launched:
         if flag.device == one.device:

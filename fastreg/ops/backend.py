@@ -31,21 +31,23 @@ _KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_plain(x: Tensor) -> bool:
-    """Not of a subclass with ideas of its own (DTensor, FakeTensor), nor a proxy of ``torch.fx``."""
-    return torch.compiler.is_compiling() or type(x) in PLAIN
+    """Not sparse, nor of a subclass with ideas of its own (DTensor, FakeTensor), nor a proxy of ``torch.fx``."""
+    return torch.compiler.is_compiling() or (type(x) in PLAIN and x.layout == torch.strided)
 
 
 def runs_kernels(x: Tensor) -> bool:
     """Whether ``x`` goes to the Triton kernels.
 
-    Everything else goes to ATen, with the same function: CPU tensors, dtypes ATen refuses or promotes, tensor
-    subclasses (DTensor, FakeTensor), proxies of ``torch.fx``, and what is ``watched``.
+    Everything else goes to ATen, with the same function: CPU tensors, dtypes ATen refuses or promotes, sparse
+    tensors, subclasses (DTensor, FakeTensor), proxies of ``torch.fx``, and what is ``watched``.
     """
     compiling = torch.compiler.is_compiling()
     # The type first: there is nothing to decide about a Proxy of torch.fx.
     if not HAS_TRITON or not (compiling or type(x) in PLAIN):
         return False
-    if x.dtype not in _KERNEL_DTYPES or not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
+    if x.layout != torch.strided or x.dtype not in _KERNEL_DTYPES:
+        return False
+    if not (x.is_cuda or (INTERPRETED and x.device.type == "cpu")):
         return False
     if not (INTERPRETED or _capable(x.device.index)):
         return False

@@ -467,6 +467,8 @@ def _dropout(
     check_residual(input, residual)
     if inplace:
         _check_inplace(input, bias, residual, activation)
+    if ours and not unfused:
+        ours = all(t is None or backend.is_plain(t) for t in (bias, residual))
 
     stream = None
     if form.threshold == LANE_VALUES:

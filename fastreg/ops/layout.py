@@ -28,6 +28,33 @@ def dense(x: Tensor) -> Tensor:
     return x if is_dense(x) else torch.empty_like(x).copy_(x)
 
 
+def can_be_written(x: Tensor) -> bool:
+    """Whether each element of ``x`` has memory of its own. (As torch asks it: of dimensions that are expanded.)"""
+    if x.layout != torch.strided:
+        return False
+    return x.is_contiguous() or not any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True))
+
+
+def check_written(x: Tensor, name: str) -> None:
+    """Raises where ``x`` cannot be written: before the first of several tensors is."""
+    if x.layout != torch.strided:
+        raise RuntimeError(f"{name}: a dense tensor is needed, but got one of layout {x.layout}")
+    if not can_be_written(x):
+        raise RuntimeError(
+            f"{name}: unsupported operation: more than one element of the written-to tensor refers to a single memory "
+            "location. Please clone() the tensor before performing the operation."
+        )
+
+
+def check_inference(x: Tensor, name: str) -> None:
+    """Raises where ``x`` is of inference mode, and this is not. (torch raises after it has written.)"""
+    if x.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{name}: Inplace update to inference tensor outside InferenceMode is not allowed. You can make a clone to "
+            "get a normal tensor before doing inplace update."
+        )
+
+
 def dense_strides(x: Tensor) -> tuple[int, ...]:
     """The strides of ``dense(x)``; in a ``torch.func`` transform, contiguous ones where ``x`` has gaps."""
     if torch.compiler.is_compiling():

@@ -31,7 +31,7 @@ def taken(tensors: Sequence[Tensor]) -> list[bool]:
     answers: dict[tuple, bool] = {}  # of a kind: the question takes longer than the launch
     found = []
     for x in tensors:
-        kind = type(x), x.dtype, x.device
+        kind = type(x), x.dtype, x.device, x.layout
         if kind not in answers:
             answers[kind] = backend.runs_kernels(x)
         found.append(answers[kind] and is_dense(x))

@@ -16,6 +16,7 @@ kernel. A step that a CUDA graph records takes the plan along: its replays read 
 import sys
 import weakref
 from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ from fastreg.optim.distributed import (
     shards,
     total,
 )
-from fastreg.optim.options import OPTIONS, changes_before, check, has_options
+from fastreg.optim.options import OPTIONS, changes_before, check, has_options, values_of
 from fastreg.optim.plan import Listed, Placed, Plan
 
 
@@ -75,6 +76,7 @@ class Regularized(Optimizer):
     _theirs: type[Optimizer] | None  # the class of torch with this step, where there is one
     _plan: Plan | None = None
     _loading: dict[str, Any] | None = None
+    _checked: list | tuple = ()  # the options of all groups, as they were when last checked
 
     # --- what a class of its own says
 
@@ -119,22 +121,45 @@ class Regularized(Optimizer):
         options = {key: arguments[key] for key in OPTIONS}
         self.defaults.update(options)
         for group in self.param_groups:
+            said = group.get("max_norm_dim")
             for key, value in options.items():
                 group.setdefault(key, value)
-            self._check(group)
+            self._check(group, said)
         if options["max_norm_dim"] is not None and all(g["max_norm"] is None for g in self.param_groups):
             raise ValueError("max_norm_dim says along what max_norm goes, but no group has a max_norm")
 
-    def _check(self, group: dict) -> None:
+    def _check(self, group: dict, said: Any) -> None:
+        """said: the max_norm_dim that came with the group, and not from the defaults."""
         check(group, self._decoupled(group))
+        if said is not None and group["max_norm"] is None:
+            raise ValueError("max_norm_dim says along what max_norm goes, but the group has no max_norm")
         group.setdefault("lr_0", float(group["lr"]))
 
+    def _check_again(self) -> None:
+        """Checks all groups where an option is another than at the last time."""
+        if not self._are_checked():
+            for group in self.param_groups:
+                check(group, self._decoupled(group))
+            self._checked = self._values()
+
+    def _are_checked(self) -> bool:
+        found = self._values()
+        return len(found) == len(self._checked) and all(map(is_, found, self._checked))
+
+    def _values(self) -> list:
+        found = []
+        for group in self.param_groups:
+            found += values_of(group)
+            found.append(self._decoupled(group))
+        return found
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
+        said = param_group.get("max_norm_dim") if isinstance(param_group, dict) else None
         super().add_param_group(param_group)
         if "l1" in self.defaults:
             try:
-                self._check(self.param_groups[-1])
-            except ValueError:
+                self._check(self.param_groups[-1], said)
+            except (TypeError, ValueError):
                 self.param_groups.pop()
                 raise
 
@@ -223,6 +248,7 @@ class Regularized(Optimizer):
 
     @torch._disable_dynamo
     def _step(self) -> None:
+        self._check_again()
         groups = self.param_groups
         params = list(chain.from_iterable(group["params"] for group in groups))
         grads = gradients(params)

@@ -1,8 +1,10 @@
 """The options that our optimizers have beside those of torch, and what they are to the kernels."""
 
 import math
+from operator import itemgetter
 from typing import Any
 
+from fastreg.ops.arguments import plain, real
 from fastreg.ops.optimizers import Numbers, Rule
 
 OPTIONS: dict[str, Any] = {
@@ -44,8 +46,18 @@ OPTIONS_DOC = """
 """
 
 
+NUMBERS = ("l1", "max_norm", "max_grad_norm", "ema_decay")
+
+values_of = itemgetter(*OPTIONS)
+"""values_of(group): our options of a group."""
+
+
 def check(group: dict[str, Any], decoupled: bool) -> None:
-    """Raises ValueError for an option out of range."""
+    """Makes the numbers of a group Python's. Raises ValueError for one out of range, TypeError for what is none."""
+    for name in NUMBERS:
+        if group[name] is not None or name == "l1":
+            group[name] = real(name, group[name])
+    group["max_norm_dim"] = plain(group["max_norm_dim"])
     if not 0 <= group["l1"] < math.inf:
         raise ValueError(f"Invalid l1 value: {group['l1']}")
     if group["l1_mode"] not in ("proximal", "subgradient"):

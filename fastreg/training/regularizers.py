@@ -90,11 +90,14 @@ def recipe_for(setting: str, options: Any) -> Recipe:
         InputError: a name is not registered, or does not go with the others or with the options.
     """
     recipe = Recipe(optimizer={"lr": options.lr, "momentum": options.momentum})
-    for name in setting.split("+"):
+    names = setting.split("+")
+    for name in names:
         if name not in REGULARIZERS:
             raise InputError(
                 f"unknown regularizer '{name}': choose from {', '.join(REGULARIZERS)} (or join some with +)"
             )
+        if names.count(name) > 1:
+            raise InputError(f"cannot join {name} with itself")
         REGULARIZERS[name](recipe, options)
     return recipe
 

@@ -147,7 +147,7 @@ def resolve_device(device: str) -> str:
     except RuntimeError:
         asked = None
     if asked is None or asked.type not in ("cpu", "cuda"):
-        raise InputError(f"'{device}' is not a device to train on: choose auto, cpu, cuda or cuda:N")
+        raise InputError(f"'{device}' is not a device to run on: choose auto, cpu, cuda or cuda:N")
     if asked.type == "cuda" and not torch.cuda.is_available():
         raise InputError(f"device '{device}' is not there: PyTorch sees no CUDA GPU on this machine")
     if asked.type == "cuda" and (asked.index or 0) >= torch.cuda.device_count():
