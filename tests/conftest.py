@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import machine_option  # first: it decides whether kernels are interpreted
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported: before fastreg is
 
@@ -120,7 +122,12 @@ def as_users() -> None:
 _began = time.monotonic()
 
 
+def pytest_configure(config) -> None:
+    machine_option.attach(config)
+
+
 def pytest_addoption(parser) -> None:
+    machine_option.add_options(parser)
     parser.addoption(
         "--stop-after",
         type=float,

@@ -1,0 +1,47 @@
+"""``pytest --machine sm_90 tests/test_x.py``: kernels are compiled for this target, and their PTX is executed on CPU
+tensors (:mod:`fastreg.bench.machine`). ``--machine-seed``: in which order warps and programs come.
+
+Whether kernels are interpreted is decided when they are imported, before pytest knows its options: so the command line
+is read here, when ``conftest.py`` imports this, and handed on to processes that this one starts.
+"""
+
+import os
+import sys
+
+import pytest
+
+_VARIABLE = "FASTREG_TESTS_MACHINE"
+
+
+def _asked() -> str | None:
+    for argument, following in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
+        if argument == "--machine":
+            return following
+        if argument.startswith("--machine="):
+            return argument.partition("=")[2]
+    return os.environ.get(_VARIABLE)
+
+
+TARGET = _asked()
+"""sm_80, sm_90 or sm_100; None: no machine."""
+
+if TARGET is not None:
+    os.environ[_VARIABLE] = TARGET
+    os.environ["TRITON_INTERPRET"] = "0"
+
+
+def add_options(parser) -> None:
+    parser.addoption("--machine", metavar="TARGET", help="Execute the PTX for sm_80, sm_90 or sm_100.")
+    parser.addoption("--machine-seed", type=int, default=0, help="The order of warps and programs; 0: all in step.")
+
+
+def attach(config) -> None:
+    if config.getoption("--machine") not in (None, TARGET):
+        raise pytest.UsageError("--machine has to stand on the command line")
+    if TARGET is None:
+        return
+    from fastreg.bench import machine
+    from fastreg.ops import backend
+
+    machine.attach(TARGET, machine.Options(seed=config.getoption("--machine-seed")))
+    backend.INTERPRETED = True  # tensors of the CPU go to the kernels
