@@ -5,11 +5,10 @@ import random
 import time
 from collections import Counter
 
+import machine_option  # first: it decides whether kernels are interpreted
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-
-import machine_option  # first: it decides whether kernels are interpreted
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported: before fastreg is
@@ -124,6 +123,8 @@ _began = time.monotonic()
 
 def pytest_configure(config) -> None:
     machine_option.attach(config)
+    if machine_option.TARGET is not None:
+        config.pluginmanager.register(machine_option)
 
 
 def pytest_addoption(parser) -> None:

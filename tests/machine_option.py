@@ -30,9 +30,14 @@ if TARGET is not None:
     os.environ["TRITON_INTERPRET"] = "0"
 
 
+MACHINE = None
+
+
 def add_options(parser) -> None:
     parser.addoption("--machine", metavar="TARGET", help="Execute the PTX for sm_80, sm_90 or sm_100.")
-    parser.addoption("--machine-seed", type=int, default=0, help="The order of warps and programs; 0: all in step.")
+    parser.addoption(
+        "--machine-seed", type=int, default=0, help="The order of warps and programs; 0: all in step."
+    )
 
 
 def attach(config) -> None:
@@ -43,5 +48,19 @@ def attach(config) -> None:
     from fastreg.bench import machine
     from fastreg.ops import backend
 
-    machine.attach(TARGET, machine.Options(seed=config.getoption("--machine-seed")))
+    global MACHINE
+    MACHINE = machine.attach(TARGET, machine.Options(seed=config.getoption("--machine-seed")))
     backend.INTERPRETED = True  # tensors of the CPU go to the kernels
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    """On sm_100 products of matrices are missing: tests of kernels that have one are skipped."""
+    from fastreg.bench.machine import Unknown
+
+    try:
+        return (yield)
+    except Unknown as error:
+        if TARGET == "sm_100" and "tcgen05" in str(error):
+            pytest.skip("has a product of matrices, which the machine does not have for sm_100")
+        raise

@@ -187,7 +187,10 @@ def pack(low: ndarray, high: ndarray) -> ndarray:
 def unpack(x: ndarray, kind: str) -> list[ndarray]:
     """The elements of ``x`` of a type with or without x2, in the element's own type."""
     if kind == "f32x2":
-        return [(x & uint64(0xFFFFFFFF)).astype(uint32).view(float32), (x >> uint64(32)).astype(uint32).view(float32)]
+        return [
+            (x & uint64(0xFFFFFFFF)).astype(uint32).view(float32),
+            (x >> uint64(32)).astype(uint32).view(float32),
+        ]
     if kind == "f16x2":
         return [half.view(float16) for half in halves(x)]
     return list(halves(x)) if kind == "bf16x2" else [x]
@@ -231,18 +234,27 @@ def positive(x: ndarray) -> ndarray:
 def _plain(name: str, values: list[ndarray]) -> ndarray:
     """With infinities and NaN, where there is nothing to round."""
     a, b, *c = values
-    return {"add": lambda: a + b, "sub": lambda: a - b, "mul": lambda: a * b, "fma": lambda: a * b + c[0]}[name]()
+    return {"add": lambda: a + b, "sub": lambda: a - b, "mul": lambda: a * b, "fma": lambda: a * b + c[0]}[
+        name
+    ]()
+
+
+def _number(a: ndarray, b: ndarray, extreme: ndarray) -> ndarray:
+    """The extreme of two numbers; of a number and NaN the number. (numpy's fmin returns some signaling NaN.)"""
+    return np.where(np.isnan(a), b, np.where(np.isnan(b), a, extreme))
 
 
 def _minimum(a: ndarray, b: ndarray) -> ndarray:
-    """IEEE's minimumNumber: a number rather than NaN, and -0 below +0."""
-    least = np.fmin(a, b)
-    return np.where((a == 0) & (b == 0) & (np.signbit(a) | np.signbit(b)), -np.abs(least), least)
+    """-0 is below +0."""
+    least = np.minimum(a, b)
+    zero = (a == 0) & (b == 0)
+    return _number(a, b, np.where(zero & (np.signbit(a) | np.signbit(b)), -np.abs(least), least))
 
 
 def _maximum(a: ndarray, b: ndarray) -> ndarray:
-    most = np.fmax(a, b)
-    return np.where((a == 0) & (b == 0) & ~(np.signbit(a) & np.signbit(b)), np.abs(most), most)
+    most = np.maximum(a, b)
+    zero = (a == 0) & (b == 0)
+    return _number(a, b, np.where(zero & ~(np.signbit(a) & np.signbit(b)), np.abs(most), most))
 
 
 def _or_nan(function):
@@ -276,19 +288,28 @@ def approximate(name: str, x: ndarray, ftz: bool) -> ndarray:
     return flush(result) if ftz else result
 
 
+def gross(name: str, x: ndarray) -> ndarray:
+    """rcp and rsqrt .approx.ftz.f64: of the upper 32 bits of a number the upper 32 bits of the result. Subnormal
+    numbers are zero."""
+    upper = np.ascontiguousarray(x).view(uint64) & uint64(0xFFFFFFFF00000000)
+    value = np.where(np.abs(x) < 2.0**-1022, np.copysign(0.0, x), upper.view(float64))
+    result = _FUNCTIONS[name](value)
+    kept = (np.ascontiguousarray(result).view(uint64) & uint64(0xFFFFFFFF00000000)).view(float64)
+    return np.where(np.isnan(x), x, np.where(np.abs(kept) < 2.0**-1022, np.copysign(0.0, kept), kept))
+
+
 # -----------------------------------------------------------------------------------------------------------
 # Conversions with integers
 
 
 def to_integer(x: ndarray, to: type, mode: str) -> ndarray:
-    """fp to an integer, clamped to its range. NaN is 0; of 64 bits, and from fp64, it is the bit of the sign alone."""
+    """fp to an integer, clamped to its range. NaN is 0; in 64 bits, and from fp64, the highest bit alone."""
     limits = np.iinfo(to)
     value = {"rni": np.rint, "rzi": np.trunc, "rmi": np.floor, "rpi": np.ceil}[mode](x.astype(float64))
     nan, low, high = np.isnan(value), value <= float(limits.min), value >= float(limits.max)
     result = np.where(nan | low | high, 0.0, value).astype(to)
     result = np.where(low, to(limits.min), np.where(high, to(limits.max), result))
-    lone_sign = limits.bits == 64 or (x.dtype == float64 and limits.bits == 32)
-    of_nan = (1 << (limits.bits - 1)) if lone_sign else 0
+    of_nan = 1 << (limits.bits - 1) if limits.bits == 64 or x.dtype == float64 else 0
     return np.where(nan, np.array(of_nan, f"u{limits.bits // 8}").view(to), result)
 
 
@@ -298,8 +319,6 @@ def from_integer(x: ndarray, kind: str, mode: str) -> ndarray:
         return x.astype(float64)
     value = x.astype(float64)
     if x.dtype.itemsize == 8:
-        if kind == "f64":
-            raise ValueError(mode)
         back = np.where(np.abs(value) < 2.0**63, value, 0.0).astype(int64).astype(x.dtype)
         top = np.abs(value) >= 2.0**63  # rounded up to 2^63 or 2^64, or of the upper half of uint64
         lost = np.where(top, _lost_at_the_top(x, value), (x - back).view(int64).astype(float64))
@@ -442,7 +461,9 @@ def _low_bits(count: ndarray, dtype: np.dtype) -> ndarray:
 def leading_zeros(x: ndarray) -> ndarray:
     result = np.full(x.shape, 8 * x.dtype.itemsize, uint32)
     for bit in range(8 * x.dtype.itemsize):
-        result = np.where((x >> x.dtype.type(bit)) & x.dtype.type(1), uint32(8 * x.dtype.itemsize - 1 - bit), result)
+        result = np.where(
+            (x >> x.dtype.type(bit)) & x.dtype.type(1), uint32(8 * x.dtype.itemsize - 1 - bit), result
+        )
     return result
 
 

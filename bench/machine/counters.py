@@ -58,7 +58,9 @@ def _distinct(values: ndarray, mask: ndarray) -> ndarray:
     nothing = np.iinfo(values.dtype).max
     ordered = np.sort(np.where(mask, values, nothing), axis=-1)
     first = ordered[:, :1] != nothing
-    return (first.sum(-1) + ((ordered[:, 1:] != ordered[:, :-1]) & (ordered[:, 1:] != nothing)).sum(-1)).astype(np.int64)
+    return (
+        first.sum(-1) + ((ordered[:, 1:] != ordered[:, :-1]) & (ordered[:, 1:] != nothing)).sum(-1)
+    ).astype(np.int64)
 
 
 def _conflicts(address: ndarray, mask: ndarray, size: int) -> int:
@@ -68,7 +70,9 @@ def _conflicts(address: ndarray, mask: ndarray, size: int) -> int:
     lanes = address.shape[1] // words
     address, mask = address.reshape(-1, lanes), mask.reshape(-1, lanes)
     word = address[..., None] // uint64(WORD) + np.arange(words, dtype=uint64)
-    word = np.sort(np.where(mask[..., None], word, np.iinfo(np.uint64).max).reshape(len(address), -1), axis=-1)
+    word = np.sort(
+        np.where(mask[..., None], word, np.iinfo(np.uint64).max).reshape(len(address), -1), axis=-1
+    )
     new = np.concatenate([np.ones((len(word), 1), bool), word[:, 1:] != word[:, :-1]], axis=1)
     new &= word != np.iinfo(np.uint64).max
     row, column = np.nonzero(new)

@@ -52,7 +52,16 @@ class Machine:
     programs: dict[str, Program] = field(default_factory=dict)
     detach: Callable[[], None] = lambda: None
 
-    def run(self, name: str, ptx: str, grid: tuple, threads: int, parameters: list[bytes], tensors: list, shared: int) -> None:
+    def run(
+        self,
+        name: str,
+        ptx: str,
+        grid: tuple,
+        threads: int,
+        parameters: list[bytes],
+        tensors: list,
+        shared: int,
+    ) -> None:
         program = self.programs.get(ptx)
         if program is None:
             program = self.programs[ptx] = Program(ptx)
@@ -89,9 +98,15 @@ def _pointed_at(table: torch.Tensor) -> Iterator[torch.Tensor]:
     """The live tensors that begin where the numbers of a table say."""
     wanted = {number for number in table.flatten().tolist() if number >= 1 << 32}
     alive = {at: seen.tensor() for at, seen in _seen.items() if at in wanted}
-    missing = {at for at in wanted if (x := alive.get(at)) is None or x.data_ptr() != at or extent(x) != _seen[at].region[:2]}
+    missing = {
+        at
+        for at in wanted
+        if (x := alive.get(at)) is None or x.data_ptr() != at or extent(x) != _seen[at].region[:2]
+    }
     for x in _all_tensors() if missing else ():
-        if (at := x.data_ptr()) in missing and (at not in alive or alive[at] is None or x.nbytes > alive[at].nbytes):
+        if (at := x.data_ptr()) in missing and (
+            at not in alive or alive[at] is None or x.nbytes > alive[at].nbytes
+        ):
             alive[at] = x
             _seen[at] = _Seen(weakref.ref(x), Region(*extent(x), f"a tensor {tuple(x.shape)} of {x.dtype}"))
     return (x for x in alive.values() if x is not None)
@@ -99,7 +114,11 @@ def _pointed_at(table: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def _all_tensors() -> Iterator[torch.Tensor]:
     for x in gc.get_objects():
-        if type(x) in (torch.Tensor, torch.nn.Parameter) and x.device.type == "cpu" and x.layout == torch.strided:
+        if (
+            type(x) in (torch.Tensor, torch.nn.Parameter)
+            and x.device.type == "cpu"
+            and x.layout == torch.strided
+        ):
             yield x
 
 
@@ -121,28 +140,27 @@ class _ToPtx(CUDABackend):
         return f"executed-{super().hash()}"
 
 
-def _flat(values: Iterable[Any]) -> Iterator[Any]:
-    for value in values:
-        if isinstance(value, tuple):
-            yield from _flat(value)
-        else:
-            yield value
+def _runtime(
+    kinds: Iterable[Any], names: Iterable[str], values: Iterable[Any]
+) -> Iterator[tuple[str, str, Any]]:
+    """Type, name and value of each argument that is no constant; those of a tuple one after another."""
+    for kind, name, value in zip(kinds, names, values, strict=True):
+        if isinstance(kind, tuple):
+            yield from _runtime(kind, [name] * len(kind), value)
+        elif kind != "constexpr":
+            yield kind, name, value
 
 
 def _launcher(machine: Machine, source: Any, metadata: Any) -> Callable[..., None]:
     """What Triton calls for each launch of one variant."""
     if metadata.num_ctas != 1 or getattr(metadata, "tensordesc_meta", None) or metadata.global_scratch_size:
         raise Unknown(f"{metadata.name}: clusters, tensor descriptors and scratch memory")
-    kinds = list(_flat(source.signature.values()))
-    names = [name for name, kind in source.signature.items() for _ in _flat((kind,))]
 
     def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
         if x * y * z == 0:
             return
         parameters, tensors = [], []
-        for kind, name, value in zip(kinds, names, _flat(arguments), strict=True):
-            if kind == "constexpr":
-                continue
+        for kind, name, value in _runtime(source.signature.values(), source.signature, arguments):
             if not kind.startswith("*"):
                 parameters.append(_number(kind, value))
                 continue

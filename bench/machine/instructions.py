@@ -127,7 +127,11 @@ def _sign(t: Translator, f: Form) -> None:
     kind = f.type
     if kind in ("bf16", *PAIRS):
         bits = {"bf16": 0x8000}.get(kind, 0x80008000)
-        change = f"^ {kept(kind)}({bits})" if f.name == "neg" else f"& {kept(kind)}({bits ^ (0xFFFF if kind == 'bf16' else 0xFFFFFFFF)})"
+        change = (
+            f"^ {kept(kind)}({bits})"
+            if f.name == "neg"
+            else f"& {kept(kind)}({bits ^ (0xFFFF if kind == 'bf16' else 0xFFFFFFFF)})"
+        )
         t.write(target, f"{t.read(x, kind)} {change}", kind)
         return
     x = t.read(x, kind)
@@ -160,12 +164,14 @@ def _extreme(t: Translator, f: Form) -> None:
 def _function(t: Translator, f: Form) -> None:
     target, x = f.take(2)
     kind = f.type
-    x, ftz = t.read(x, kind), f.flag("ftz")
-    if f.flag("approx") and kind == "f32":
+    x, ftz, mode = t.read(x, kind), f.flag("ftz"), f.one_of("approx", "rn")
+    if mode == "approx" and kind == "f32":
         t.write(target, f"A.approximate({f.name!r}, {x}, {ftz})", kind)
-    elif f.name == "rsqrt" and kind == "f64" and not ftz and f.flag("approx"):
+    elif mode == "approx" and kind == "f64" and f.name == "rsqrt" and not ftz:
         t.write(target, f"1.0 / np.sqrt({x})", kind)
-    elif f.name in ("rcp", "sqrt") and kind in ("f32", "f64") and f.flag("rn"):
+    elif mode == "approx" and kind == "f64" and f.name in ("rcp", "rsqrt"):
+        t.write(target, f"A.gross({f.name!r}, {x})", kind)
+    elif mode == "rn" and f.name in ("rcp", "sqrt") and kind in ("f32", "f64"):
         x = f"A.flush({x})" if ftz else x
         result = f"np.sqrt({x})" if f.name == "sqrt" else f"{kind}(1) / {x}"
         t.write(target, f"A.flush({result})" if ftz else result, kind)
@@ -183,7 +189,12 @@ def _copysign(t: Translator, f: Form) -> None:
 def _test(t: Translator, f: Form) -> None:
     target, x = f.take(2)
     x = t.read(x, f.type)
-    tests = {"finite": "np.isfinite({})", "infinite": "np.isinf({})", "notanumber": "np.isnan({})", "number": "~np.isnan({})"}
+    tests = {
+        "finite": "np.isfinite({})",
+        "infinite": "np.isinf({})",
+        "notanumber": "np.isnan({})",
+        "number": "~np.isnan({})",
+    }
     t.write(target, tests[f.one_of(*tests) or "?"].format(x), "pred")
 
 
@@ -258,7 +269,11 @@ def _insert(t: Translator, f: Form) -> None:
 @form("popc", "clz", "bfind")
 def _count(t: Translator, f: Form) -> None:
     target, x = f.take(2)
-    call = {"popc": "np.bitwise_count({}).astype(u32)", "clz": "A.leading_zeros({})", "bfind": "A.top_bit({})"}
+    call = {
+        "popc": "np.bitwise_count({}).astype(u32)",
+        "clz": "A.leading_zeros({})",
+        "bfind": "A.top_bit({})",
+    }
     t.write(target, call[f.name].format(t.read(x, f.type)), "u32")
 
 
@@ -294,8 +309,8 @@ def _convert(t: Translator, f: Form) -> None:
         value = f"A.bf16_to_f32({x})" if source == "bf16" else x
         result = f"A.to_integer({value}, {kept(to)}, {mode!r})"
     elif _is_integer(source):
-        if mode not in ROUNDINGS or relu:
-            raise Unknown("no rounding to a float")
+        if mode not in ROUNDINGS or relu or (to == "f64" and mode != "rn"):
+            raise Unknown("this rounding to a float")
         result = f"A.from_integer({x}, {to!r}, {mode!r})"
     else:
         result = _float(x, source, to, mode, relu)
@@ -373,10 +388,7 @@ def _compare(t: Translator, f: Form) -> None:
         a, b = (t.let(f"A.bf16_to_f32({x})") for x in (a, b))
     if ftz:
         a, b = (t.let(f"A.flush({x})") for x in (a, b))
-    if _is_integer(kind):
-        result = f"({a} {_SIGNS[comparison]} {b})"
-    else:
-        result = _compared(a, b, comparison)
+    result = f"({a} {_SIGNS[comparison]} {b})" if _is_integer(kind) else _compared(a, b, comparison)
     result = t.let(result)
     opposite = f"~{result}"
     if boolean:
@@ -419,10 +431,16 @@ def _move(t: Translator, f: Form) -> None:
         part = f"u{8 * size_of(kind) // len(target.parts)}"
         x = t.read(source, f"u{8 * size_of(kind)}")
         for k, one in enumerate(target.parts):
-            t.write(one, f"({x} >> {kept(f'u{8 * size_of(kind)}')}({8 * size_of(part) * k})).astype({part})", part)
+            t.write(
+                one, f"({x} >> {kept(f'u{8 * size_of(kind)}')}({8 * size_of(part) * k})).astype({part})", part
+            )
     elif isinstance(source, Vector):
         part, whole = f"u{8 * size_of(kind) // len(source.parts)}", f"u{8 * size_of(kind)}"
-        terms = [f"({t.read(x, part)}.astype({whole}) << {whole}({8 * size_of(part) * k}))" for k, x in enumerate(source.parts) if x != "_"]
+        terms = [
+            f"({t.read(x, part)}.astype({whole}) << {whole}({8 * size_of(part) * k}))"
+            for k, x in enumerate(source.parts)
+            if x != "_"
+        ]
         t.write(target, " | ".join(terms), whole)
     elif not t.copy(target, source):
         t.write(target, t.read(source, kind), kind)
@@ -454,7 +472,11 @@ def _load(t: Translator, f: Form) -> None:
         raise Unknown(f"{len(parts)} results")
     if space == "param":
         for k, one in enumerate(parts):
-            t.write(one, f"m.parameter({address.base!r}, {address.offset + k * size_of(kind)}, {kept(kind)})", kind)
+            t.write(
+                one,
+                f"m.parameter({address.base!r}, {address.offset + k * size_of(kind)}, {kept(kind)})",
+                kind,
+            )
         return
     unsigned = f"u{8 * size_of(kind)}"
     found = t.let(f"m.load({space!r}, {t.address(address)}, {t.mask}, {size_of(kind)}, {count}, {t.site})")
@@ -472,7 +494,9 @@ def _store(t: Translator, f: Form) -> None:
     values = [t.read(x, f"u{8 * size_of(kind)}") for x in t.parts(source)]
     if len(values) != count:
         raise Unknown(f"{len(values)} values")
-    t.line(f"m.store({space!r}, {t.address(address)}, ({', '.join(values)},), {t.mask}, {size_of(kind)}, {t.site})")
+    t.line(
+        f"m.store({space!r}, {t.address(address)}, ({', '.join(values)},), {t.mask}, {size_of(kind)}, {t.site})"
+    )
 
 
 @form("createpolicy")
@@ -517,6 +541,8 @@ def _copy(t: Translator, f: Form) -> None:
         t.line(f"m.wait_copies(0, {t.mask}, {t.site})")
     else:
         f.ignore("ca", "cg", "L2::64B", "L2::128B", "L2::256B")
+        if f.flag("L2::cache_hint"):
+            f.operands.pop()
         if not (f.flag("shared", "shared::cta") and f.flag("global")):
             raise Unknown("copy between these spaces")
         to, source, size, *rest = f.operands
@@ -576,7 +602,9 @@ def _vote(t: Translator, f: Form) -> None:
     mode = f.one_of("all", "any", "uni", "ballot")
     if not f.flag("sync") or mode is None:
         raise Unknown("this vote")
-    t.write(target, f"m.vote({mode!r}, {t.read(p, 'pred')}, {t.read(members, 'u32')}, {t.mask}, {t.site})", f.type)
+    t.write(
+        target, f"m.vote({mode!r}, {t.read(p, 'pred')}, {t.read(members, 'u32')}, {t.mask}, {t.site})", f.type
+    )
 
 
 @form("activemask")
@@ -695,4 +723,3 @@ def _jump(t: Translator, f: Form) -> None:
 def _dependent(t: Translator, f: Form) -> None:
     """Launches run one after another."""
     f.ignore("wait", "launch_dependents")
-

@@ -35,7 +35,9 @@ def _elements(registers: Sequence[ndarray], kind: str) -> list[ndarray]:
     """Those of each register, the lower half first."""
     if kind in ("bf16", "f16"):
         return [values(np.ascontiguousarray(half), kind) for x in registers for half in halves(x)]
-    return [np.ascontiguousarray(x) if kind == "f64" else values(np.ascontiguousarray(x), kind) for x in registers]
+    return [
+        np.ascontiguousarray(x) if kind == "f64" else values(np.ascontiguousarray(x), kind) for x in registers
+    ]
 
 
 # -----------------------------------------------------------------------------------------------------------
@@ -75,7 +77,9 @@ _SHAPES = {
 }  # fmt: skip
 
 
-def product(shape: str, kind: str, a: Sequence[ndarray], b: Sequence[ndarray], c: Sequence[ndarray]) -> list[ndarray]:
+def product(
+    shape: str, kind: str, a: Sequence[ndarray], b: Sequence[ndarray], c: Sequence[ndarray]
+) -> list[ndarray]:
     """mma.sync of registers [.., 32]."""
     if (shape, kind) not in _SHAPES:
         raise NotImplementedError(f"mma {shape} of {kind}")
@@ -92,7 +96,7 @@ def product(shape: str, kind: str, a: Sequence[ndarray], b: Sequence[ndarray], c
 
 
 def fragments(elements: ndarray, transposed: bool) -> ndarray:
-    """Matrices [.., 8, 8] of 16 bits to registers [.., 32]: lane l has the elements 2 (l % 4) and the next of row l / 4."""
+    """Matrices [.., 8, 8] of 16 bits to registers [.., 32]: lane l has elements 2 (l % 4) and the next of row l / 4."""
     matrix = elements.swapaxes(-1, -2) if transposed else elements
     low, high = matrix[..., GROUP, PLACE * 2].astype(uint32), matrix[..., GROUP, PLACE * 2 + 1].astype(uint32)
     return low | high << uint32(16)

@@ -80,14 +80,18 @@ class _Ordered:
     def _granules(self, place: Place, size: int) -> list[ndarray]:
         return [place.granule + k for k in range(max(1, size // self.granule))]
 
-    def read(self, place: Place, width: int, count: int, actors: Actors | None) -> tuple[list[ndarray], Problem | None]:
+    def read(
+        self, place: Place, width: int, count: int, actors: Actors | None
+    ) -> tuple[list[ndarray], Problem | None]:
         problem = None
         if self.shadow is not None and actors is not None:
             for granule in self._granules(place, width * count):
                 problem = problem or _told(self.shadow.read(granule, actors), "reads")
         return self.buffer.gather(place.index, width, count), problem
 
-    def write(self, place: Place, width: int, values: Sequence[ndarray], actors: Actors | None) -> Problem | None:
+    def write(
+        self, place: Place, width: int, values: Sequence[ndarray], actors: Actors | None
+    ) -> Problem | None:
         if self.shadow is None or actors is None:
             self.buffer.scatter(place.index, width, values)
             return None
@@ -111,7 +115,14 @@ class Global(_Ordered):
 
     buffer = _EVERYTHING
 
-    def __init__(self, regions: Sequence[Region], granule: int, threads: int, ordered: bool, freed: Sequence[Region] = ()):
+    def __init__(
+        self,
+        regions: Sequence[Region],
+        granule: int,
+        threads: int,
+        ordered: bool,
+        freed: Sequence[Region] = (),
+    ):
         self.regions, self.freed, self.granule = sorted(regions), freed, granule
         starts, ends = [], []
         for region in self.regions:
@@ -124,7 +135,9 @@ class Global(_Ordered):
                 ends.append(region.end)
         self.starts, self.ends = np.array(starts, uint64), np.array(ends, uint64)
         sizes = [-(-end // granule) - start // granule for start, end in zip(starts, ends, strict=True)]
-        self._shift = np.array([o - s // granule for o, s in zip(np.cumsum([0, *sizes]), starts, strict=False)], np.int64)
+        self._shift = np.array(
+            [o - s // granule for o, s in zip(np.cumsum([0, *sizes]), starts, strict=False)], np.int64
+        )
         self.shadow = Shadow(sum(sizes), threads) if ordered else None
 
     def locate(self, address: ndarray, size: int) -> Place | Problem:
@@ -206,7 +219,9 @@ class Shared(_Ordered):
         for granule in self._granules(at, size):
             np.add.at(self.used, granule, by)
 
-    def write(self, place: Place, width: int, values: Sequence[ndarray], actors: Actors | None) -> Problem | None:
+    def write(
+        self, place: Place, width: int, values: Sequence[ndarray], actors: Actors | None
+    ) -> Problem | None:
         problem = super().write(place, width, values, actors)
         for granule in self._granules(place, width * len(values)):
             self.written[granule] = True

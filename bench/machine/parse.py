@@ -143,7 +143,9 @@ def _declare(kernel: Kernel, declared: re.Match) -> None:
     if declared["kind"] not in _BYTES:
         raise Unknown(f"variable {declared[0]}")
     width = _BYTES[declared["kind"]]
-    size = width * (int(declared["count"] or 0) if declared["array"] else 1)  # [] is as large as the launch says
+    size = width * (
+        int(declared["count"] or 0) if declared["array"] else 1
+    )  # [] is as large as the launch says
     if declared["space"] in ("shared", "local"):
         spaces = getattr(kernel, declared["space"])
         align = int(declared["align"] or width)

@@ -27,7 +27,9 @@ class Actors(NamedTuple):
     scope: int = THREAD  # wider: all threads of its warp, its program or the launch do the same
 
     def at(self, selected: ndarray) -> "Actors":
-        return Actors(self.thread[selected], self.barriers[selected], self.warp_barriers[selected], self.scope)
+        return Actors(
+            self.thread[selected], self.barriers[selected], self.warp_barriers[selected], self.scope
+        )
 
 
 class _Last:
@@ -93,8 +95,8 @@ class Shadow:
         return race
 
     def write(self, granule: ndarray, actors: Actors, changes: ndarray, loses: ndarray) -> Race | None:
-        """Threads of one program may write the same value. changes: which of them write another one than what lay there;
-        loses: than what lies there afterwards, as others write at once."""
+        """Threads of one program may write the same value. changes: which of them write another one than what lay
+        there; loses: than what lies there afterwards, as others write at once."""
         race = self._first(self.reads, granule, actors, "read") or self._overwritten(granule, actors, changes)
         self.writes.record(granule, actors)
         return race or self._at_once(granule, actors, loses)

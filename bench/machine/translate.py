@@ -185,7 +185,7 @@ class Translator:
             return self._viewed(*self._value(operand), kind)
         if operand in _SPECIAL:
             return self._viewed(self.let(_SPECIAL[operand]), "u32", kind)
-        if operand.startswith("%clock") or operand.startswith("%"):
+        if operand.startswith(("%clock", "%")):
             raise Unknown(f"special register {operand}")
         return self.constant(self._number(operand, kind), kind)
 
