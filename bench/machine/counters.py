@@ -28,6 +28,7 @@ class Counters:
     stores: Traffic = field(default_factory=Traffic)
     shared: Traffic = field(default_factory=Traffic)
     conflicts: int = 0  # turns that shared memory takes beyond one for each 128 bytes of a request
+    touched: dict[str, list[ndarray]] = field(default_factory=lambda: {"loads": [], "stores": []})  # sectors
     _blocks: dict[int, Counter[str]] = field(default_factory=dict)
 
     def ran(self, block, number: int, warps: int) -> None:
@@ -51,6 +52,15 @@ class Counters:
         else:
             traffic.sectors += int(_distinct(address // uint64(SECTOR), mask).sum())
             traffic.fewest += int((-(-distinct * size // SECTOR)).sum())
+            self.touched[kind].append(np.unique(address[mask] // uint64(SECTOR)))
+
+    def moved(self, start: int, end: int) -> tuple[int, int]:
+        """Bytes of the different sectors between two addresses that were read, and of those that were written."""
+        return self._moved(self.touched["loads"], start, end), self._moved(self.touched["stores"], start, end)
+
+    def _moved(self, sectors: list[ndarray], start: int, end: int) -> int:
+        found = np.unique(np.concatenate([*sectors, np.zeros(0, uint64)]))
+        return SECTOR * int(((found >= start // SECTOR) & (found < -(-end // SECTOR))).sum())
 
 
 def _distinct(values: ndarray, mask: ndarray) -> ndarray:

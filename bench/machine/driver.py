@@ -156,13 +156,13 @@ def _launcher(machine: Machine, source: Any, metadata: Any) -> Callable[..., Non
     if metadata.num_ctas != 1 or getattr(metadata, "tensordesc_meta", None) or metadata.global_scratch_size:
         raise Unknown(f"{metadata.name}: clusters, tensor descriptors and scratch memory")
 
-    def launch(x, y, z, stream, function, packed, launch_metadata, enter, leave, *arguments):
+    def launch(x, y, z, stream, function, metadata_, launch_metadata, enter, leave, *arguments):
         if x * y * z == 0:
             return
         parameters, tensors = [], []
         for kind, name, value in _runtime(source.signature.values(), source.signature, arguments):
             if not kind.startswith("*"):
-                parameters.append(_number(kind, value))
+                parameters.append(packed(kind, value))
                 continue
             parameters.append(struct.pack("<Q", 0 if value is None else value.data_ptr()))
             if value is not None:
@@ -177,7 +177,8 @@ def _launcher(machine: Machine, source: Any, metadata: Any) -> Callable[..., Non
     return launch
 
 
-def _number(kind: str, value: Any) -> bytes:
+def packed(kind: str, value: Any) -> bytes:
+    """An argument as the kernel reads it."""
     if kind not in _PACKED:
         raise Unknown(f"an argument of type {kind}")
     code = _PACKED[kind]

@@ -30,6 +30,7 @@ class Options:
     counting: bool = False  # instructions, bytes and sectors
     lanes: int = 1 << 14  # threads that run at once, at most
     most_blocks: int = 1 << 21  # more is taken for an endless loop
+    programs: tuple[int, ...] | None = None  # only these of the grid
 
 
 class Program:
@@ -93,6 +94,7 @@ class Launch:
         if kernel.threads not in (0, self.threads):
             raise Unknown(f"{kernel.name} wants {kernel.threads} threads")
         numbers = np.arange(self.grid[0] * self.grid[1] * self.grid[2])
+        numbers = numbers if options.programs is None else np.array(options.programs)
         if options.seed:
             self.random = np.random.default_rng(options.seed)
             self.random.shuffle(numbers)
