@@ -1,12 +1,11 @@
 """``fastreg inspect --execute``: what a declared form does when it runs, counted on executed PTX.
 
-A few programs of the declared launch run on :mod:`.machine`, on memory of the declared size. Bytes of device memory are
-those of the different sectors that they touch of each tensor, scaled to all programs; of a tensor that all share, such as
-a bias, this is at most the whole of it, read or written once.
+Some programs of the declared launch run on :mod:`.machine`, on memory of the declared size. Bytes of device memory are
+those of the different sectors that they touch of each tensor, scaled to all programs; of a tensor that all share, such
+as a bias, this is at most the whole of it, read or written once.
 """
 
 from dataclasses import dataclass
-from itertools import product
 from math import prod
 from typing import Any
 
@@ -15,9 +14,11 @@ import torch
 from .machine.counters import SECTOR, Counters
 from .sass import InspectError, Kernel, binary_for, signature_of
 
-PROGRAMS = 8  # that run
-LARGEST = 1 << 22  # elements of a program, and
+ELEMENTS = 1 << 20  # that are worked on, of
+PROGRAMS = 2, 256  # at least and at most so many programs
+LARGEST = 1 << 25  # bytes that a program moves, and
 MEMORY = 1 << 34  # bytes of all tensors, beyond which a form is left out
+GOLDEN = (5**0.5 - 1) / 2
 CONTROL = ("bra", "bar", "ret", "exit", "barrier")  # not counted, as in the static count
 
 
@@ -25,7 +26,7 @@ CONTROL = ("bra", "bar", "ret", "exit", "barrier")  # not counted, as in the sta
 class Executed:
     """Per element, but for the ratio."""
 
-    instructions: float  # of PTX, of all threads
+    instructions: float  # of PTX
     bytes: float  # of device memory
     sectors: float  # bytes of the sectors that all requests ask for
     ratio: float  # of these sectors to the fewest that would hold what was asked for
@@ -34,23 +35,28 @@ class Executed:
 
 def execute(kernel: Kernel, cc: int) -> Executed:
     """Runs a sample of the programs of a declared launch."""
-    from .machine import Launch, Options, Program
+    from .machine import Launch, Options, Program, Unknown
 
     launch = kernel.launch
     if launch is None or any(name in launch.arguments for name in ("entries_ptr", "chunks_ptr")):
         raise InspectError(f"{kernel.name}: without its tables it cannot run")
     grid = (*launch.grid, 1, 1)[:3]
-    if kernel.elements > LARGEST:
-        raise InspectError(f"{kernel.name}: {kernel.elements:.0f} elements a program are too many to execute")
+    moves = kernel.elements * kernel.bytes_per_element
+    if moves > LARGEST:
+        raise InspectError(f"{kernel.name}: {moves:.2g} bytes a program are too many to execute")
     tensors = {
         name: _real(value) for name, value in launch.arguments.items() if isinstance(value, torch.Tensor)
     }
     if sum(x.nbytes for x in tensors.values()) > MEMORY:
         raise InspectError(f"{kernel.name}: its tensors are too large to execute")
-    numbers = sampled(grid)
+    numbers = sampled(prod(grid), kernel.elements)
     binary = binary_for(kernel, cc)
+    try:
+        program = Program(binary.asm["ptx"])
+    except Unknown as error:
+        raise InspectError(str(error)) from error
     run = Launch(
-        Program(binary.asm["ptx"]),
+        program,
         grid,
         32 * kernel.num_warps,
         _parameters(kernel, launch.arguments | tensors),
@@ -102,11 +108,13 @@ def _parameters(kernel: Kernel, arguments: dict[str, Any]) -> list[bytes]:
     return [*found, packed("u64", 0), packed("u64", 0)]  # Triton's scratch memory, of which there is none
 
 
-def sampled(grid: tuple[int, int, int]) -> tuple[int, ...]:
-    """Programs from the beginning and the middle, with neighbours along each axis."""
-    axes = [sorted({0, 1, size // 2} & {*range(size)}) for size in grid]
-    places = list(product(*reversed(axes)))[: 3 * PROGRAMS]
-    return tuple((z * grid[1] + y) * grid[0] + x for z, y, x in places[:: max(1, len(places) // PROGRAMS)])
+def sampled(programs: int, elements: float) -> tuple[int, ...]:
+    """Some of the programs, spread evenly and without a period: multiples of the golden ratio."""
+    least, most = PROGRAMS
+    count = min(programs, max(least, min(most, int(ELEMENTS / elements))))
+    if count == programs:
+        return tuple(range(programs))
+    return tuple(sorted({int(i * GOLDEN % 1 * programs) for i in range(count)}))
 
 
 def _per_element(found: Counters, ran: float, moved: float) -> Executed:

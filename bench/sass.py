@@ -39,6 +39,9 @@ class Budget:
     narrow_loads: int = 0  # load instructions allowed below it: a seed, a scalar, a parameter of a row
     narrow_stores: int = 0  # the same for stores: the statistics of a row
     shared_bytes: int = 0
+    sectors: float = (
+        1.0  # that all requests ask for, over the fewest that hold what they want: with --execute
+    )
     min_headroom: float | Mapping[int, float] = 1.0  # memory / issue bound; 0 where compute is the point
 
 

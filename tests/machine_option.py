@@ -53,14 +53,36 @@ def attach(config) -> None:
     backend.INTERPRETED = True  # tensors of the CPU go to the kernels
 
 
+def pytest_collection_modifyitems(config, items) -> None:
+    """Those cases are left out that run no kernel."""
+    parameters = {item: getattr(item, "callspec", None) and item.callspec.params for item in items}
+    aten = [item for item in items if (parameters[item] or {}).get("path") == "aten"]
+    config.hook.pytest_deselected(items=aten)
+    items[:] = [item for item in items if item not in {*aten}]
+
+
+_tests = 0  # that launched a kernel
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call():
     """On sm_100 products of matrices are missing: tests of kernels that have one are skipped."""
+    global _tests
     from fastreg.bench.machine import Unknown
 
+    before = MACHINE.launches
     try:
-        return (yield)
+        result = yield
+        _tests += MACHINE.launches > before
+        return result
     except Unknown as error:
         if TARGET == "sm_100" and "tcgen05" in str(error):
             pytest.skip("has a product of matrices, which the machine does not have for sm_100")
         raise
+
+
+def pytest_terminal_summary(terminalreporter) -> None:
+    terminalreporter.write_line(
+        f"{_tests} tests passed on executed PTX for {TARGET}: {len(MACHINE.programs)} variants of kernels, "
+        f"{MACHINE.launches} launches (of this process)"
+    )

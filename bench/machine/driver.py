@@ -49,6 +49,7 @@ class Machine:
     options: Options = field(default_factory=Options)
     launched: list[Launched] = field(default_factory=list)
     keeps: bool = False  # launched
+    launches: int = 0
     programs: dict[str, Program] = field(default_factory=dict)
     detach: Callable[[], None] = lambda: None
 
@@ -62,6 +63,7 @@ class Machine:
         tensors: list,
         shared: int,
     ) -> None:
+        self.launches += 1
         program = self.programs.get(ptx)
         if program is None:
             program = self.programs[ptx] = Program(ptx)
