@@ -10,7 +10,7 @@ from fastreg.ops import layer_norm as ops
 from fastreg.random import Stream
 
 from .cases import TOLERANCE, Case, close_to, random, rows
-from .sass import Budget, Kernel, short_name
+from .sass import Budget, Kernel, bytes_of, short_name
 
 EPS = 1e-5
 
@@ -237,7 +237,7 @@ def kernel(label, launch, x, bytes_per_element, **show) -> Kernel:
         f"{name} {label}",
         launch,
         x.numel(),
-        bytes_per_element,
+        bytes_per_element + bytes_of(launch, "dweight_ptr", "dbias_ptr") / x.numel(),
         trips=trips,
         budget=budget_of(launch, x),
         **show,

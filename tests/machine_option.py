@@ -9,6 +9,7 @@ import os
 import sys
 
 import pytest
+import torch
 
 _VARIABLE = "FASTREG_TESTS_MACHINE"
 
@@ -24,6 +25,16 @@ def _asked() -> str | None:
 
 TARGET = _asked()
 """sm_80, sm_90 or sm_100; None: no machine."""
+
+TRUNCATES = TARGET is None and not torch.cuda.is_available()
+"""Triton's interpreter runs the kernels, which cuts numbers off to bf16."""
+
+
+def bf16(tolerance: float) -> float:
+    """Half of it on the machine, which rounds to bf16 as a GPU does: the interpreter truncates, and ATen rounds after
+    every operation."""
+    return tolerance if TARGET is None else tolerance / 2
+
 
 if TARGET is not None:
     os.environ[_VARIABLE] = TARGET

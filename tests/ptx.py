@@ -23,7 +23,8 @@ def kernel(body: str, pointers: int, threads: int, declared: str = "", name: str
     """A kernel of these statements. %d30, %d31, ... are its arguments; %r39 and %d39 are the thread."""
     parameters = ", ".join(f".param .u64 {name}_{i}" for i in range(pointers))
     arguments = "".join(f"ld.param.b64 %d{30 + i}, [{name}_{i}];\n" for i in range(pointers))
-    return f"{declared}\n.visible .entry {name}({parameters})\n.reqntid {threads}\n{{\n{REGISTERS}{arguments}{body}\nret;\n}}\n"
+    head = f"{declared}\n.visible .entry {name}({parameters})\n.reqntid {threads}"
+    return f"{head}\n{{\n{REGISTERS}{arguments}{body}\nret;\n}}\n"
 
 
 def run(

@@ -47,7 +47,8 @@ def test_an_access_behind_the_tensor_names_the_line_of_the_source(attached):
     with pytest.raises(machine.Fault) as error:
         launch(scaled, 1000, x, y, 1.0, 1001)
     text = str(error.value)
-    assert "scaled, test_machine.py:" in text and "program (3, 0, 0)" in text and "thread" in text
+    assert text.startswith("scaled, test_machine.py:")
+    assert "program (3, 0, 0), thread" in text
     assert "x_ptr is the nearest tensor, of 4000 bytes; the access of" in text
 
 
