@@ -6,7 +6,10 @@ is read here, when ``conftest.py`` imports this, and handed on to processes that
 """
 
 import os
+import random
 import sys
+from collections import Counter
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -64,15 +67,41 @@ def attach(config) -> None:
     backend.INTERPRETED = True  # tensors of the CPU go to the kernels
 
 
+@pytest.hookimpl(trylast=True)  # when slow tests are gone
 def pytest_collection_modifyitems(config, items) -> None:
-    """Those cases are left out that run no kernel."""
-    parameters = {item: getattr(item, "callspec", None) and item.callspec.params for item in items}
-    aten = [item for item in items if (parameters[item] or {}).get("path") == "aten"]
-    config.hook.pytest_deselected(items=aten)
-    items[:] = [item for item in items if item not in {*aten}]
+    """Cases that run no kernel are left out; of the others as many as --cases says."""
+    most, seed = config.getoption("--cases"), config.getoption("--seed")
+    parameters = {item: item.callspec.params if hasattr(item, "callspec") else {} for item in items}
+    taken, number = set(), Counter()
+    for item in sorted(items, key=lambda item: random.Random(f"{seed} {item.nodeid}").random()):
+        if parameters[item].get("path") != "aten" and (most is None or number[item.function] < most):
+            number[item.function] += 1
+            taken.add(item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in taken])
+    items[:] = [item for item in items if item in taken]
 
 
-_tests = 0  # that launched a kernel
+class Ran(NamedTuple):
+    """What the machine did in the tests, of one process or of all."""
+
+    tests: int = 0  # passed that launched a kernel
+    variants: int = 0
+    launches: int = 0
+    kernels: tuple[str, ...] = ()
+
+    def __add__(self, other: "Ran") -> "Ran":
+        numbers = (mine + its for mine, its in zip(self[:3], other[:3], strict=True))
+        return Ran(*numbers, tuple(sorted({*self.kernels, *other.kernels})))
+
+
+_tests = 0
+_elsewhere = Ran()
+
+
+def _here() -> Ran:
+    kernels = (program.kernel for program in MACHINE.programs.values())
+    names = {f"{kernel.blocks[0][0].source.partition('.')[0]}.{kernel.name}" for kernel in kernels}
+    return Ran(_tests, len(MACHINE.programs), MACHINE.launches, tuple(sorted(names)))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -92,8 +121,20 @@ def pytest_runtest_call():
         raise
 
 
+def pytest_sessionfinish(session) -> None:
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["machine"] = tuple(_here())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node) -> None:
+    global _elsewhere
+    _elsewhere += Ran(*getattr(node, "workeroutput", {}).get("machine", ()))
+
+
 def pytest_terminal_summary(terminalreporter) -> None:
+    ran = _here() + _elsewhere
     terminalreporter.write_line(
-        f"{_tests} tests passed on executed PTX for {TARGET}: {len(MACHINE.programs)} variants of kernels, "
-        f"{MACHINE.launches} launches (of this process)"
+        f"{ran.tests} tests passed on executed PTX for {TARGET}: {ran.variants} variants of {len(ran.kernels)} kernels "
+        f"({', '.join(ran.kernels)}) in {ran.launches} launches"
     )
