@@ -122,9 +122,7 @@ _began = time.monotonic()
 
 
 def pytest_configure(config) -> None:
-    machine_option.attach(config)
-    if machine_option.TARGET is not None:
-        config.pluginmanager.register(machine_option)
+    machine_option.configure(config)
 
 
 def pytest_addoption(parser) -> None:

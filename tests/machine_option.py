@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 
-_VARIABLE = "FASTREG_TESTS_MACHINE"
+_VARIABLE = "PYTEST_MACHINE"
 
 
 def _asked() -> str | None:
@@ -50,20 +50,28 @@ MACHINE = None
 def add_options(parser) -> None:
     parser.addoption("--machine", metavar="TARGET", help="Execute the PTX for sm_80, sm_90 or sm_100.")
     parser.addoption(
+        "--cases", type=int, help="With --machine: of each test so many cases at most, by --seed."
+    )
+    parser.addoption(
         "--machine-seed", type=int, default=0, help="The order of warps and programs; 0: all in step."
     )
 
 
-def attach(config) -> None:
+def configure(config) -> None:
     if config.getoption("--machine") not in (None, TARGET):
         raise pytest.UsageError("--machine has to stand on the command line")
-    if TARGET is None:
-        return
+    if TARGET is not None:
+        attach(config.getoption("--machine-seed"))
+        config.pluginmanager.register(sys.modules[__name__])
+
+
+def attach(seed: int = 0) -> None:
+    """From here on this process runs kernels on the machine."""
+    global MACHINE
     from fastreg.bench import machine
     from fastreg.ops import backend
 
-    global MACHINE
-    MACHINE = machine.attach(TARGET, machine.Options(seed=config.getoption("--machine-seed")))
+    MACHINE = machine.attach(TARGET, machine.Options(seed=seed))
     backend.INTERPRETED = True  # tensors of the CPU go to the kernels
 
 

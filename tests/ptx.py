@@ -10,8 +10,13 @@ import numpy as np
 
 from fastreg.bench.machine import Launch, Options, Program, Region
 
-HEADER = ".version {version}\n.target {target}\n.address_size 64\n"
-VERSION = "8.8"
+VERSIONS = {"sm_90a": "8.6", "sm_100a": "8.8"}  # of the language
+
+
+def header(target: str) -> str:
+    return f".version {VERSIONS[target]}\n.target {target}\n.address_size 64\n"
+
+
 REGISTERS = (
     ".reg .pred %p<9>; .reg .b16 %h<20>; .reg .b32 %r<40>; .reg .b64 %d<40>;\n"
     "mov.u32 %r39, %tid.x; cvt.u64.u32 %d39, %r39;\n"
@@ -43,7 +48,7 @@ def run(
         body = f"mov.u32 %r38, memory;\n{body}"
     text = kernel(body, len(arrays), threads, declared)
     assembled.append((target, text))
-    program = Program(HEADER.format(version=VERSION, target=target) + text)
+    program = Program(header(target) + text)
     parameters = [x.ctypes.data.to_bytes(8, "little") for x in arrays]
     regions = [Region(x.ctypes.data, x.ctypes.data + x.nbytes, f"array {i}") for i, x in enumerate(arrays)]
     launch = Launch(program, (programs, 1, 1), threads, parameters, regions, 0, options or Options())
@@ -75,7 +80,7 @@ def evaluate(code: str, *operands: np.ndarray, result: str, target: str = "sm_10
 
 def assemble(kernels: Sequence[tuple[str, str]]) -> None:
     """Triton's assembler takes them: they are PTX. Raises what it says."""
-    from triton import knobs
+    from triton.backends.nvidia.compiler import get_ptxas
 
     for target in sorted({target for target, _ in kernels}):
         texts = dict.fromkeys(re.sub(r"\.reqntid \d+", "", text) for t, text in kernels if t == target)
@@ -86,9 +91,9 @@ def assemble(kernels: Sequence[tuple[str, str]]) -> None:
                 named = [re.sub(r"\btest(?=[_(])", f"test{i}", text) for i, text in enumerate(group)]
                 with tempfile.TemporaryDirectory() as folder:
                     source = Path(folder) / "all.ptx"
-                    source.write_text(HEADER.format(version=VERSION, target=target) + "\n".join(named))
+                    source.write_text(header(target) + "\n".join(named))
                     command = [
-                        knobs.nvidia.ptxas.path,
+                        get_ptxas(int(target[3:-1])).path,
                         f"--gpu-name={target}",
                         str(source),
                         "-o",
