@@ -237,7 +237,7 @@ def kernel(label, launch, x, bytes_per_element, **show) -> Kernel:
         f"{name} {label}",
         launch,
         x.numel(),
-        bytes_per_element + bytes_of(launch, "dweight_ptr", "dbias_ptr") / x.numel(),
+        bytes_per_element + bytes_of(launch, "statistics_ptr", "dweight_ptr", "dbias_ptr") / x.numel(),
         trips=trips,
         budget=budget_of(launch, x),
         **show,

@@ -1,6 +1,7 @@
 """The machine of ``bench/machine`` as Triton's driver: launches of ordinary kernels on CPU tensors."""
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ import triton
 import triton.language as tl
 
 from fastreg.bench import machine
+from fastreg.bench.executed import execute, sampled
+from fastreg.bench.inspect import report_on, violations
+from fastreg.bench.sass import Budget, InspectError, Kernel
+from fastreg.ops.backend import Launch
 
 TARGETS = machine.TARGETS
 
@@ -120,3 +125,52 @@ def test_any_order_of_warps_gives_the_same(seed):
         assert torch.equal(y, x.T)
     finally:
         attached.detach()
+
+
+# --- fastreg inspect --execute ------------------------------------------------------------------------------
+
+
+@triton.jit
+def strided(x_ptr, y_ptr, STEP: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y_ptr + i, tl.load(x_ptr + STEP * i))
+
+
+def declared(step: int, bytes_: float, **budget) -> Kernel:
+    x = torch.empty(1 << 20, device="meta")
+    arguments = {"x_ptr": x, "y_ptr": x[:: 1 + (step > 1)], "STEP": step, "BLOCK": 1024}
+    count = (1 << 20) // max(step, 1)
+    budget = Budget(narrow_loads=99, narrow_stores=99, min_headroom=0, **budget)
+    return Kernel.of("strided", Launch(strided, (count // 1024,), arguments), count, bytes_, budget=budget)
+
+
+def broken(kernel: Kernel) -> list[str]:
+    return violations(replace(report_on(kernel, 90), executed=execute(kernel, 90)))
+
+
+def test_what_is_counted_holds_to_what_is_declared():
+    found = execute(declared(1, 8), 90)
+    assert (found.bytes, found.sectors, found.ratio, found.conflicts) == (8, 8, 1, 0)
+    assert not broken(declared(1, 8))
+    assert broken(declared(1, 7.9)) == ["7.9 bytes per element are declared, it moves 8"]
+
+
+def test_sectors_that_are_asked_for_in_vain_break_the_budget():
+    # A thread has 4 elements: lanes of a load are 32 bytes apart, and each asks for a sector. 4 x 32 and 16 for 32.
+    moves = "8 bytes per element are declared, it moves 12"
+    assert broken(declared(2, 8)) == [moves, "4.500 times the fewest sectors are asked for, 1 allowed"]
+    assert broken(declared(2, 8, sectors=4.5)) == [moves]
+
+
+def test_programs_of_a_sample_are_different_and_all_of_a_small_grid():
+    assert sampled(5, 100) == (0, 1, 2, 3, 4)
+    some = sampled(10_000, 4096)
+    assert len(some) == len({*some}) == 256
+    assert max(some) - min(some) > 9_800
+
+
+def test_what_cannot_run_says_so():
+    with pytest.raises(InspectError, match="too many to execute"):
+        execute(replace(declared(1, 8), elements=1 << 30), 90)
+    with pytest.raises(InspectError, match="without its tables"):
+        execute(replace(declared(1, 8), launch=None), 90)
