@@ -272,5 +272,6 @@ def budget_of(launch, x) -> Budget:
         narrow_loads=narrow,
         narrow_stores=narrow,
         shared_bytes=2048 + moved * block,
+        sectors=1 if narrow == 8 else 3.6,  # rows that begin anywhere are read an element a lane
         min_headroom={80: 1, 90: h100, 100: b200},
     )

@@ -22,7 +22,6 @@ from .execute import Launch, Options, Program
 from .memory import Region
 from .parse import Unknown
 
-TARGETS = ("sm_80", "sm_90", "sm_100")
 _PACKED = {
     "i1": "b", "i8": "b", "i16": "h", "i32": "i", "i64": "q", "u1": "B", "u8": "B", "u16": "H", "u32": "I", "u64": "Q",
     "fp16": "e", "fp32": "f", "f32": "f", "fp64": "d",
@@ -226,14 +225,11 @@ class _Driver(DriverBase):
         raise NotImplementedError("this machine says nothing of time")
 
 
-def attach(target: str, options: Options | None = None, keeps: bool = False) -> Machine:
-    """From here on Triton's launches run on this machine, until ``machine.detach()``. Kernels have to be compiled ones:
-    TRITON_INTERPRET=0."""
-    if target not in TARGETS:
-        raise ValueError(f"no such target: {target} (there is {', '.join(TARGETS)})")
+def attached(cc: int, options: Options, keeps: bool) -> Machine:
+    """Triton's driver and compiler from here on, until it is detached."""
     from triton.backends import backends
 
-    machine = Machine(int(target.removeprefix("sm_")), options or Options(), keeps=keeps)
+    machine = Machine(cc, options, keeps=keeps)
     backend, active = backends["nvidia"], triton.runtime.driver._active
     backends["nvidia"] = type(backend)(_ToPtx, backend.driver)
     triton.runtime.driver.set_active(_Driver(machine))
