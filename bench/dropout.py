@@ -247,7 +247,9 @@ def variants(
     )
 
 
-ODD = Budget(narrow_loads=1000, narrow_stores=1000, shared_bytes=8192, sectors=1.45, min_headroom=0)  # no spills
+ODD = Budget(
+    narrow_loads=1000, narrow_stores=1000, shared_bytes=8192, sectors=1.45, min_headroom=0
+)  # no spills
 
 
 def budget_of(dtype, tiles, form, seed_in_memory, max_instructions) -> Budget:

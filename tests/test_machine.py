@@ -857,16 +857,18 @@ def test_atomics():
     same(z, 5 + np.cumsum(np.arange(32)) - np.arange(32))
 
 
-def test_asynchronous_copies():
-    x, y = integers(32, 200)[:128].copy(), np.zeros(128, "u4")
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_asynchronous_copies(seed):
+    """The number of bytes is computed in a block before: the warps whose turn it is not yet have none."""
+    x, y = integers(32, 400)[:256].copy(), np.zeros(256, "u4")
     run(
         """mad.lo.u64 %d20, %d39, 16, %d30; mad.lo.u64 %d21, %d39, 16, %d31; mad.lo.s32 %r20, %r39, 16, %r38;
-        setp.lt.u32 %p1, %r39, 16; selp.b32 %r21, 16, 0, %p1;
+        setp.lt.u32 %p1, %r39, 48; selp.b32 %r21, 16, 0, %p1; bra.uni next; next:
         cp.async.cg.shared.global [%r20], [%d20], 16, %r21; cp.async.commit_group; cp.async.commit_group;
         cp.async.wait_group 1; ld.shared.v4.b32 {%r0, %r1, %r2, %r3}, [%r20]; st.global.v4.b32 [%d21], {%r0, %r1, %r2, %r3};""",
-        x, y, shared=512,
+        x, y, shared=1024, threads=64, options=Options(seed=seed),
     )  # fmt: skip
-    same(y, np.where(np.arange(128) < 64, x, 0))
+    same(y, np.where(np.arange(256) < 192, x, 0))
 
 
 # -----------------------------------------------------------------------------------------------------------

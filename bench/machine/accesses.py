@@ -222,9 +222,9 @@ class Accesses:
 
     def copy(self, to: ndarray, source: ndarray, size: int, reads: Mask, mask: Mask, site: int) -> None:
         """Nothing may touch the target until it is waited for: then, as late as allowed, it is written."""
-        if reads is not None and not np.isin(reads, (0, size)).all():
-            raise Unknown(f"{self.kernel.where(self.launch.program.sites[site])}: a copy of a part")
         here = np.broadcast_to(np.ones((1, 1), bool) if mask is None else mask, self.shape)
+        if reads is not None and not np.isin(np.broadcast_to(reads, self.shape)[here], (0, size)).all():
+            raise Unknown(f"{self.kernel.where(self.launch.program.sites[site])}: a copy of a part")
         reading = here if reads is None else here & (reads != 0)
         width = min(size, 8)
         if reading.any():
