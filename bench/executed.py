@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+import numpy as np
 import torch
 
 from .machine.counters import SECTOR, Counters
@@ -81,9 +82,10 @@ def _moved(counters: Counters, x: torch.Tensor, scale: float) -> float:
 
 
 def _real(x: torch.Tensor) -> torch.Tensor:
-    """A tensor of this shape in memory, which the system gives where it is touched."""
-    found = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
-    return found.zero_() if found.nbytes < 1 << 20 else found
+    """A tensor of zeros of this shape, whose memory the system gives where it is touched."""
+    count = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    memory = torch.from_numpy(np.zeros(count * x.element_size(), np.uint8))
+    return memory.view(x.dtype).as_strided(x.shape, x.stride())
 
 
 def _region(name: str, x: torch.Tensor) -> Any:
