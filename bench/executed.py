@@ -19,6 +19,7 @@ ELEMENTS = 1 << 20  # that are worked on, of
 PROGRAMS = 2, 256  # at least and at most so many programs
 LARGEST = 1 << 25  # bytes that a program moves, and
 MEMORY = 1 << 34  # bytes of all tensors, beyond which a form is left out
+ALIGNED = 512  # bytes, as torch allocates on a GPU
 GOLDEN = (5**0.5 - 1) / 2
 CONTROL = ("bra", "bar", "ret", "exit", "barrier")  # not counted, as in the static count
 
@@ -84,8 +85,9 @@ def _moved(counters: Counters, x: torch.Tensor, scale: float) -> float:
 def _real(x: torch.Tensor) -> torch.Tensor:
     """A tensor of zeros of this shape, whose memory the system gives where it is touched."""
     count = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
-    memory = torch.from_numpy(np.zeros(count * x.element_size(), np.uint8))
-    return memory.view(x.dtype).as_strided(x.shape, x.stride())
+    memory = np.zeros(count * x.element_size() + ALIGNED, np.uint8)
+    memory = memory[-memory.ctypes.data % ALIGNED :][: count * x.element_size()]
+    return torch.from_numpy(memory).view(x.dtype).as_strided(x.shape, x.stride())
 
 
 def _region(name: str, x: torch.Tensor) -> Any:
