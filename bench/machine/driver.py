@@ -5,6 +5,7 @@ PTX. Only the launch is ours: it executes that.
 """
 
 import gc
+import itertools
 import struct
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -186,6 +187,9 @@ def packed(kind: str, value: Any) -> bytes:
     return struct.pack(f"<{code}", float(value) if code in "efd" else int(value))
 
 
+_devices = itertools.count()
+
+
 class _Utils:
     def load_binary(self, name, kernel, shared, device):
         return None, kernel.decode() if isinstance(kernel, bytes) else kernel, 0, 0, 1024
@@ -205,7 +209,8 @@ class _Driver(DriverBase):
         self.launcher_cls = lambda source, metadata: _launcher(machine, source, metadata)
         self.get_device_capability = lambda device=0: divmod(machine.cc, 10)
         self.get_current_stream = lambda device=0: 0
-        self.get_current_device = lambda: 0
+        device = next(_devices)  # Triton 3.6 keeps compiled variants by device, whatever its target
+        self.get_current_device = lambda: device
         self.set_current_device = lambda device: None
 
     @classmethod
