@@ -429,8 +429,12 @@ def test_kernels_know_the_names(function):
 
 @pytest.mark.parametrize("kernel", [run_forward, run_backward])
 def test_unknown_name_does_not_compile(kernel):
-    with pytest.raises(Exception, match="unknown activation"):
+    with pytest.raises(Exception) as error:  # noqa: PT011 (Triton's own, around ours)
         run(kernel, "swish", torch.ones(4))
+    said, cause = "", error.value
+    while cause is not None:
+        said, cause = said + str(cause), cause.__cause__
+    assert "unknown activation" in said
 
 
 def test_unknown_name_is_refused(device):
