@@ -10,7 +10,7 @@ from fastreg.ops import dropout as ops
 from fastreg.random import Stream
 
 from .cases import Case, images, masked, random, rows, width
-from .sass import Budget, Kernel, short_name
+from .sass import Budget, Kernel, bytes_of, short_name
 
 
 def zeros(x, *_):
@@ -240,14 +240,16 @@ def variants(
         f"backward {label} {name}",
         backward,
         x.numel(),
-        read * (1 if kept is None else 2) + e,  # dy, x, dx
+        read * (1 if kept is None else 2) + e + bytes_of(backward, "partial_ptr") / x.numel(),  # dy, x, dx
         trips=tiles.rows / backward.arguments["BLOCK_ROWS"] / backward.grid[1] if looped else (),
         budget=budget or budget_of(dtype, tiles, form, seed_in_memory, max_instructions),
         headline=headline,
     )
 
 
-ODD = Budget(narrow_loads=1000, narrow_stores=1000, shared_bytes=8192, min_headroom=0)  # no spills
+ODD = Budget(
+    narrow_loads=1000, narrow_stores=1000, shared_bytes=8192, sectors=1.45, min_headroom=0
+)  # no spills
 
 
 def budget_of(dtype, tiles, form, seed_in_memory, max_instructions) -> Budget:

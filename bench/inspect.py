@@ -14,7 +14,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import compress
 from pathlib import Path
 from typing import Annotated
@@ -27,6 +27,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from . import FAMILIES
+from .executed import Executed, execute
 from .gpus import GPUS, JUDGED, RESOURCES, TARGETS, Gpu, picoseconds
 from .provenance import source_hash
 from .sass import (
@@ -44,6 +45,7 @@ from .sass import (
     turns_of,
 )
 
+TOLERATED = 1.01  # what is counted, over what is declared
 PREDICTED = "Counts are facts of the compiled code; times are predictions from assumed rates, not measured."
 
 
@@ -102,6 +104,7 @@ class Report:
     budget: Budget
     headline: bool = False
     one_sided_sums: int = 0  # over lanes, which then hold different ones
+    executed: Executed | None = None  # --execute: what was counted when it ran
 
 
 def report_on(kernel: Kernel, cc: int) -> Report:
@@ -189,6 +192,11 @@ def _violations(report: Report) -> Iterator[str]:
             f"{report.bytes_per_element:g} bytes per element are declared, the code accesses {accessed:.3g}: "
             "check elements, bytes and trips"
         )
+    executed = report.executed
+    if executed is not None and executed.bytes > TOLERATED * report.bytes_per_element:
+        yield f"{report.bytes_per_element:g} bytes per element are declared, it moves {executed.bytes:.4g}"
+    if executed is not None and executed.ratio > TOLERATED * budget.sectors:
+        yield f"{executed.ratio:.3f} times the fewest sectors are asked for, {budget.sectors:g} allowed"
     least = for_target(budget.min_headroom, report.cc)
     for prediction in report.predictions:
         if prediction.gpu in JUDGED and prediction.headroom < least:
@@ -230,6 +238,34 @@ def table_of(title: str, reports: list[Report], wide: bool = True) -> Table:
     for report in reports:
         table.add_row(*compress(_cells(report), shown), style="red" if violations(report) else None)
     return table
+
+
+EXECUTED = ("kernel", "bytes/elem\ndeclared", "bytes/elem\nmoved", "sectors,\nbytes/elem", "of the\nfewest")
+EXECUTED = (*EXECUTED, "PTX\ninstr/elem", "machine code\ninstr/elem", "bank turns\n/elem")
+
+
+def executed_table(title: str, reports: list[Report]) -> Table:
+    """What was counted when the kernels ran."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0)
+    for number, name in enumerate(EXECUTED):
+        table.add_column(name, justify="right" if number else "left", no_wrap=number > 0)
+    for report in reports:
+        style = "red" if violations(report) else None
+        table.add_row(escape(report.kernel), *executed_cells(asdict(report)), style=style)
+    return table
+
+
+def executed_cells(report: dict) -> list[str]:
+    counted = report["executed"]
+    return [
+        f"{report['bytes_per_element']:.4g}",
+        f"{counted['bytes']:.4g}",
+        f"{counted['sectors']:.4g}",
+        f"{counted['ratio']:.3f}",
+        f"{counted['instructions']:.1f}",
+        f"{report['instructions']:.1f}",
+        f"{counted['conflicts']:.3f}",
+    ]
 
 
 def _cells(report: Report) -> list[str]:
@@ -284,6 +320,9 @@ def inspect(
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the reports here.")] = None,
     sass: Annotated[bool, typer.Option("--sass", help="Print the machine code of one variant.")] = False,
     check: Annotated[bool, typer.Option(help="Exit with 1 if a kernel breaks its budget.")] = True,
+    runs: Annotated[
+        bool, typer.Option("--execute", help="Also run the kernels on executed PTX, and count what they do.")
+    ] = False,
     wide: Annotated[
         bool, typer.Option("--wide", help=f"All figures; by itself where the terminal has {WIDE} columns.")
     ] = False,
@@ -302,6 +341,8 @@ def inspect(
             console.out(_one_listing(selected, targets))
             return
         reports, errors = _reports(selected, targets, console)
+        if runs:
+            reports = _executed(selected, reports, console)
     except InspectError as error:
         _tell(error)
         raise typer.Exit(2) from error
@@ -310,6 +351,8 @@ def inspect(
         for name in dict.fromkeys(name for name, _ in reports):
             rows = [report for its, report in reports if its == name and report.cc == cc]
             console.print(table_of(f"{name}, sm_{cc}", rows, wide))
+            if ran := [report for report in rows if report.executed]:
+                console.print(executed_table(f"{name}, sm_{cc}, executed", ran))
     console.print(PREDICTED, style="dim")
     if json_file:
         _write(json_file, reports)
@@ -379,6 +422,23 @@ def _reports(
             done = list(pool.map(run, jobs))
     errors = [result for result in done if isinstance(result, InspectError)]
     return [result for result in done if not isinstance(result, InspectError)], errors
+
+
+def _executed(
+    selected: list[tuple[str, Kernel]], reports: list[tuple[str, Report]], console: Console
+) -> list[tuple[str, Report]]:
+    """The reports, with what was counted. It says which kernels did not run, and why."""
+    kernels = {(family, kernel.name): kernel for family, kernel in selected}
+    found = []
+    for family, report in reports:
+        try:
+            report = replace(report, executed=execute(kernels[family, report.kernel], report.cc))
+        except InspectError as error:
+            console.print(
+                f"not executed: {error}", style="dim", markup=False, highlight=False, soft_wrap=True
+            )
+        found.append((family, report))
+    return found
 
 
 def _write(path: Path, reports: list[tuple[str, Report]]) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .cases import DIRECTIONS
 from .harness import SCHEMA
+from .inspect import executed_cells
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 OURS = "fastreg"
@@ -283,9 +284,10 @@ def results_page(
     static: Path | None = None,
     host: Path | None = None,
     pieces: Path | None = None,
+    executed: Path | None = None,
 ) -> str:
     """The full page: one section for each device, family and dtype, the times of ``host`` and ``pieces``, the
-    predictions of ``static``."""
+    counts of ``executed``, the predictions of ``static``."""
     parts = ["# Benchmark results", LEGEND]
     for document in documents:
         origin = document["provenance"]
@@ -314,6 +316,8 @@ def results_page(
         parts += ["## Optimizers on the host", host_table(json.loads(host.read_text()))]
     if pieces is not None and pieces.exists():
         parts += ["## On the CPU, beside torch's functions", pieces_table(json.loads(pieces.read_text()))]
+    if executed is not None and executed.exists():
+        parts += ["## Executed", executed_table(json.loads(executed.read_text()))]
     if static is not None and static.exists():
         parts += ["## Predictions", static_table(json.loads(static.read_text()))]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -395,6 +399,34 @@ def static_table(content: dict, gpu: str = "H100") -> str:
     header = ["family", "kernel", "registers", "spills", "instructions / element", "bytes / element"]
     table = markdown([*header, "predicted bound", "predicted share of copy rate"], lines)
     return f"{static_title(content, gpu)}\n\n{table}"
+
+
+def executed_table(content: dict) -> str:
+    """What ``fastreg inspect --execute`` has counted. These are facts."""
+    ran = [report for report in content["reports"] if report["executed"]]
+    lines = [
+        [report["family"], report["kernel"], f"sm_{report['cc']}", *executed_cells(report)] for report in ran
+    ]
+    header = [
+        "family",
+        "kernel",
+        "target",
+        "bytes / element declared",
+        "moved",
+        "sectors asked for, bytes / element",
+    ]
+    header += [
+        "of the fewest",
+        "PTX instructions / element",
+        "in machine code, static",
+        "bank turns / element",
+    ]
+    origin = f"`fastreg inspect --execute`, triton {content['triton']}, sources {content['source']}"
+    return (
+        f"Counted on executed PTX ({origin}). *Moved*: the different sectors of each tensor, each once. *Sectors asked "
+        "for*: those of all requests, caches or not. *Bank turns*: of shared memory, beyond those that its bytes need."
+        f"\n\n{markdown(header, lines, left=3)}"
+    )
 
 
 def family_table(content: dict, gpu: str = "H100") -> str:
@@ -557,7 +589,11 @@ def report(results: Path, page: Path, readme: Path | None = None) -> list[Path]:
     if static.exists():
         draw_predictions(json.loads(static.read_text()), static.with_suffix(".png"))
         written.append(static.with_suffix(".png"))
-    page.write_text(results_page(documents, page, static, results / "host.json", results / "pieces.json"))
+    page.write_text(
+        results_page(
+            documents, page, static, results / "host.json", results / "pieces.json", results / "executed.json"
+        )
+    )
     written.append(page)
     if readme is not None:
         section = readme_section(documents, static, readme, page)

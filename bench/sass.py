@@ -39,6 +39,9 @@ class Budget:
     narrow_loads: int = 0  # load instructions allowed below it: a seed, a scalar, a parameter of a row
     narrow_stores: int = 0  # the same for stores: the statistics of a row
     shared_bytes: int = 0
+    sectors: float = (
+        1.0  # that all requests ask for, over the fewest that hold what they want: with --execute
+    )
     min_headroom: float | Mapping[int, float] = 1.0  # memory / issue bound; 0 where compute is the point
 
 
@@ -70,6 +73,7 @@ class Kernel:
     trips: float | Sequence[float] | Mapping[int, Any] = ()
     budget: Budget = field(default_factory=Budget)
     headline: bool = False  # one of the few that the README shows
+    launch: Any = field(default=None, repr=False, compare=False)  # with the tensors that it was declared with
 
     @classmethod
     def of(cls, name: str, launch: Any, elements: int, bytes_per_element: float, **rest: Any) -> "Kernel":
@@ -101,8 +105,15 @@ class Kernel:
             arguments,
             constants,
             divisible,
+            launch=launch,
             **rest,
         )
+
+
+def bytes_of(launch: Any, *names: str) -> int:
+    """Of these tensors of a launch, where it has them: partial sums, that are written once."""
+    found = (launch.arguments.get(name) for name in names)
+    return sum(x.numel() * x.element_size() for x in found if x is not None)
 
 
 _POINTERS = {
@@ -138,8 +149,8 @@ class Compiled(NamedTuple):
     shared_bytes: int
 
 
-def compile_for(kernel: Kernel, cc: int) -> Compiled:
-    """Compile ``kernel`` for compute capability ``cc`` (90 for sm_90) and disassemble it."""
+def binary_for(kernel: Kernel, cc: int) -> Any:
+    """``kernel``, compiled by Triton for compute capability ``cc`` (90 for sm_90)."""
     try:
         import triton
         from triton.backends.compiler import GPUTarget
@@ -155,11 +166,15 @@ def compile_for(kernel: Kernel, cc: int) -> Compiled:
         "maxnreg": kernel.maxnreg,
     }
     try:
-        binary = triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
+        return triton.compile(source, target=GPUTarget("cuda", cc, 32), options=options)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[-1]
         raise InspectError(f"{kernel.name} does not compile for sm_{cc}: {reason}") from error
 
+
+def compile_for(kernel: Kernel, cc: int) -> Compiled:
+    """Compile ``kernel`` and disassemble it."""
+    binary = binary_for(kernel, cc)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
@@ -167,6 +182,11 @@ def compile_for(kernel: Kernel, cc: int) -> Compiled:
         sass = _tool("nvdisasm", "-c", file.name)
     registers, stack = (int(re.search(rf"\b{key}:(\d+)", usage)[1]) for key in ("REG", "STACK"))
     return Compiled(sass, registers, stack, binary.metadata.shared)
+
+
+def signature_of(kernel: Kernel) -> dict[str, str]:
+    """The types of the kernel's arguments, "constexpr" of constants."""
+    return _specialization(kernel)["signature"]
 
 
 def _specialization(kernel: Kernel) -> dict[str, Any]:

@@ -204,7 +204,7 @@ def forward(
         (x_ptr, skip_ptr, h_ptr), draw, first, element, inside, shape, DROP, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR
     )
     share = 1.0 / shape[1].to(h.dtype)
-    mean = tl.sum(h, 1, keep_dims=True) * share
+    mean = product(tl.sum(h, 1, keep_dims=True), share)  # rounded, as it is stored: a constant row is zero
     centred = add(h, -mean)
     if not EVEN_COLUMNS:
         centred = tl.where(in_columns, centred, 0.0)
@@ -251,7 +251,7 @@ def forward_long(
     share = 1.0 / columns.to(lane_mean.dtype)
     lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
     lane_count = ((columns - lane + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS).to(lane_mean.dtype)
-    mean = tl.sum(terms(lane_mean, lane_count, 1, VECTOR), 1, keep_dims=True) * share
+    mean = product(tl.sum(terms(lane_mean, lane_count, 1, VECTOR), 1, keep_dims=True), share)
     distance = lane_mean - mean
     variance = tl.sum(lane_squares + distance * distance * lane_count, 1, keep_dims=True) * share
     rstd = tl.rsqrt(variance + tl.full([1, 1], eps, variance.dtype))

@@ -6,6 +6,7 @@ import random
 import time
 from collections import Counter
 
+import machine_option  # first: it decides whether kernels are interpreted
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -121,7 +122,12 @@ def as_users() -> None:
 _began = time.monotonic()
 
 
+def pytest_configure(config) -> None:
+    machine_option.configure(config)
+
+
 def pytest_addoption(parser) -> None:
+    machine_option.add_options(parser)
     parser.addoption(
         "--stop-after",
         type=float,

@@ -13,6 +13,7 @@ import pickle
 import traceback
 from typing import Any
 
+import machine_option
 import torch
 import torch.distributed as dist
 
@@ -23,10 +24,13 @@ SECONDS = 60  # a collective, and a job: what takes longer hangs
 
 def serve(rank: int, world: int, store: str, connection) -> None:
     torch.set_num_threads(1)
-    if backend.INTERPRETED:
+    if machine_option.TARGET is not None:
+        machine_option.attach()
+    elif backend.INTERPRETED:
         import interpreter
 
         interpreter.prepare()
+    if backend.INTERPRETED:
         backend.multiprocessors = lambda device: 1  # fewer programs for the interpreter, each with more to do
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # looking up the name of the machine may take seconds
     timeout = datetime.timedelta(seconds=SECONDS)

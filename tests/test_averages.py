@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from machine_option import bf16
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -20,7 +21,7 @@ from fastreg.averages import get_ema_multi_avg_fn
 from fastreg.ops.averages import copy_if_, copy_where_, follow_
 
 # One rounding of each update; the interpreter truncates to bf16, which is one unit in the last place more.
-ROUNDING = {torch.float64: 1e-15, torch.float32: 3e-7, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+ROUNDING = {torch.float64: 1e-15, torch.float32: 3e-7, torch.float16: 1e-3, torch.bfloat16: bf16(1e-2)}
 
 
 class Net(nn.Module):

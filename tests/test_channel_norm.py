@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as TF
+from machine_option import bf16
 
 import fastreg.functional as F
 import fastreg.nn as fnn
@@ -18,7 +19,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 
 # Of the largest value. fp32 and fp64 are computed as such; 16-bit results are rounded once on the kernels and after
 # every operation on ATen, and truncated to bf16 by the interpreter (one more unit in the last place).
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: 4e-2}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: bf16(4e-2)}
 
 
 @pytest.fixture(params=["whole", "split"])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from machine_option import bf16
 
 import fastreg.functional as F
 import fastreg.nn as fnn
@@ -27,7 +28,7 @@ TOLERANCE = {
     torch.float64: 1e-11,
     torch.float32: 1e-5,
     torch.float16: 4e-3,
-    torch.bfloat16: 3e-2,
+    torch.bfloat16: bf16(3e-2),
 }
 DTYPES = list(TOLERANCE)
 SEED = 20

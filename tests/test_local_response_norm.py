@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from machine_option import bf16
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -23,7 +24,7 @@ TOLERANCE = {
     torch.float64: 1e-12,
     torch.float32: 3e-6,
     torch.float16: 4e-3,
-    torch.bfloat16: 3e-2,
+    torch.bfloat16: bf16(3e-2),
 }
 STRONG = {"alpha": 0.5, "beta": 0.75, "k": 2.0}  # so that the denominator is felt: with 1e-4 it is about 1
 

@@ -6,6 +6,7 @@ import pickle
 
 import pytest
 import torch
+from machine_option import bf16
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -26,7 +27,7 @@ both_modes = pytest.mark.parametrize("mode", MODES)
 # but the pairs with a radius below 0.02, of which 2,500 pairs expect one half, and the largest radii.
 NORMAL_ERROR = 4e-5
 # 16-bit results are rounded once; the interpreter truncates to bf16, which is one unit in the last place more.
-ROUNDING = {torch.float64: 0, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+ROUNDING = {torch.float64: 0, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: bf16(1e-2)}
 DTYPES = list(ROUNDING)
 
 

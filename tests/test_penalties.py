@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from machine_option import bf16
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,7 +22,7 @@ from fastreg.penalties import GaussianPrior, LaplacePrior, elastic_net, l1, l2, 
 needs_triton = pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
 
 # Gradients are rounded once; the interpreter truncates to bf16, which is one unit in the last place more.
-ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}
+ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: bf16(1e-2)}
 DTYPES = list(ROUNDING)
 # Sums of a tile are fp32 in a tree: 12 roundings of 6e-8 for 4,096 elements, of numbers of one sign.
 SUM = 1e-6
