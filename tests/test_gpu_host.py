@@ -11,7 +11,7 @@ import torch
 from fastreg.ops import backend
 
 FILES = sorted((Path(__file__).parent / "gpu_host").glob("test_*.py"))
-LONG = ("test_bench_cases.py", "test_sizes.py")  # a minute each; CI runs them apart
+LONG = ("test_bench_cases.py", "test_machine.py", "test_sizes.py")  # a minute each; CI runs them apart
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which need not be pretended")
