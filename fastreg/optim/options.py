@@ -40,7 +40,7 @@ OPTIONS_DOC = """
             It is the copy that is trained: weights loaded into the model later need a new optimizer.
 
         On the CPU these take what torch's fused step and torch's functions take together, with these exceptions.
-        Plain SGD over many small tensors takes up to a tenth more, to see that nothing has changed since the last step.
+        Plain SGD over many small tensors takes up to 15 % more, to see that nothing has changed since the last step.
         max_grad_norm and ``torch.amp.GradScaler`` leave ``.grad`` as it is, and scale a copy: up to a third more
         where torch scales in place. stochastic_rounding and master_weights go tensor by tensor through the definition,
         and so do 16-bit parameters if SGD has options, or Adam cautious, max_grad_norm, a subgradient or an average.
