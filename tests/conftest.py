@@ -4,7 +4,7 @@ import gc
 import os
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 
 import machine_option  # first: it decides whether kernels are interpreted
 import pytest
@@ -160,17 +160,28 @@ def pytest_sessionfinish(session) -> None:
 # Thousands of cases, minutes on the interpreter: by default these run on ATen, and with ``-m slow`` on the kernels.
 # Tests marked ``sampled`` choose themselves which of their cases run on the kernels in every run.
 _SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py")
-# Of hundreds of cases of one kind, a third runs by default, always the same, and with ``-m slow`` the others.
-_MANY = (
-    "test_arguments.py",
-    "test_dropout_conformance.py",
-    "test_norm_conformance.py",
-    "test_optim_conformance.py",
-    "test_tools.py",
-    "test_without_data.py",
+# Of the many cases of a test, on each backend, a quarter runs by default, always the same, but no fewer than these; with
+# ``-m slow`` the others. Cases of these files are no more of the same.
+_LEAST = 3
+_ALL = (
+    "test_gpu_host.py",
+    "test_inspect.py",
+    "test_compiled.py",
+    "test_compiled_masks.py",
+    "test_machine.py",
 )
 # Tests of some ten seconds each, which compile or start processes: first, so that none is left for the end.
 _LONG = ("test_gpu_host.py", "test_inspect.py", "test_compiled.py", "test_training.py", "test_bench.py")
+
+
+def _cases_of_tests(items) -> list[list]:
+    """Lists of cases of one test on one backend."""
+    found = defaultdict(list)
+    for item in items:
+        apart = item.path.name in _ALL or "gpu_host" in item.path.parts
+        if hasattr(item, "callspec") and not apart and not item.get_closest_marker("slow"):
+            found[item.nodeid.partition("[")[0], item.callspec.params.get("path")].append(item)
+    return list(found.values())
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -180,11 +191,9 @@ def pytest_collection_modifyitems(config, items) -> None:
         swept = item.path.name in _SWEEPS and not item.get_closest_marker("sampled")
         if swept and interpreted and not torch.cuda.is_available():
             item.add_marker(pytest.mark.slow)
-        if (
-            item.path.name in _MANY
-            and hasattr(item, "callspec")
-            and random.Random(item.name).random() > 1 / 3
-        ):
+    for cases in _cases_of_tests(items):
+        cases.sort(key=lambda item: random.Random(item.name).random())
+        for item in cases[max(_LEAST, len(cases) // 4) :]:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name not in _LONG)
     share, seed = config.getoption("--sample"), config.getoption("--seed")

@@ -246,6 +246,7 @@ def test_channel_dropout_of_a_rank_torch_only_warns_of_is_one_graph(device, path
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 def test_inductor_equals_eager(device, path):
     """The default backend, which compiles the ATen path and calls the registered operators."""
 

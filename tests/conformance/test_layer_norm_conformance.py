@@ -411,6 +411,7 @@ def test_one_graph_with_eagers_values_for_every_batch_size(name, device, path):
     assert graph_runs_the_kernel(counter) == (path == "kernels")
 
 
+@pytest.mark.slow
 def test_inductor_equals_eager(device, path):
     def step(x, residual, weight):
         y, h = FF.dropout_add_layer_norm(x * 2, residual, (8,), weight, None, 0.0, prenorm=True)

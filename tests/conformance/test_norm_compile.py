@@ -342,7 +342,8 @@ def test_an_empty_batch(device, path):
 # --- Inductor ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", quick(["batch_norm"], ["batch_norm", "group_norm", "instance_norm"]))
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["batch_norm", "group_norm", "instance_norm"])
 def test_inductor_equals_eager(kind, device, path):
     """The default backend, which compiles the ATen path and calls the registered operators."""
     check(kind, device, path, residual=True, compiler="inductor", activation="gelu")
