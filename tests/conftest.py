@@ -160,8 +160,8 @@ def pytest_sessionfinish(session) -> None:
 # Thousands of cases, minutes on the interpreter: by default these run on ATen, and with ``-m slow`` on the kernels.
 # Tests marked ``sampled`` choose themselves which of their cases run on the kernels in every run.
 _SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py")
-# Of the many cases of a test, on each backend, a quarter runs by default, always the same, but no fewer than these; with
-# ``-m slow`` the others. Cases of these files are no more of the same.
+# Of the many cases of a test, on each backend, a quarter runs by default, always the same, but no fewer than these;
+# with ``-m slow`` the others. Cases of these files are no more of the same.
 _LEAST = 3
 _ALL = (
     "test_gpu_host.py",
