@@ -158,11 +158,11 @@ def pytest_sessionfinish(session) -> None:
 
 
 # Thousands of cases, minutes on the interpreter: by default these run on ATen, and with ``-m slow`` on the kernels.
-# Tests marked ``sampled`` choose themselves which of their cases run on the kernels in every run.
+# Tests marked ``sampled`` choose themselves which of their cases run in every run.
 _SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py")
 # Of the many cases of a test, on each backend, a quarter runs by default, always the same, but no fewer than these;
 # with ``-m slow`` the others. Cases of these files are no more of the same.
-_LEAST = 3
+_LEAST = 6
 _ALL = (
     "test_gpu_host.py",
     "test_inspect.py",
@@ -179,7 +179,8 @@ def _cases_of_tests(items) -> list[list]:
     found = defaultdict(list)
     for item in items:
         apart = item.path.name in _ALL or "gpu_host" in item.path.parts
-        if hasattr(item, "callspec") and not apart and not item.get_closest_marker("slow"):
+        chosen = any(map(item.get_closest_marker, ("slow", "sampled")))
+        if hasattr(item, "callspec") and not apart and not chosen:
             found[item.nodeid.partition("[")[0], item.callspec.params.get("path")].append(item)
     return list(found.values())
 

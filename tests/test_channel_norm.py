@@ -202,6 +202,7 @@ EMPTY_TILES = [
 ]
 
 
+@pytest.mark.sampled  # all of them
 @pytest.mark.parametrize(("shape", "dtype", "layout"), EMPTY_TILES, ids=str)
 @pytest.mark.parametrize("fused", [(None, False), ("relu", True)], ids=str)
 def test_tiles_behind_the_batch(device, tiles_kept, shape, dtype, layout, fused):

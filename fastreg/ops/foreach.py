@@ -199,30 +199,30 @@ def _matrix(x: Tensor, rows: bool) -> Tensor:
     return x.as_strided((count, length), (length, 1))
 
 
-def _row_norms(x: Tensor, dtype: torch.dtype, order: int = 2) -> Tensor:
+def _row_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Norms of the rows of a dense matrix.
 
-    Torch adds up the powers of a row one after another, which is wrong by percents after 2^26 of them. Long rows are
+    Torch adds up the squares of a row one after another, which is wrong by percents after 2^26 of them. Long rows are
     cut into blocks.
     """
     rows, length = x.shape
     if length <= SUMMED:
-        return torch.linalg.vector_norm(x, order, 1, dtype=dtype)
+        return torch.linalg.vector_norm(x, 2, 1, dtype=dtype)
     count, rest = divmod(length, BLOCK)
     blocks = x.as_strided((rows, count, BLOCK), (length, BLOCK, 1))
-    norms = torch.linalg.vector_norm(blocks, order, 2, dtype=dtype)
+    norms = torch.linalg.vector_norm(blocks, 2, 2, dtype=dtype)
     if rest:
-        ends = torch.linalg.vector_norm(x[:, -rest:], order, 1, keepdim=True, dtype=dtype)
+        ends = torch.linalg.vector_norm(x[:, -rest:], 2, 1, keepdim=True, dtype=dtype)
         norms = torch.cat([norms, ends], 1)
-    return torch.linalg.vector_norm(norms, order, 1)
+    return torch.linalg.vector_norm(norms, 2, 1)
 
 
-def _norms(tensors: Sequence[Tensor], order: int = 2) -> Tensor:
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of each of some dense tensors of one dtype, at least in fp32."""
     dtype = compute_dtype(tensors[0].dtype)
     if max(map(Tensor.numel, tensors)) <= SUMMED:
-        return torch.stack(torch._foreach_norm(tensors, order, dtype))
-    return torch.cat([_row_norms(_matrix(x, rows=False), dtype, order) for x in tensors])
+        return torch.stack(torch._foreach_norm(tensors, 2, dtype))
+    return torch.cat([_row_norms(_matrix(x, rows=False), dtype) for x in tensors])
 
 
 def squares(tensors: list[Tensor]) -> Tensor:
@@ -231,18 +231,6 @@ def squares(tensors: list[Tensor]) -> Tensor:
     if not found.isfinite():  # squares of more than fp32 holds
         return sum(torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in tensors)
     return found
-
-
-def penalize_(ps: list[Tensor], gs: list[Tensor], l1: float, l2: float) -> Tensor:
-    """fp64 []: the sum of l1 |p| + l2 / 2 p^2, whose gradient is added to gs. Dense tensors of one dtype."""
-    value = torch.zeros((), dtype=torch.float64, device="cpu")
-    if l1:
-        value += l1 * _norms(ps, 1).double().sum()
-        torch._foreach_add_(gs, torch._foreach_sign(ps), alpha=l1)
-    if l2:
-        value += 0.5 * l2 * squares(ps)
-        torch._foreach_add_(gs, ps, alpha=l2)
-    return value
 
 
 def project_(ps: Sequence[Tensor], radius: float, rows: bool, shards: Any = None) -> None:

@@ -205,16 +205,20 @@ def penalize_(ps: Sequence[Tensor], gs: Sequence[Tensor], fresh: Sequence[bool],
         parts += _run([ps[i] for i in kinds[how]], form, [gs[i] for i in kinds[how]], how=how)
     lists: dict[torch.dtype, list[int]] = {}
     for i in kinds["definition"]:
+        parts.append(_value(ps[i], form))
         if not form.mean and _fits_lists(ps[i], gs[i]):
             lists.setdefault(ps[i].dtype, []).append(i)
             if fresh[i]:
                 gs[i].zero_()
             continue
-        parts.append(_value(ps[i], form))
         slope = _slope(ps[i], form, 1.0)
         gs[i].copy_(slope) if fresh[i] else gs[i].add_(slope)
     for places in lists.values():
-        parts.append(foreach.penalize_([ps[i] for i in places], [gs[i] for i in places], form.l1, form.l2))
+        listed, slopes = ([x[i] for i in places] for x in (ps, gs))
+        if form.l1:
+            torch._foreach_add_(slopes, torch._foreach_sign(listed), alpha=form.l1)
+        if form.l2:
+            torch._foreach_add_(slopes, listed, alpha=form.l2)
     written = [gs[i] for i in kinds["add"] + kinds["write"] if not gs[i].is_inference()]
     if written:
         torch.autograd.graph.increment_version(written)
