@@ -9,9 +9,9 @@ gradient where it belongs in the pass that computes the value, after the backwar
     value = penalties.l2(model.parameters(), 1e-4, accumulate=True)
 
 and cheapest, at no pass at all, are ``weight_decay`` and ``l1`` of :mod:`fastreg.optim`, where the value is not needed.
-On the CPU, 100 tensors of 64 x 64 take twice as long as torch's sums of squares, with ``accumulate`` and for
-``max_norm_`` two to three times as long as torch's foreach functions, which ask nothing of a tensor; large tensors take
-up to 1.4 times as long.
+On the CPU, 100 tensors of 64 x 64 take twice as long as torch's sums of squares, with ``accumulate`` up to six times as
+long as torch's foreach functions, whose norms are less exact, and for ``max_norm_`` up to twice; large tensors take up
+to half more.
 
 A prior is a penalty with a scale (MAP estimation): :math:`-\log p(\theta \mid D) = \sum_i \ell_i(\theta) -
 \log p(\theta)` up to a constant. For a loss that is the mean over :math:`N` examples, the prior counts for
