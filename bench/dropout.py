@@ -7,6 +7,8 @@ import torch.nn.functional as torch_functional
 
 import fastreg.functional as fast
 from fastreg.ops import dropout as ops
+from fastreg.ops.layout import tiling
+from fastreg.ops.layout import tiling
 from fastreg.random import Stream
 
 from .cases import Case, images, masked, random, rows, width
@@ -218,12 +220,12 @@ def variants(
     stream = Stream(torch.empty(1, dtype=torch.int64, device="meta") if seed_in_memory else 1)
     bias = None if form.bias_dim is None else x.new_empty(x.shape[form.bias_dim])
     kept = x if form.keeps_input else None
-    tiles = ops._tiled(x, form)[1]
+    tiles = tiling(ops._tiled(x, form), form.mask_dims, form.bias_dim)
     e = dtype.itemsize
     read = e * 0.9 if tiles.mask == "row" else e  # what a mask of rows drops is not read
     label = short_name(dtype)
 
-    forward = ops._forward_launch(x, bias, x if residual else None, x, tiles, stream, form)
+    (forward,) = ops.forward_launches(x, bias, x if residual else None, x, stream, form)
     yield Kernel.of(
         f"forward {label} {name}",
         forward,
@@ -232,8 +234,8 @@ def variants(
         budget=budget or budget_of(dtype, tiles, form, seed_in_memory, max_instructions),
         headline=headline,
     )
-    backward = ops._backward_launch(
-        x, kept, bias if kept is not None else None, x, tiles, stream, form, bias is not None
+    (backward,) = ops.backward_launches(
+        x, kept, bias if kept is not None else None, x, stream, form, bias is not None
     )
     looped = backward.arguments["partial_ptr"] is not None and tiles.bias == "columns"
     yield Kernel.of(

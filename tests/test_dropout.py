@@ -359,10 +359,8 @@ def test_wide_indices_give_the_same_result(device):
         results = []
         for wide in (False, True):
             y, dx = torch.empty_like(x), torch.empty_like(x)
-            launch = ops._forward_launch(x, bias, None, y, layout.tiling(x, 0, bias_dim), Stream(3), form)
-            back = ops._backward_launch(
-                x, None, None, dx, layout.tiling(x, 0, bias_dim), Stream(3), form, bias is not None
-            )
+            (launch,) = ops.forward_launches(x, bias, None, y, Stream(3), form)
+            (back,) = ops.backward_launches(x, None, None, dx, Stream(3), form, bias is not None)
             for each in (launch, back):
                 each.arguments["WIDE"] = wide
                 each.run(device)

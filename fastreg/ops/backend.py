@@ -159,16 +159,16 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     arguments: dict[str, Any]
 
-    def run(self, device: torch.device) -> None:
-        """Launches on the tensors' ``device``, which need not be the current one."""
+    def run(self, device: torch.device) -> Any:
+        """Launches on the tensors' ``device``, which need not be the current one. Returns what Triton compiled."""
         if device.type != "cuda":
-            self.kernel[self.grid](**self.arguments, **OPTIONS)
-            return
+            return self.kernel[self.grid](**self.arguments, **OPTIONS)
         with torch.cuda.device(device):
             variant = self.kernel[self.grid](**self.arguments, **OPTIONS)
             if self.arguments.get("seed") and variant not in _loaded:
                 self._load_for_graphs()
                 _loaded.add(variant)
+        return variant
 
     def _load_for_graphs(self) -> None:
         """Loads, without a launch, the variant that takes the seed from memory.

@@ -5,7 +5,7 @@ the definition in ATen (CPU, ``torch.func`` transforms, second derivatives). Nei
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,9 @@ from fastreg.ops.fused import (
     result_dtype,
     sum_dtype,
 )
+from fastreg.ops.launch import planned
 from fastreg.ops.layout import Tiling, ceil_div, dense, dense_strides, tiling, with_strides
+from fastreg.ops.operator import apply, by_definition, keep, kept, needs_definition, operator
 from fastreg.random import LANE_VALUES, Stream
 
 if backend.HAS_TRITON:
@@ -93,14 +95,10 @@ def _definition(
 # --- the launch -------------------------------------------------------------------------------------------
 
 
-def _tiled(x: Tensor, form: _Form) -> tuple[Tensor, Tiling]:
-    """``x`` in a dense layout that the kernels can tile (itself wherever possible), and the tiling."""
+def _tiled(x: Tensor, form: _Form) -> Tensor:
+    """``x`` in a dense layout that the kernels can tile: itself wherever possible."""
     x = dense(x)
-    tiles = tiling(x, form.mask_dims, form.bias_dim)
-    if tiles is None:
-        x = x.contiguous()
-        tiles = tiling(x, form.mask_dims, form.bias_dim)
-    return x, tiles
+    return x.contiguous() if tiling(x, form.mask_dims, form.bias_dim) is None else x
 
 
 def _blocks(x: Tensor, tiles: Tiling) -> tuple[int, int, int]:
@@ -155,16 +153,12 @@ def _block_counts(tiles: Tiling, blocks: tuple[int, int, int]) -> tuple[int, int
     return ceil_div(tiles.rows or 1, rows), max(1, ceil_div(tiles.columns // vector * vector, columns))
 
 
-def _forward_launch(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    y: Tensor,
-    tiles: Tiling,
-    stream: Stream,
-    form: _Form,
-) -> Launch:
-    """x, residual, y: dense, with one layout, tiled by ``tiles``."""
+@planned
+def forward_launches(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor, stream: Stream, form: _Form
+) -> list[Launch]:
+    """x, residual, y: dense, with one layout that can be tiled."""
+    tiles = tiling(x, form.mask_dims, form.bias_dim)
     blocks = _blocks(x, tiles)
     tensors = {"x_ptr": x, "bias_ptr": bias, "residual_ptr": residual, "y_ptr": y}
     constants = {
@@ -173,20 +167,21 @@ def _forward_launch(
         "SHIFTED": form.kept_shift is not None,
     }
     grid = (math.prod(_block_counts(tiles, blocks)),)
-    return Launch(kernels.forward, grid, tensors | constants | _arguments(tiles, blocks, stream, form))
+    return [Launch(kernels.forward, grid, tensors | constants | _arguments(tiles, blocks, stream, form))]
 
 
-def _backward_launch(
+@planned
+def backward_launches(
     dy: Tensor,
     x: Tensor | None,
     bias: Tensor | None,
     dx: Tensor,
-    tiles: Tiling,
     stream: Stream,
     form: _Form,
     needs_bias: bool,
-) -> Launch:
-    """dy, x, dx: dense, with one layout, tiled by ``tiles``. ``partial_ptr`` receives partial sums for the bias."""
+) -> list[Launch]:
+    """dy, x, dx: dense, with one layout that can be tiled. Workspace: partial sums for the bias."""
+    tiles = tiling(dx, form.mask_dims, form.bias_dim)
     blocks = _blocks(dx, tiles)
     row_blocks, column_blocks = _block_counts(tiles, blocks)
     tensors = {"dy_ptr": dy, "x_ptr": x, "bias_ptr": bias, "dx_ptr": dx, "partial_ptr": None}
@@ -195,7 +190,7 @@ def _backward_launch(
         if needs_bias:
             tensors["partial_ptr"] = torch.empty(tiles.rows, column_blocks, **sums)
         arguments = _arguments(tiles, blocks, stream, form)
-        return Launch(kernels.backward, (row_blocks * column_blocks,), tensors | arguments)
+        return [Launch(kernels.backward, (row_blocks * column_blocks,), tensors | arguments)]
 
     # Four rows at a time, and as few warps as span the columns: a thread then sums its own columns.
     _, columns, vector = blocks
@@ -211,61 +206,61 @@ def _backward_launch(
     for name in ("tail", "RAGGED", "BIAS", "bias_repeat"):
         del arguments[name]  # rows of whole vectors, and the bias along the columns
     arguments["num_warps"] = warps
-    return Launch(kernels.backward_bias_columns, (column_blocks, programs), tensors | arguments)
+    return [Launch(kernels.backward_bias_columns, (column_blocks, programs), tensors | arguments)]
 
 
-def _run_forward(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    stream: Stream,
-    form: _Form,
-    out: Tensor | None = None,
-) -> Tensor:
-    """The forward kernel on tensors of any layout. ``out``: where to write, ``x`` itself or None."""
-    result = torch.empty_like(x, dtype=result_dtype(x.dtype, residual)) if out is None else out
+# --- operators, on tensors of any layout ------------------------------------------------------------------
+
+
+@operator("fastreg::dropout", writes=["y"])
+def _forward(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor, stream: Stream, form: _Form
+) -> None:
+    """y: laid out as ``dense(x)``; it may be x itself."""
     if x.numel() == 0:
-        return result
-    x, tiles = _tiled(x, form)
-    y = result if result.stride() == x.stride() else torch.empty_like(x, dtype=result.dtype)
+        return
+    x = _tiled(x, form)
+    result = y if y.stride() == x.stride() else torch.empty_like(x, dtype=y.dtype)
     residual = None if residual is None else with_strides(residual, x.stride())
     bias = None if bias is None else bias.contiguous()
-    _forward_launch(x, bias, residual, y, tiles, stream, form).run(x.device)
-    return result if y is result else result.copy_(y)
+    forward_launches.run(x, bias, residual, result, stream, form)
+    if result is not y:
+        y.copy_(result)
 
 
-def _run_backward(
+@operator("fastreg::dropout_backward", writes=["dx", "dbias"])
+def _backward(
     dy: Tensor,
     x: Tensor | None,
     bias: Tensor | None,
+    dx: Tensor,
+    dbias: Tensor | None,
     stream: Stream,
     form: _Form,
-    stride: tuple[int, ...],
-    dtype: torch.dtype,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """The backward kernel on tensors of any layout.
+) -> None:
+    """x, bias: what forward had, where the activation needs them.
 
-    x, bias: what forward had, where the activation needs them.  stride, dtype: of forward's x, made dense.
-    Returns dx in that layout and dtype and, if needed, the bias gradient: fp32 (fp64) [bias size].
+    dx: laid out as forward's y: the mask counts elements in that order, whatever the strides of dy.
+    dbias: fp32 (fp64) [bias size].
     """
-    result = torch.empty_strided(dy.shape, stride, dtype=dtype, device=dy.device)
     if dy.numel() == 0:
-        return result, dy.new_zeros(dy.shape[form.bias_dim], dtype=sum_dtype(dtype)) if needs_bias else None
-    # The mask counts elements in the memory order of the forward pass, whatever the strides of dy.
-    dx, tiles = _tiled(result, form)
-    dy = with_strides(dy, dx.stride())
-    x = None if x is None else with_strides(x, dx.stride())
+        if dbias is not None:
+            dbias.zero_()
+        return
+    result = _tiled(dx, form)
+    dy = with_strides(dy, result.stride())
+    x = None if x is None else with_strides(x, result.stride())
     bias = None if bias is None else bias.contiguous()
-    launch = _backward_launch(dy, x, bias, dx, tiles, stream, form, needs_bias)
-    launch.run(dx.device)
-    partial = launch.arguments["partial_ptr"]
-    if partial is not None:
+    workspace = backward_launches.run(dy, x, bias, result, stream, form, dbias is not None)
+    if dbias is not None:
+        tiles = tiling(result, form.mask_dims, form.bias_dim)
         if tiles.bias == "columns":
-            partial = partial.sum(0)
+            partial = workspace[0].view(-1, tiles.bias_size, 1)
         else:
-            partial = partial.view(-1, tiles.bias_size, tiles.bias_repeat * partial.shape[1]).sum((0, 2))
-    return (result if dx is result else result.copy_(dx)), partial
+            partial = workspace[0].view(tiles.rows // (tiles.bias_size * tiles.bias_repeat), tiles.bias_size, -1)
+        torch.sum(partial, (0, 2), out=dbias)
+    if result is not dx:
+        dx.copy_(result)
 
 
 def activation_backward(
@@ -276,42 +271,55 @@ def activation_backward(
     It is the backward pass of dropout that drops nothing. kept: z, or y where that is enough for f'.
     """
     form = _Form(0, 1.0, bias_dim=1 if needs_bias else None, activation=derivative(activation))
-    return _run_backward(dy, kept, None, Stream(0), form, dense_strides(kept), kept.dtype, needs_bias)
+    return _gradients(dy, kept, None, Stream(0), form, dense_strides(kept), kept.dtype, needs_bias)
 
 
-# --- autograd, eager --------------------------------------------------------------------------------------
+def _gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    stream: Stream,
+    form: _Form,
+    stride: tuple[int, ...],
+    dtype: torch.dtype,
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """dx, in this layout and dtype, and if needed the bias gradient, fp32 (fp64) [bias size]."""
+    dx = torch.empty_strided(dy.shape, stride, dtype=dtype, device=dy.device)
+    dbias = None
+    if needs_bias:
+        dbias = torch.empty(dy.shape[form.bias_dim], dtype=sum_dtype(dtype), device=dy.device)
+    _backward(dy, x, bias, dx, dbias, stream, form)
+    return dx, dbias
+
+
+# --- autograd ---------------------------------------------------------------------------------------------
 
 
 class _Dropout(torch.autograd.Function):
-    """The eager path to the kernels. Saves the stream, and the input only where the activation needs it."""
+    """Saves the stream, and the input only where the activation needs it."""
 
     @staticmethod
     def forward(ctx, x, bias, residual, seed, offset, form, inplace):
+        y = x if inplace else torch.empty_like(x, dtype=result_dtype(x.dtype, residual))
         if inplace:
             ctx.mark_dirty(x)
-        ctx.stride, ctx.dtype = dense_strides(x), x.dtype
-        ctx.form, ctx.offset = form, offset
+        stream = Stream(seed, offset)
+        _forward(x, bias, residual, y, stream, form)
+        ctx.stride, ctx.dtype, ctx.form = y.stride(), x.dtype, form
         ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
         ctx.residual_dtype = None if residual is None else residual.dtype
-        seed_tensor = seed if isinstance(seed, Tensor) else None
-        ctx.seed = seed if seed_tensor is None else None
-        ctx.save_for_backward(*((x, bias) if form.keeps_input else (None, None)), seed_tensor)
-        return _run_forward(x, bias, residual, Stream(seed, offset), form, out=x if inplace else None)
+        keep(ctx, stream, *((x, bias) if form.keeps_input else (None, None)))
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        x, bias, seed = ctx.saved_tensors
-        stream = Stream(ctx.seed if seed is None else seed, ctx.offset)
+        stream, x, bias = kept(ctx)
         needs_x, needs_bias, needs_residual = ctx.needs_input_grad[:3]
         dx = dbias = dresidual = None
         if needs_x or needs_bias:
-            # Not on the kernels: second derivatives, and batched gradients (vmap).
-            if torch.is_grad_enabled() or not backend.runs_kernels(dy):
-                dx, dbias = _differentiable_backward(
-                    dy, x, bias, stream, ctx.form, ctx.stride, ctx.dtype, needs_bias
-                )
-            else:
-                dx, dbias = _run_backward(dy, x, bias, stream, ctx.form, ctx.stride, ctx.dtype, needs_bias)
+            gradients = _gradients_by_definition if needs_definition(dy) else _gradients
+            dx, dbias = gradients(dy, x, bias, stream, ctx.form, ctx.stride, ctx.dtype, needs_bias)
             if needs_bias:
                 shape, dtype = ctx.bias_like
                 dbias = dbias.view(shape).to(dtype)
@@ -320,107 +328,15 @@ class _Dropout(torch.autograd.Function):
         return dx, dbias, dresidual, None, None, None, None
 
 
-def _differentiable_backward(dy, x, bias, stream, form, stride, dtype, needs_bias):
-    """``_run_backward`` in ATen, for second derivatives (create_graph=True) and batched gradients."""
-    create_graph = torch.is_grad_enabled()
+def _gradients_by_definition(dy, x, bias, stream, form, stride, dtype, needs_bias):
+    """``_gradients`` in ATen."""
     keep = _mask(dy.shape, stride, form, stream, dy.device) if form.threshold else None
     dx = _masked(dy.to(dtype), keep, form._replace(kept_shift=None))
     if form.activation is not None:
-        with torch.enable_grad():
-            v = x if bias is None else x + bias.to(x.dtype)
-            y = ACTIVATIONS[form.activation](v)
-        (dx,) = torch.autograd.grad(y, v, dx, create_graph=create_graph)
+        dx, _ = by_definition(lambda x, b: _before_mask(x, b, form.activation), (x, bias), dx)
     if not needs_bias:
         return dx, None
     return dx, dx.sum([d for d in range(dx.dim()) if d != form.bias_dim])
-
-
-# --- registered operators, for torch.compile --------------------------------------------------------------
-# Dynamo meets these; an eager call does not pay for the dispatcher.
-
-
-@torch.library.custom_op("fastreg::dropout", mutates_args=())
-def _dropout_op(
-    x: Tensor,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor,
-    threshold: int,
-    scale: float,
-    kept_shift: float | None,
-    dropped_value: float | None,
-    mask_dims: int,
-    bias_dim: int | None,
-    activation: str | None,
-) -> Tensor:
-    form = _Form(threshold, scale, kept_shift, dropped_value, mask_dims, bias_dim, activation)
-    return _run_forward(x, bias, residual, Stream(seed), form)
-
-
-@_dropout_op.register_fake
-def _(x, bias, residual, seed, *form):
-    return torch.empty_like(x, dtype=result_dtype(x.dtype, residual))
-
-
-@torch.library.custom_op("fastreg::dropout_backward", mutates_args=())
-def _dropout_backward_op(
-    dy: Tensor,
-    x: Tensor | None,
-    bias: Tensor | None,
-    seed: Tensor,
-    stride: Sequence[int],
-    dtype: torch.dtype,
-    needs_bias: bool,
-    threshold: int,
-    scale: float,
-    mask_dims: int,
-    bias_dim: int | None,
-    activation: str | None,
-) -> tuple[Tensor, Tensor]:
-    form = _Form(threshold, scale, None, None, mask_dims, bias_dim, activation)
-    dx, dbias = _run_backward(dy, x, bias, Stream(seed), form, tuple(stride), dtype, needs_bias)
-    return dx, dy.new_empty(0) if dbias is None else dbias
-
-
-@_dropout_backward_op.register_fake
-def _(dy, x, bias, seed, stride, dtype, needs_bias, threshold, scale, mask_dims, bias_dim, activation):
-    dx = torch.empty_strided(dy.shape, stride, dtype=dtype, device=dy.device)
-    if not needs_bias:
-        return dx, dy.new_empty(0)
-    return dx, dy.new_empty(dy.shape[bias_dim], dtype=sum_dtype(dtype))
-
-
-def _save_for_compiled_backward(ctx, inputs, output):
-    x, bias, residual, seed, *fields = inputs
-    ctx.form = form = _Form(*fields)
-    ctx.save_for_backward(*((x, bias) if form.keeps_input else (None, None)), seed)
-    ctx.stride, ctx.dtype = torch.empty_like(x).stride(), x.dtype
-    ctx.bias_like = None if bias is None else (bias.shape, bias.dtype)
-    ctx.residual_dtype = None if residual is None else residual.dtype
-
-
-def _compiled_backward(ctx, dy):
-    x, bias, seed = ctx.saved_tensors
-    form = ctx.form
-    needs_x, needs_bias, needs_residual = ctx.needs_input_grad[:3]
-    dx = dbias = None
-    if needs_x or needs_bias:
-        dx, dbias = _dropout_backward_op(
-            dy, x, bias, seed, ctx.stride, ctx.dtype, needs_bias,
-            form.threshold, form.scale, form.mask_dims, form.bias_dim, form.activation,
-        )  # fmt: skip
-        if needs_bias:
-            shape, dtype = ctx.bias_like
-            dbias = dbias.view(shape).to(dtype)
-    return (
-        dx,
-        dbias if needs_bias else None,
-        dy.to(ctx.residual_dtype) if needs_residual else None,
-        *[None] * (1 + len(form)),
-    )
-
-
-_dropout_op.register_autograd(_compiled_backward, setup_context=_save_for_compiled_backward)
 
 
 # --- one function behind all public ones ------------------------------------------------------------------
@@ -496,10 +412,11 @@ def checked_p(input: Tensor, p: float, training: bool, aten=F.dropout) -> float:
 
 def _on_kernels(input, bias, residual, stream, form, inplace):
     if not torch.compiler.is_compiling():
-        y = _Dropout.apply(input, bias, residual, *stream, form, inplace)
-        return input if inplace else y  # without gradients, apply returns an alias
-    seed = stream.seed_on(input.device)
-    y = _dropout_op(input, bias, residual, seed, *form)
+        if inplace:
+            _Dropout.apply(input, bias, residual, *stream, form, True)
+            return input  # without gradients, apply returns an alias
+        return apply(_Dropout, input, bias, residual, *stream, form, False)
+    y = apply(_Dropout, input, bias, residual, *stream, form, False)
     return input.copy_(y) if inplace else y
 
 

@@ -1,0 +1,221 @@
+"""Launches that are worked out once for each kind of arguments, and then only filled in.
+
+    @planned
+    def forward_launches(x, y, stream, form) -> list[Launch]:
+        ...
+
+    forward_launches(x, y, stream, form)      the launches, as ``fastreg inspect`` reads them
+    forward_launches.run(x, y, stream, form)  runs them
+
+The kind of an argument is all that a launch may follow from: shape, strides, dtype and device of a tensor, where the
+seed of a stream lies, and any other argument itself. The first call of a kind builds the launches and notes where each
+of its tensors went. Later calls of that kind put their own there, and start the compiled kernel directly: Triton's
+``kernel[grid]`` looks at every argument anew to find it, which takes longer than all the rest.
+
+A tensor that is passed to a kernel but is no argument is workspace: every call allocates its own. So a builder makes
+its workspace by ``torch.empty``, and reads no values.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastreg.ops import backend
+from fastreg.ops.backend import Launch
+from fastreg.random import Stream
+
+if backend.HAS_TRITON:
+    from triton import knobs
+    from triton.compiler import CompiledKernel
+    from triton.runtime import driver
+
+DIRECT = backend.HAS_TRITON and {"run", "launch_metadata"} <= set(vars(CompiledKernel))
+"""Whether this version of Triton starts kernels as those do that ``_Variant`` was written for: 3.6 to 3.9."""
+
+PLANS = 1024
+"""Kinds that a builder remembers. With more of them it forgets all: a plan holds nothing but what its kind says."""
+
+
+def _kind(argument: Any) -> Any:
+    if isinstance(argument, Tensor):
+        return argument.shape, argument.stride(), argument.dtype, argument.device
+    if type(argument) is Stream:
+        return None if isinstance(argument.seed, Tensor) else argument.seed != 0  # see Launch.run
+    return argument
+
+
+class planned:  # noqa: N801, a decorator
+    """Of a builder of launches: see above."""
+
+    def __init__(self, build: Callable[..., list[Launch]]):
+        functools.update_wrapper(self, build)
+        self._build = build
+        self._plans: dict[tuple, _Plan] = {}
+        _builders.append(self)
+
+    def __call__(self, *arguments: Any) -> list[Launch]:
+        return self._build(*arguments)
+
+    def run(self, *arguments: Any) -> list[Tensor]:
+        """Runs the launches. Returns their workspace, each tensor in one dimension, in the order of its first use."""
+        key = tuple([_kind(argument) for argument in arguments])
+        plan = self._plans.get(key)
+        if plan is None:
+            if len(self._plans) >= PLANS:
+                self._plans.clear()
+            plan = self._plans[key] = _Plan(self._build, arguments)
+        return plan.run(arguments)
+
+    def forget(self) -> None:
+        self._plans.clear()
+
+
+_builders: list[planned] = []
+
+
+def forget() -> None:
+    """Forgets all plans: for whoever changes what a builder reads beside its arguments, such as the number of
+    multiprocessors."""
+    for builder in _builders:
+        builder.forget()
+
+
+class _Workspace(NamedTuple):
+    """A tensor of a call: all the memory that the workspace of its launches has in one storage."""
+
+    size: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def allocate(self) -> Tensor:
+        return torch.empty(self.size, dtype=self.dtype, device=self.device)
+
+
+class _Plan:
+    def __init__(self, build: Callable[..., list[Launch]], arguments: Sequence[Any]):
+        # Objects of their own, so that a tensor which is passed twice is found twice.
+        arguments = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
+        self._workspaces: list[_Workspace] = []
+        storages: dict[int, int] = {}
+        self._device: torch.device = next(a.device for a in arguments if isinstance(a, Tensor))
+        launches = build(*arguments)
+        self._steps = [_Step(launch, arguments, self._workspaces, storages) for launch in launches]
+
+    def run(self, arguments: Sequence[Any]) -> list[Tensor]:
+        workspaces = [workspace.allocate() for workspace in self._workspaces]
+        for step in self._steps:
+            step.run(arguments, workspaces, self._device)
+        return workspaces
+
+
+class _View(NamedTuple):
+    """Where in which workspace the tensor of a launch lies."""
+
+    workspace: int
+    shape: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+
+
+class _Step:
+    """One launch of a plan: which of its arguments are the caller's, and which are the same at every call."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        arguments: Sequence[Any],
+        workspaces: list[_Workspace],
+        storages: dict[int, int],
+    ):
+        self._given: list[tuple[str, int]] = []  # names of pointers, and the places of the caller's arguments
+        self._views: list[tuple[str, _View]] = []
+        self._stream: int | None = None  # the place of the caller's stream
+        values = dict(launch.arguments)
+        if "offset" in values:
+            self._stream = next(place for place, a in enumerate(arguments) if type(a) is Stream)
+            assert values["offset"] == arguments[self._stream].offset
+            values |= {"seed_ptr": None, "seed": 0, "offset": 0}
+        places = {id(a): place for place, a in enumerate(arguments) if isinstance(a, Tensor)}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = None  # a plan keeps nothing alive
+                if id(value) in places:
+                    self._given.append((name, places[id(value)]))
+                else:
+                    self._views.append((name, _view_of(value, workspaces, storages)))
+        self._launch = launch._replace(arguments=values)
+        self._variant: _Variant | None = None
+
+    def run(self, arguments: Sequence[Any], workspaces: list[Tensor], device: torch.device) -> None:
+        changing = {name: arguments[place] for name, place in self._given}
+        for name, (place, *where) in self._views:
+            changing[name] = workspaces[place].as_strided(*where)
+        if self._stream is not None:
+            seed, changing["offset"] = arguments[self._stream]
+            changing["seed_ptr" if isinstance(seed, Tensor) else "seed"] = seed
+        if self._variant is None or not self._variant.start(changing, device):
+            launch = self._launch._replace(arguments=self._launch.arguments | changing)
+            self._variant = _Variant.of(launch.run(device), launch, list(changing))
+
+
+def _view_of(x: Tensor, workspaces: list[_Workspace], storages: dict[int, int]) -> _View:
+    """storages: the place in ``workspaces`` of each storage, by its address."""
+    storage = x.untyped_storage()
+    place = storages.setdefault(storage._cdata, len(workspaces))
+    if place == len(workspaces):
+        workspaces.append(_Workspace(storage.nbytes() // x.element_size(), x.dtype, x.device))
+    return _View(place, x.shape, x.stride(), x.storage_offset())
+
+
+class _Variant:
+    """A compiled kernel, started without a look at its arguments: they are as they were when Triton chose it, but for
+    addresses, which are all multiples of 16 (what Triton compiles for), and a seed, which is never compiled for."""
+
+    def __init__(self, compiled: Any, launch: Launch, changing: list[str]):
+        self._compiled = compiled
+        self._grid = (*launch.grid, 1, 1)[:3]
+        names = launch.kernel.arg_names
+        self._values = [launch.arguments.get(name) for name in names]
+        self._places = [names.index(name) for name in changing]
+
+    @classmethod
+    def of(cls, compiled: Any, launch: Launch, changing: list[str]) -> "_Variant | None":
+        """None where only Triton's own way is safe: the interpreter, hooks, other versions, unaligned addresses."""
+        if compiled is None or not DIRECT or launch.kernel.pre_run_hooks:
+            return None
+        if not _aligned(launch.arguments[name] for name in changing):
+            return None
+        return cls(compiled, launch, changing)
+
+    def start(self, changing: dict[str, Any], device: torch.device) -> bool:
+        """False where nothing was started: Triton has to choose another variant, or somebody listens to launches."""
+        runtime = knobs.runtime
+        if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or not _aligned(changing.values()):
+            return False
+        values = self._values.copy()
+        for place, value in zip(self._places, changing.values(), strict=True):
+            values[place] = value
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            self._start(values)
+        else:
+            with torch.cuda.device(device):
+                self._start(values)
+        return True
+
+    def _start(self, values: list) -> None:
+        compiled, active = self._compiled, driver.active
+        stream = active.get_current_stream(active.get_current_device())
+        compiled.run(
+            *self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values
+        )
+
+
+def _aligned(values: Iterable[Any]) -> bool:
+    addresses = 0
+    for value in values:
+        if isinstance(value, Tensor):
+            addresses |= value.data_ptr()
+    return addresses % 16 == 0
