@@ -42,7 +42,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastreg.ops import backend
+from fastreg.ops import backend, launch
 
 DEVICES = 2
 LARGEST_GRID = (2**31 - 1, 65535, 65535)
@@ -751,9 +751,11 @@ def _triton(gpu: Gpu, patch: pytest.MonkeyPatch):
     before = triton.runtime.driver._active
     patch.setattr(triton.compiler, "compile", compile)
     triton.runtime.driver.set_active(_driver(gpu))
+    launch.forget()
     try:
         yield
     finally:
+        launch.forget()
         triton.runtime.driver._active = before
         for kernel in kernels:
             kernel.device_caches.clear()

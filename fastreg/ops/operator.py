@@ -77,7 +77,7 @@ def operator(name: str, writes: Sequence[str]) -> Callable[[Callable[..., None]]
                 if isinstance(argument, Stream):
                     flat.append(argument.seed_on(arguments[0].device))
                 elif isinstance(argument, tuple):
-                    flat += argument
+                    flat.extend(argument)
                 else:
                     flat.append(argument)
             return op(*flat)
