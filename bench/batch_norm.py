@@ -150,27 +150,27 @@ def variants(
     x = x.to(memory_format=torch.channels_last) if layout == "NHWC" else x
     seen, form = ops.view(x, groups), ops.Form(groups, 1e-5, activation)
     parameter, statistic = (x.new_empty(n, dtype=torch.float32) for n in (size[1], seen.units))
-    signed = ops._keeps_signs(x if residual else None, form, seen)
+    signed = ops.keeps_signs(x if residual else None, form, x)
     signs = x.new_empty(x.numel() // 8, dtype=torch.uint8) if signed else None
     r = x if residual else None
-    running = None if groups else ops.Running(parameter, parameter, 0.1)
+    running = (None, None, 0.0) if groups else (parameter, parameter, 0.1)
     launches = ops.forward_launches(
-        x, parameter, parameter, r, x, signs, statistic, statistic, running, form, seen
+        x, parameter, parameter, r, x, signs, statistic, statistic, *running, form
     )
     lines = statistic.new_empty(seen.batches * seen.lines // seen.repeat)
-    out = ops.Gradients(x, lines, lines, x if residual and activation else None)
+    dv = x if residual and activation else None
     again = r if activation and not signed else None
     launches += ops.backward_launches(
-        x, x, parameter, parameter, again, signs, statistic, statistic, out, True, form, seen
+        x, x, parameter, parameter, again, signs, statistic, statistic, x, lines, lines, dv, True, form
     )
     e, bit = dtype.itemsize, 1 / 8 if signed else 0
     accesses = {
         "statistics": e,  # x
         "apply": 2 * e + residual * e + bit,  # x, the residual, y
-        "gradient_sums": 2 * e + (e if out.dv is not None else 0) + bit,  # dy, x, dv
+        "gradient_sums": 2 * e + (e if dv is not None else 0) + bit,  # dy, x, dv
         "gradient_apply": 3 * e,  # dy or dv, x, dx
         "whole_forward": 2 * e + residual * e + bit,
-        "whole_backward": 3 * e + (e if out.dv is not None else 0) + bit,
+        "whole_backward": 3 * e + (e if dv is not None else 0) + bit,
     }
     form_name = "+".join(filter(None, (activation, "residual" if residual else None)))
     name_of_form = " ".join(filter(None, (short_name(dtype), layout, note, form_name)))

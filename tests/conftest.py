@@ -17,7 +17,7 @@ if not torch.cuda.is_available():
 from pretended_gpu import gpu, needs_compiler  # noqa: F401
 
 from fastreg.ops import backend as _backend
-from fastreg.ops import bulk
+from fastreg.ops import bulk, launch
 from fastreg.ops.fused import ACTIVATIONS
 
 if _backend.INTERPRETED:
@@ -99,6 +99,7 @@ def activation_passes() -> type[TorchDispatchMode]:
 @pytest.fixture(autouse=True)
 def _same_start() -> None:
     torch.manual_seed(0)
+    launch.forget()  # a test may change what plans are made of
 
 
 def pytest_make_parametrize_id(config, val, argname) -> None:

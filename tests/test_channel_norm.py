@@ -590,18 +590,28 @@ def test_a_residual_behind_relu_costs_one_bit_an_element(device):
     assert x.numel() // 8 in found.values()
 
 
-def test_no_signs_without_gradients(device):
+def test_no_signs_without_gradients(device, monkeypatch):
+    """None of what only a backward pass would need is written."""
     x = torch.randn(4, 16, 8, 8, device=device)
-    form = ops.Form(0, 1e-5, "relu")
-    *_, signs = ops._run_forward(x, None, None, x, None, None, form, x.dtype, False)
-    assert signs is None
+    written = []
+    run = backend.Launch.run
+    monkeypatch.setattr(
+        backend.Launch,
+        "run",
+        lambda launch, device: [written.append(launch.arguments.get("signs_ptr")), run(launch, device)][1],
+    )
+    for needed in (False, True):
+        batch(x.requires_grad_(needed), None, None, activation="relu", residual=x)
+        assert any(signs is not None for signs in written) == needed
 
 
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
 def test_signs_are_those_of_what_the_activation_had(plan, device, activation):
     x, r = (torch.randn(3, 16, 5, 8, device=device) for _ in range(2))
     form = ops.Form(0, 1e-5, activation)
-    *_, signs = ops._run_forward(x, None, None, r, None, None, form, x.dtype, True)
+    signs = torch.empty(x.numel() // 8, dtype=torch.uint8, device=device)
+    statistics = (torch.empty(x.shape[1], device=device) for _ in range(2))
+    ops.forward(x, None, None, r, torch.empty_like(x), signs, *statistics, None, None, 0.0, None, form)
     v = exact(None)(x.cpu().double(), None, None) + r.cpu().double()
     assert torch.equal(ops.unpacked_signs(signs, x.shape, x.stride()).cpu(), v > 0)
 
@@ -639,12 +649,12 @@ def launches(x, groups=0, activation=None, residual=False):
     statistics = x.new_empty(seen.units, dtype=torch.float32)
     r = x if residual else None
     forward = ops.forward_launches(
-        x, parameters, parameters, r, x, None, statistics, statistics, None, form, seen
+        x, parameters, parameters, r, x, None, statistics, statistics, None, None, 0.0, form
     )
     lines = x.new_empty(seen.batches * seen.lines, dtype=torch.float32)
-    out = ops.Gradients(x, lines, lines, x if residual and activation else None)
+    dv = x if residual and activation else None
     backward = ops.backward_launches(
-        x, x, parameters, parameters, r, None, statistics, statistics, out, True, form, seen
+        x, x, parameters, parameters, r, None, statistics, statistics, x, lines, lines, dv, True, form
     )
     return forward, backward
 

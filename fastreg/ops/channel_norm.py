@@ -14,8 +14,10 @@ from fastreg.ops import backend
 from fastreg.ops.arguments import is_number, plain
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import activated, result_dtype, sum_dtype
+from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div, dense_strides, with_strides
 from fastreg.ops.lines import Plan, View, indexable, merge_plan, split_plan, view, viewed, whole_plan
+from fastreg.ops.operator import apply, by_definition, needs_definition, operator
 
 if backend.HAS_TRITON:
     from fastreg.kernels import channel_norm as kernels
@@ -156,6 +158,7 @@ def _momentum(running: Running | None) -> dict:
     }
 
 
+@planned
 def forward_launches(
     x: Tensor,
     weight: Tensor | None,
@@ -165,16 +168,18 @@ def forward_launches(
     signs: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    running: Running | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
     form: Form,
-    seen: View,
 ) -> list[Launch]:
     """From ``x`` to ``y``, ``mean``, ``var`` and ``signs``: one launch, or three."""
+    seen, running = view(x, form.groups), Running(running_mean, running_var, momentum)
     plan = whole_plan(seen, (x.element_size(),), x.device)
     if plan is None:
         return [
             *statistics_launches(x, mean, var, running, seen),
-            apply_launch(x, weight, bias, residual, y, signs, mean, var, form, seen),
+            *apply_launches(x, weight, bias, residual, y, signs, mean, var, form),
         ]
     arguments = {
         "x_ptr": x,
@@ -245,7 +250,8 @@ def merge_statistics_launch(
     return Launch(kernels.merge_statistics, (ceil_div(all_lines, plan.block),), arguments)
 
 
-def apply_launch(
+@planned
+def apply_launches(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
@@ -255,8 +261,9 @@ def apply_launch(
     mean: Tensor,
     var: Tensor,
     form: Form,
-    seen: View,
-) -> Launch:
+) -> list[Launch]:
+    """From ``x``, ``mean`` and ``var`` to ``y`` and ``signs``."""
+    seen = view(x, form.groups)
     plan = split_plan(seen, x.element_size())
     splits = _many_splits(seen, plan, x.device)
     arguments = {
@@ -276,7 +283,7 @@ def apply_launch(
         "ACTIVATION": form.activation,
         **_arguments(seen, plan),
     }
-    return Launch(kernels.apply, (plan.blocks(seen) * splits,), arguments)
+    return [Launch(kernels.apply, (plan.blocks(seen) * splits,), arguments)]
 
 
 class Gradients(NamedTuple):
@@ -288,6 +295,7 @@ class Gradients(NamedTuple):
     dv: Tensor | None  # the residual's gradient, where an activation makes it another than dy
 
 
+@planned
 def backward_launches(
     dy: Tensor,
     x: Tensor,
@@ -297,12 +305,15 @@ def backward_launches(
     signs: Tensor | None,
     mean: Tensor,
     var: Tensor,
-    out: Gradients,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    dv: Tensor | None,
     training: bool,
     form: Form,
-    seen: View,
 ) -> list[Launch]:
-    """From ``dy`` to ``out``: one launch, or three (two in evaluation)."""
+    """From ``dy`` to the four gradients, as in ``Gradients``: one launch, or three (two in evaluation)."""
+    seen, out = view(x, form.groups), Gradients(dx, dweight, dbias, dv)
     forward = forward_arguments(x, weight, bias, mean, var, form, seen)
     kept = {"dy_ptr": dy, "residual_ptr": residual, "signs_ptr": signs}
     sizes = x.element_size(), dy.element_size()
@@ -442,58 +453,78 @@ def dx_launch(
     return Launch(kernels.gradient_apply, (plan.blocks(seen) * splits,), arguments)
 
 
-# --- running them -----------------------------------------------------------------------------------------
+# --- operators, on tensors of any layout ------------------------------------------------------------------
 
 
-def _may_keep_signs(residual: Tensor | None, form: Form) -> bool:
-    return residual is not None and form.activation in SIGNED
+def keeps_signs(residual: Tensor | None, form: Form, y: Tensor) -> bool:
+    """y: dense, laid out as the input."""
+    if residual is None or form.activation not in SIGNED:
+        return False
+    # Only then: the view of odd planes depends on the number of samples, which would be a guard of torch.compile.
+    seen = view(y, form.groups) or view(torch.empty(y.shape, dtype=y.dtype, device="meta"), form.groups)
+    return seen.innermost % 8 == 0
 
 
-def _keeps_signs(residual: Tensor | None, form: Form, seen: View) -> bool:
-    return _may_keep_signs(residual, form) and seen.innermost % 8 == 0
+def _laid_out(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, form: Form
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """The four of them in layouts that the kernels take: themselves wherever possible."""
+    x, _ = viewed(x, form.groups)
+    residual = None if residual is None else with_strides(residual, x.stride())
+    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    return x, weight, bias, residual
 
 
-def _run_forward(
+@operator("fastreg::channel_norm", writes=["y", "signs", "mean", "var", "running_mean", "running_var"])
+def forward(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    given: tuple[Tensor, Tensor] | None,
-    running: Running | None,
+    y: Tensor,
+    signs: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    momentum_in_memory: Tensor | None,
     form: Form,
-    dtype: torch.dtype,
-    differentiated: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The forward kernels on tensors of any layout.
-
-    given: mean and variance of evaluation, or None to take (and return) those of ``x``.
-    Returns y in ``dtype``, mean, variance, and the signs where they are what the backward pass needs.
-    """
-    result = torch.empty_like(x, dtype=dtype)
-    x, seen = viewed(x, form.groups)
-    y = result if result.stride() == x.stride() else torch.empty_like(x, dtype=dtype)
-    residual = None if residual is None else with_strides(residual, x.stride())
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-    signs = None
-    if differentiated and _keeps_signs(residual, form, seen):
-        signs = torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
-    if given is None:
-        mean, var = torch.empty(2, seen.units, dtype=sum_dtype(x.dtype), device=x.device)
-        # The kernels update those of channels, where they lie side by side.
-        dense = running is not None and all(t is None or t.is_contiguous() for t in running[:2])
-        kept = running if dense and not form.groups else None
-        launches = forward_launches(x, weight, bias, residual, y, signs, mean, var, kept, form, seen)
-    else:
-        mean, var = (t.to(sum_dtype(x.dtype)).contiguous() for t in given)
-        launches = [apply_launch(x, weight, bias, residual, y, signs, mean, var, form, seen)]
-    for launch in launches:
-        launch.run(x.device)
-    if running is not None and kept is None:
-        update_running(running, *_of_channels(mean, var, x, form.groups))
-    return result if y is result else result.copy_(y), mean, var, signs
+) -> None:
+    """Normalizes with the statistics of ``x``. y: laid out as ``dense(x)``. running: contiguous [channels]."""
+    x, weight, bias, residual = _laid_out(x, weight, bias, residual, form)
+    result = y if y.stride() == x.stride() else torch.empty_like(x, dtype=y.dtype)
+    momentum = momentum if momentum_in_memory is None else momentum_in_memory
+    forward_launches.run(
+        x, weight, bias, residual, result, signs, mean, var, running_mean, running_var, momentum, form
+    )
+    if result is not y:
+        y.copy_(result)
 
 
-def _run_backward(
+@operator("fastreg::channel_norm_apply", writes=["y", "signs"])
+def forward_with(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    signs: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    form: Form,
+) -> None:
+    """Normalizes with the given statistics."""
+    x, weight, bias, residual = _laid_out(x, weight, bias, residual, form)
+    mean, var = (t.to(sum_dtype(x.dtype)).contiguous() for t in (mean, var))
+    result = y if y.stride() == x.stride() else torch.empty_like(x, dtype=y.dtype)
+    apply_launches.run(x, weight, bias, residual, result, signs, mean, var, form)
+    if result is not y:
+        y.copy_(result)
+
+
+@operator("fastreg::channel_norm_backward", writes=["dx", "dweight", "dbias", "dv"])
+def backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -502,32 +533,32 @@ def _run_backward(
     signs: Tensor | None,
     mean: Tensor,
     var: Tensor,
+    dx: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    dv: Tensor | None,
     training: bool,
     form: Form,
-    residual_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The backward kernels on tensors of any layout.
-
-    residual_dtype: of the residual's gradient, where an activation makes it another than dy; else None.
-    Returns dx, the gradients of weight and bias (fp32 or fp64), and that of the residual.
-    """
-    result = torch.empty_like(x)
-    x, seen = viewed(x, form.groups)
-    dx = result if result.stride() == x.stride() else torch.empty_like(x)
+) -> None:
+    """dx, dv: laid out as ``dense(x)``. dweight, dbias: fp32 (fp64) [channels]."""
+    x, weight, bias, residual = _laid_out(x, weight, bias, residual, form)
     dy = with_strides(dy, x.stride())
-    residual = None if residual is None else with_strides(residual, x.stride())
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     mean, var = (t.to(sum_dtype(x.dtype)).contiguous() for t in (mean, var))
-    dv = None if residual_dtype is None else torch.empty_like(x, dtype=residual_dtype)
-    dweight, dbias = mean.new_empty(2, seen.batches * seen.lines // seen.repeat)
-    out = Gradients(dx, dweight, dbias, dv)
-    for launch in backward_launches(
-        dy, x, weight, bias, residual, signs, mean, var, out, training, form, seen
-    ):
-        launch.run(x.device)
-    if dweight.numel() > seen.channels:  # lines of several samples
-        dweight, dbias = (t.view(-1, seen.channels).sum(0) for t in (dweight, dbias))
-    return result if dx is result else result.copy_(dx), dweight, dbias, dv
+    aside = dx.stride() != x.stride()
+    of_input = torch.empty_like(x) if aside else dx
+    of_residual = torch.empty_like(x, dtype=dv.dtype) if aside and dv is not None else dv
+    samples = x.shape[0] if form.groups else 1
+    sums = (dweight, dbias) if samples == 1 else mean.new_empty(2, samples * dweight.numel())
+    backward_launches.run(
+        dy, x, weight, bias, residual, signs, mean, var, of_input, *sums, of_residual, training, form
+    )
+    if samples > 1:
+        torch.sum(sums[0].view(samples, -1), 0, out=dweight)
+        torch.sum(sums[1].view(samples, -1), 0, out=dbias)
+    if aside:
+        dx.copy_(of_input)
+        if dv is not None:
+            dv.copy_(of_residual)
 
 
 def unpacked_signs(signs: Tensor, size: torch.Size, stride: tuple[int, ...]) -> Tensor:
@@ -536,51 +567,26 @@ def unpacked_signs(signs: Tensor, size: torch.Size, stride: tuple[int, ...]) -> 
     return bits.bool().flatten().as_strided(size, stride)
 
 
-def _differentiable_backward(dy, x, weight, bias, residual, signs, given, form):
-    """The backward pass in ATen, for second derivatives (create_graph=True) and batched gradients.
-
-    given: statistics of evaluation, or None. Returns the gradients of x, weight, bias and residual.
-    """
-    create_graph = torch.is_grad_enabled()
-    inner = form
-    if signs is not None:
-        positive = unpacked_signs(signs, x.shape, dense_strides(x))
-        dy = torch.where(positive, dy, dy * (0.01 if form.activation == "leaky_relu" else 0.0))
-        inner = form._replace(activation=None)
-    with torch.enable_grad():
-        # Views stand for the inputs, so that their gradients are those of this expression alone.
-        inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias, residual)]
-        inputs = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in inputs]
-        mean, var = given or (None, None)
-        y = definition(*inputs, mean, var, inner)
-        wanted = [t for t in inputs if t is not None]
-        found = torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=create_graph)
-    found = iter(found)
-    gradients = [None if t is None else next(found) for t in inputs]
-    if signs is not None:
-        gradients[3] = dy
-    return gradients
-
-
-# --- autograd, eager --------------------------------------------------------------------------------------
+# --- autograd ---------------------------------------------------------------------------------------------
 
 
 class _ChannelNorm(torch.autograd.Function):
-    """The eager path to the kernels. Saves x, a mean and a variance a unit, and what the activation needs."""
+    """Saves x, a mean and a variance a unit, and what the activation needs."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, residual, mean, var, running, form, dtype):
-        given = None if mean is None else (mean, var)
-        differentiated = any(ctx.needs_input_grad)
-        y, kept_mean, kept_var, signs = _run_forward(
-            x, weight, bias, residual, given, running, form, dtype, differentiated
-        )
-        ctx.form, ctx.training = form, given is None
+        y = torch.empty_like(x, dtype=dtype)
+        signs = None
+        if any(ctx.needs_input_grad) and keeps_signs(residual, form, y):
+            signs = torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
+        ctx.form, ctx.training = form, mean is None
+        if mean is None:
+            mean, var = _normalized(x, weight, bias, residual, y, signs, running, form)
+        else:
+            forward_with(x, weight, bias, residual, y, signs, mean, var, form)
         ctx.residual_dtype = None if residual is None else residual.dtype
         again = residual if form.activation is not None and signs is None else None
-        if given is not None:
-            kept_mean, kept_var = mean, var
-        ctx.save_for_backward(x, weight, bias, again, signs, kept_mean, kept_var)
+        ctx.save_for_backward(x, weight, bias, again, signs, mean, var)
         return y
 
     @staticmethod
@@ -589,18 +595,21 @@ class _ChannelNorm(torch.autograd.Function):
         form = ctx.form
         needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
         own = needs_residual and form.activation is not None
-        if torch.is_grad_enabled() or not backend.runs_kernels(dy):
-            given = None if ctx.training else (mean, var)
-            dx, dweight, dbias, dv = _differentiable_backward(
+        dx = dweight = dbias = dv = None
+        if needs_definition(dy):
+            given = (None, None) if ctx.training else (mean, var)
+            dx, dweight, dbias, dv = _gradients_by_definition(
                 dy, x, weight, bias, residual, signs, given, form
             )
         elif needs_x or needs_weight or needs_bias or own:
-            dx, dweight, dbias, dv = _run_backward(
-                dy, x, weight, bias, residual, signs, mean, var, ctx.training, form,
-                ctx.residual_dtype if own else None,
-            )  # fmt: skip
-        else:
-            dx = dweight = dbias = dv = None
+            dx = torch.empty_like(x)
+            dweight, dbias = (
+                torch.empty(x.shape[1], dtype=sum_dtype(x.dtype), device=x.device) for _ in range(2)
+            )
+            dv = torch.empty_like(x, dtype=ctx.residual_dtype) if own else None
+            backward(
+                dy, x, weight, bias, residual, signs, mean, var, dx, dweight, dbias, dv, ctx.training, form
+            )
         return (
             dx if needs_x else None,
             dweight.to(weight.dtype) if needs_weight else None,
@@ -610,115 +619,34 @@ class _ChannelNorm(torch.autograd.Function):
         )
 
 
-# --- registered operators, for torch.compile --------------------------------------------------------------
+def _normalized(x, weight, bias, residual, y, signs, running, form) -> tuple[Tensor, Tensor]:
+    """Writes ``y`` and ``signs``, updates ``running``, and returns the mean and the variance of each unit."""
+    units = x.shape[0] * form.groups if form.groups else x.shape[1]
+    mean, var = (torch.empty(units, dtype=sum_dtype(x.dtype), device=x.device) for _ in range(2))
+    # The kernels update statistics of channels, where they lie side by side.
+    dense = running is not None and all(t is None or t.is_contiguous() for t in running[:2])
+    kept = running if dense and not form.groups else Running(None, None, 0.0)
+    in_memory = isinstance(kept.momentum, Tensor)
+    momentum = (0.0, kept.momentum) if in_memory else (kept.momentum, None)
+    forward(x, weight, bias, residual, y, signs, mean, var, *kept[:2], *momentum, form)
+    if running is not None and kept is not running:
+        update_running(running, *_of_channels(mean, var, x, form.groups))
+    return mean, var
 
 
-@torch.library.custom_op("fastreg::channel_norm", mutates_args=())
-def _channel_norm_op(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    mean: Tensor | None,
-    var: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: str | None,
-    dtype: torch.dtype,
-    differentiated: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, and mean, variance and signs, each empty where there is none to return."""
-    given = None if mean is None else (mean, var)
-    y, mean, var, signs = _run_forward(
-        x, weight, bias, residual, given, None, Form(groups, eps, activation), dtype, differentiated
+def _gradients_by_definition(dy, x, weight, bias, residual, signs, given, form):
+    """The gradients of x, weight, bias and residual in ATen. given: statistics of evaluation, or (None, None)."""
+    inner = form
+    if signs is not None:
+        positive = unpacked_signs(signs, x.shape, dense_strides(x))
+        dy = torch.where(positive, dy, dy * (0.01 if form.activation == "leaky_relu" else 0.0))
+        inner = form._replace(activation=None)
+    gradients = by_definition(
+        lambda *inputs: definition(*inputs, *given, inner).to(dy.dtype), (x, weight, bias, residual), dy
     )
-    if given is not None:
-        mean, var = mean.new_empty(2, 0)
-    return y, mean.clone(), var.clone(), x.new_empty(0, dtype=torch.uint8) if signs is None else signs
-
-
-@_channel_norm_op.register_fake
-def _(x, weight, bias, residual, mean, var, groups, eps, activation, dtype, differentiated):
-    y = torch.empty_like(x, dtype=dtype)
-    form = Form(groups, eps, activation)
-    signed = differentiated and _may_keep_signs(residual, form)
-    if signed:  # only then: the view of odd planes depends on the number of samples, which would be a guard
-        seen = view(y, groups) or view(torch.empty(x.shape, dtype=x.dtype, device="meta"), groups)
-        signed = _keeps_signs(residual, form, seen)
-    units = x.shape[0] * groups if groups else x.shape[1]
-    statistics = {"size": (units if mean is None else 0,), "dtype": sum_dtype(x.dtype), "device": x.device}
-    return (
-        y,
-        torch.empty(**statistics),
-        torch.empty(**statistics),
-        x.new_empty(x.numel() // 8 if signed else 0, dtype=torch.uint8),
-    )
-
-
-@torch.library.custom_op("fastreg::channel_norm_backward", mutates_args=())
-def _channel_norm_backward_op(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    signs: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    training: bool,
-    groups: int,
-    eps: float,
-    activation: str | None,
-    residual_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, weight, bias and residual (empty where ``residual_dtype`` is None)."""
-    form = Form(groups, eps, activation)
-    dx, dweight, dbias, dv = _run_backward(
-        dy, x, weight, bias, residual, signs, mean, var, training, form, residual_dtype
-    )
-    return dx, dweight.clone(), dbias.clone(), x.new_empty(0) if dv is None else dv
-
-
-@_channel_norm_backward_op.register_fake
-def _(dy, x, weight, bias, residual, signs, mean, var, training, groups, eps, activation, residual_dtype):
-    dx = torch.empty_like(x)
-    sums = {"size": (x.shape[1],), "dtype": sum_dtype(x.dtype), "device": x.device}
-    dv = x.new_empty(0) if residual_dtype is None else torch.empty_like(x, dtype=residual_dtype)
-    return dx, torch.empty(**sums), torch.empty(**sums), dv
-
-
-def _save_for_compiled_backward(ctx, inputs, output):
-    x, weight, bias, residual, mean, var, groups, eps, activation, _, _ = inputs
-    _, kept_mean, kept_var, signs = output
-    ctx.form, ctx.training = Form(groups, eps, activation), mean is None
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    signs = signs if signs.numel() else None
-    again = residual if activation is not None and signs is None else None
-    if mean is None:
-        mean, var = kept_mean, kept_var
-    ctx.save_for_backward(x, weight, bias, again, signs, mean, var)
-
-
-def _compiled_backward(ctx, dy, *_):
-    x, weight, bias, residual, signs, mean, var = ctx.saved_tensors
-    needs_x, needs_weight, needs_bias, needs_residual = ctx.needs_input_grad[:4]
-    own = needs_residual and ctx.form.activation is not None
-    dx = dweight = dbias = dv = None
-    if needs_x or needs_weight or needs_bias or own:
-        dx, dweight, dbias, dv = _channel_norm_backward_op(
-            dy, x, weight, bias, residual, signs, mean, var, ctx.training, *ctx.form,
-            ctx.residual_dtype if own else None,
-        )  # fmt: skip
-    return (
-        dx if needs_x else None,
-        dweight.to(weight.dtype) if needs_weight else None,
-        dbias.to(bias.dtype) if needs_bias else None,
-        (dv if own else dy).to(ctx.residual_dtype) if needs_residual else None,
-        *[None] * 7,
-    )
-
-
-_channel_norm_op.register_autograd(_compiled_backward, setup_context=_save_for_compiled_backward)
+    if signs is not None:
+        gradients[3] = dy
+    return gradients
 
 
 # --- the function behind all public ones ------------------------------------------------------------------
@@ -784,19 +712,12 @@ def normalize(
         instances.
     dtype: of the normalized input. The result has the promoted dtype of that and the residual.
     """
-    dtype = result_dtype(dtype, residual)
     mean, var = given or (None, None)
-    if not torch.compiler.is_compiling():
-        y = _ChannelNorm.apply(input, weight, bias, residual, mean, var, running, form, dtype)
-        if running is not None:
-            # The kernels wrote into them: whoever saved them for a backward pass has to hear of it.
-            torch.autograd.graph.increment_version([t for t in running[:2] if t is not None])
-        return y
-    tensors = (input, weight, bias, residual)
-    differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    y, mean, var, _ = _channel_norm_op(*tensors, mean, var, *form, dtype, differentiated)
-    if running is not None:
-        update_running(running, *_of_channels(mean, var, input, form.groups))
+    arguments = (weight, bias, residual, mean, var, running, form, result_dtype(dtype, residual))
+    y = apply(_ChannelNorm, input, *arguments)
+    if running is not None and not torch.compiler.is_compiling():
+        # The kernels wrote into them: whoever saved them for a backward pass has to hear of it.
+        torch.autograd.graph.increment_version([t for t in running[:2] if t is not None])
     return y
 
 

@@ -21,9 +21,10 @@ from fastreg.ops.channel_norm import (
     Form,
     Gradients,
     Running,
-    _run_forward,
+    keeps_signs,
     dx_launch,
     forward_arguments,
+    forward_with,
     gradient_sums_launch,
     merge_gradients_launch,
     merge_statistics_launch,
@@ -232,10 +233,10 @@ class _SyncBatchNorm(torch.autograd.Function):
         mean, var, total = _merged(x, _gathered(_local_statistics(x, on_kernels), group), running)
         dtype, signs = result_dtype(x.dtype, residual), None
         if on_kernels:
-            differentiated = any(ctx.needs_input_grad)
-            y, _, _, signs = _run_forward(
-                x, weight, bias, residual, (mean, var), None, form, dtype, differentiated
-            )
+            y = torch.empty_like(x, dtype=dtype)
+            if any(ctx.needs_input_grad) and keeps_signs(residual, form, y):
+                signs = torch.empty(x.numel() // 8, dtype=torch.uint8, device=x.device)
+            forward_with(x, weight, bias, residual, y, signs, mean, var, form)
         else:
             v = _scaled(_normalized(x, mean, var, form.eps), weight, bias)
             y = activated(v, form.activation, residual).to(dtype)
