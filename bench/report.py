@@ -243,16 +243,23 @@ def steps_table(document: dict) -> str:
     return markdown([*header, "peak memory", "launches"], map(line, document["rows"]), left=2)
 
 
+HOST_COLUMNS = ["call", "part", "launches", "µs", "ratio", "to", "goal"]
+
+
+def host_cells(row: dict) -> list[str]:
+    """A line of the table of what calls take on the host."""
+    launches = "" if row["launches"] is None else str(row["launches"])
+    met = row["goal"] is None or row["ratio"] <= row["goal"]
+    goal = "" if row["goal"] is None else f"≤ {row['goal']:g}, {'met' if met else 'missed'}"
+    where = [row["case"], row["part"], launches, f"{row['us']:.1f}", f"{row['ratio']:.2f}"]
+    return [*where, row["yardstick"], goal if met else f"{RED} {goal}"]
+
+
 def host_table(content: dict) -> str:
-    """What optimizers take on the host, with where it was measured."""
-    lines = (
-        [row["optimizer"], f"{row['unchanged_ns']:.0f}", f"{row['replaced_ns']:.0f}"]
-        for row in content["rows"]
-    )
-    count = f"{content['tensors']:,} tensors of {content['elements']}"
+    """What calls take on the host, beside their yardsticks, with where it was measured."""
     origin = origin_line({"provenance": content["provenance"], "quick": False, "complete": True})
-    table = markdown(["optimizer", "nothing changed, ns a tensor", "new gradients, ns a tensor"], lines)
-    return f"{origin}. {count}. {content['note']}\n\n{table}"
+    table = markdown(HOST_COLUMNS, map(host_cells, content["rows"]), left=2)
+    return f"{origin}. {content['note']}\n\n{table}"
 
 
 def pieces_table(content: dict) -> str:
@@ -313,7 +320,7 @@ def results_page(
     if not documents:
         parts += ["No results yet."]
     if host is not None and host.exists():
-        parts += ["## Optimizers on the host", host_table(json.loads(host.read_text()))]
+        parts += ["## Calls on the host", host_table(json.loads(host.read_text()))]
     if pieces is not None and pieces.exists():
         parts += ["## On the CPU, beside torch's functions", pieces_table(json.loads(pieces.read_text()))]
     if executed is not None and executed.exists():
