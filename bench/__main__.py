@@ -41,7 +41,7 @@ from .host import run as time_host
 from .peers import CPU_PEERS, PEERS, select
 from .pieces import run as time_pieces
 from .provenance import REPOSITORY, provenance
-from .report import HOST_COLUMNS, OURS, Entry, entries, host_cells, human, ratio_cell
+from .report import OURS, Entry, entries, host_tables, human, ratio_cell
 from .report import report as render
 from .steps import IMPLEMENTATIONS, Step, networks_of
 from .steps import run as time_steps
@@ -242,10 +242,11 @@ def host(
 ) -> None:
     """Time what calls and steps take on the host, launches left out where there is no GPU, beside yardsticks."""
     document = time_host(out)
-    table = Table(*HOST_COLUMNS, title="on the host", title_justify="left")
-    for row in document["rows"]:
-        table.add_row(*host_cells(row))
-    console.print(table, markup=False)
+    for header, lines in host_tables(document["rows"]):
+        table = Table(*header)
+        for line in lines:
+            table.add_row(*line)
+        console.print(table, markup=False)
     console.print(document["note"], markup=False)
     console.print(f"wrote {out}", markup=False)
 

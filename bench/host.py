@@ -28,21 +28,23 @@ from fastreg.ops import backend
 
 from .provenance import provenance
 
-SECONDS = 30.0  # all timings together; what is compiled before them comes on top
-ROUNDS = (
-    6  # in which all calls are timed in turn, so that a slow moment of the machine meets none of them alone
-)
+ROUNDS = 8  # over all calls, so that a slow moment of the machine meets none of them alone
+BATCHES = 30  # of a call in a round,
+LONGEST = 0.3  # or as many as take so many seconds
 BATCH = 0.5e-3  # seconds of calls between two looks at the clock
 MOST = 100  # calls in between: the queue of a GPU holds their launches
 COUNTS, SIZE = (100, 10_000), 64  # tensors of an optimizer, and their elements
 
-FORWARD, TRAINED, BACKWARD = "forward", "forward, gradients required", "backward"
+FORWARD, TRAINED, BACKWARD = "forward", "forward, with gradients", "backward"
 SAME, NEW = "step, same gradients", "step, new gradients"
+PARTS = (FORWARD, TRAINED, BACKWARD), (SAME, NEW)  # of a function, and of an optimizer
 TRIVIAL = "autograd.Function that allocates"
 
 NOTE = (
     "Process time of a call on one thread, without garbage collection, the least of many batches. A backward pass is "
-    "`torch.autograd.grad` on a graph that is kept."
+    "`torch.autograd.grad` on a graph that is kept. Each time in microseconds is followed by its ratio to the forward "
+    "pass of an autograd.Function that allocates (of optimizers, and of our functions without a kernel: to torch's "
+    "own), and by the goal where there is one. Launches are those of Triton, of each part."
 )
 IDLE = (
     "No GPU: CPU tensors, with Triton's own specialization, cache, kernels for an H100 and launcher in C, and a "
@@ -64,7 +66,7 @@ class Call(NamedTuple):
     within: Callable[[], AbstractContextManager] = nullcontext
 
     @property
-    def measure(self) -> tuple[str, str]:
+    def reference(self) -> tuple[str, str]:
         """Case and part of its yardstick."""
         return self.yardstick, FORWARD if self.yardstick == TRIVIAL else self.part
 
@@ -206,18 +208,17 @@ def _batch(call: Call, count: int) -> float:
     return (time.process_time_ns() - start) / count / 1e9
 
 
-def _least(call: Call, seconds: float, finish: Callable[[], Any]) -> float:
-    """The least time of a call in as many batches as take ``seconds``. finish: waits for the GPU."""
+def _least(call: Call, finish: Callable[[], Any]) -> float:
+    """The least time of a call in the batches of a round. finish: waits for the GPU."""
     with call.within():
-        best = _batch(call, 1)
-        count = 1 if call.before is not None else max(1, min(MOST, int(BATCH / best)))
-        end = time.monotonic() + seconds
-        while True:
+        found = [_batch(call, 1)]
+        count = 1 if call.before is not None else max(1, min(MOST, int(BATCH / found[0])))
+        end = time.monotonic() + LONGEST
+        while len(found) <= BATCHES and time.monotonic() < end:
             finish()
-            best = min(best, _batch(call, count))
-            if time.monotonic() > end:
-                finish()
-                return best
+            found.append(_batch(call, count))
+        finish()
+    return min(found)
 
 
 def _launches(call: Call, launched: Callable[[], int] | None) -> int | None:
@@ -230,7 +231,7 @@ def _launches(call: Call, launched: Callable[[], int] | None) -> int | None:
 
 
 def measure(
-    calls: Sequence[Call], launched: Callable[[], int] | None, finish: Callable[[], Any], seconds: float
+    calls: Sequence[Call], launched: Callable[[], int] | None, finish: Callable[[], Any]
 ) -> list[dict]:
     """A row for each call. launched: how many launches there were so far."""
     for call in calls:  # whatever the first call and the second make and compile
@@ -238,15 +239,7 @@ def measure(
             with call.within():
                 call.run()
     counts = [_launches(call, launched) for call in calls]
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        shares = seconds / ROUNDS / len(calls)
-        rounds = [[_least(call, shares, finish) for call in calls] for _ in range(ROUNDS)]
-    finally:
-        gc.enable()
-        gc.unfreeze()
+    rounds = [[_least(call, finish) for call in calls] for _ in range(ROUNDS)]
     times = [min(found) for found in zip(*rounds, strict=True)]
     named = {(call.case, call.part): seconds for call, seconds in zip(calls, times, strict=True)}
     return [
@@ -255,8 +248,8 @@ def measure(
             "part": call.part,
             "launches": count,
             "us": 1e6 * seconds,
-            "yardstick": ", ".join(call.measure),
-            "ratio": seconds / named[call.measure],
+            "yardstick": call.reference,
+            "ratio": seconds / named[call.reference],
             "goal": call.goal,
         }
         for call, count, seconds in zip(calls, counts, times, strict=True)
@@ -271,6 +264,7 @@ def _calls(device: torch.device) -> list[Call]:
 def _time(path: Path) -> None:
     """Measures in this process, and writes the result file."""
     torch.set_num_threads(1)
+    gc.disable()
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     if gpu:
@@ -282,7 +276,7 @@ def _time(path: Path) -> None:
     document = {
         "note": f"{NOTE} {REAL if gpu else IDLE}",
         "provenance": {**provenance(device), "command": "python -m bench host"},
-        "rows": measure(_calls(device), launched, finish, SECONDS),
+        "rows": measure(_calls(device), launched, finish),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
