@@ -41,7 +41,7 @@ from .host import run as time_host
 from .peers import CPU_PEERS, PEERS, select
 from .pieces import run as time_pieces
 from .provenance import REPOSITORY, provenance
-from .report import OURS, Entry, entries, human, ratio_cell
+from .report import OURS, Entry, entries, host_tables, human, ratio_cell
 from .report import report as render
 from .steps import IMPLEMENTATIONS, Step, networks_of
 from .steps import run as time_steps
@@ -240,10 +240,14 @@ def steps(
 def host(
     out: Annotated[Path, typer.Option(help="The result file.")] = RESULTS / "host.json",
 ) -> None:
-    """Time what an optimizer's step takes on the host, for 10,000 small tensors and without its launches."""
-    for row in time_host(out)["rows"]:
-        times = f"{row['unchanged_ns']:.0f} ns a tensor, {row['replaced_ns']:.0f} with new gradients"
-        console.print(f"{row['optimizer']}:  {times}", markup=False)
+    """Time what calls and steps take on the host, launches left out where there is no GPU, beside yardsticks."""
+    document = time_host(out)
+    for header, lines in host_tables(document["rows"]):
+        table = Table(*header)
+        for line in lines:
+            table.add_row(*line)
+        console.print(table, markup=False)
+    console.print(document["note"], markup=False)
     console.print(f"wrote {out}", markup=False)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from .cases import DIRECTIONS
 from .harness import SCHEMA
+from .host import PARTS
 from .inspect import executed_cells
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
@@ -243,16 +244,42 @@ def steps_table(document: dict) -> str:
     return markdown([*header, "peak memory", "launches"], map(line, document["rows"]), left=2)
 
 
+def host_cell(row: dict | None) -> str:
+    """Microseconds of a call, and its ratio to the yardstick, beside the goal."""
+    if row is None:
+        return ""
+    time, ratio, goal = f"{row['us']:.1f}", f"{row['ratio']:.2f}×", row["goal"]
+    if goal is None:
+        return f"{time}, {ratio}"
+    missed = row["ratio"] > goal
+    return f"{RED if missed else ''} {time}, {ratio} {'>' if missed else '≤'} {goal:g}".lstrip()
+
+
+def host_tables(rows: list[dict]) -> list[tuple[list[str], list[list[str]]]]:
+    """Header and lines of what calls take on the host: of functions, and of steps."""
+    calls: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        calls.setdefault(row["case"], {})[row["part"]] = row
+
+    def line(case: str, parts: tuple[str, ...]) -> list[str]:
+        found = [calls[case].get(part) for part in parts]
+        counts = [row["launches"] for row in found if row and row["launches"] is not None]
+        return [case, ", ".join(map(str, counts if any(counts) else [])), *map(host_cell, found)]
+
+    return [
+        (
+            ["call", "launches", *parts],
+            [line(case, parts) for case in calls if calls[case].keys() & set(parts)],
+        )
+        for parts in PARTS
+    ]
+
+
 def host_table(content: dict) -> str:
-    """What optimizers take on the host, with where it was measured."""
-    lines = (
-        [row["optimizer"], f"{row['unchanged_ns']:.0f}", f"{row['replaced_ns']:.0f}"]
-        for row in content["rows"]
-    )
-    count = f"{content['tensors']:,} tensors of {content['elements']}"
+    """What calls take on the host, beside their yardsticks, with where it was measured."""
     origin = origin_line({"provenance": content["provenance"], "quick": False, "complete": True})
-    table = markdown(["optimizer", "nothing changed, ns a tensor", "new gradients, ns a tensor"], lines)
-    return f"{origin}. {count}. {content['note']}\n\n{table}"
+    tables = (markdown(*table) for table in host_tables(content["rows"]))
+    return "\n\n".join([f"{origin}. {content['note']}", *tables])
 
 
 def pieces_table(content: dict) -> str:
@@ -313,7 +340,7 @@ def results_page(
     if not documents:
         parts += ["No results yet."]
     if host is not None and host.exists():
-        parts += ["## Optimizers on the host", host_table(json.loads(host.read_text()))]
+        parts += ["## Calls on the host", host_table(json.loads(host.read_text()))]
     if pieces is not None and pieces.exists():
         parts += ["## On the CPU, beside torch's functions", pieces_table(json.loads(pieces.read_text()))]
     if executed is not None and executed.exists():
