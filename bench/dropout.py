@@ -216,7 +216,7 @@ def variants(
 ):
     """The forward and the backward kernel of one form at p = 0.1."""
     x = torch.empty(dtype=dtype, device="meta", **layout)
-    form = ops._form(0.1, True, True, alpha)._replace(**form)
+    form = ops.form_for(0.1, alpha=alpha)._replace(**form)
     stream = Stream(torch.empty(1, dtype=torch.int64, device="meta") if seed_in_memory else 1)
     bias = None if form.bias_dim is None else x.new_empty(x.shape[form.bias_dim])
     kept = x if form.keeps_input else None

@@ -355,7 +355,7 @@ def test_wide_indices_give_the_same_result(device):
     for shape, bias_dim in (((3, 1029), None), ((6, 40), 1), ((6, 40), 0)):
         x = torch.randn(shape, device=device)
         bias = None if bias_dim is None else torch.randn(shape[bias_dim], device=device)
-        form = ops._form(0.3, True, True, False)._replace(bias_dim=bias_dim)
+        form = ops.form_for(0.3)._replace(bias_dim=bias_dim)
         results = []
         for wide in (False, True):
             y, dx = torch.empty_like(x), torch.empty_like(x)

@@ -4,6 +4,7 @@ Every form is one function, ``_dropout``, on two backends: the Triton kernels of
 the definition in ATen (CPU, ``torch.func`` transforms, second derivatives). Neither stores a mask.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -97,6 +98,8 @@ def _definition(
 
 def _tiled(x: Tensor, form: _Form) -> Tensor:
     """``x`` in a dense layout that the kernels can tile: itself wherever possible."""
+    if x.is_contiguous():
+        return x
     x = dense(x)
     return x.contiguous() if tiling(x, form.mask_dims, form.bias_dim) is None else x
 
@@ -373,18 +376,20 @@ def _dropout(
     ):
         return aten(input, p, training, inplace)
 
-    form = _form(p, training, inverted, alpha)._replace(mask_dims=mask_dims, activation=activation)
+    # Dynamo does not look into a function that remembers.
+    form_of = form_for.__wrapped__ if torch.compiler.is_compiling() else form_for
+    form = form_of(p, training, inverted, alpha, mask_dims, activation)
     if unfused and form.threshold == 0 and form.scale == 1:
         return aten(input, p, False, inplace)
-    check_activation(activation)
     if input.dim() < mask_dims:
         raise RuntimeError("a mask of samples needs a dimension of samples, but the input has none")
-    bias, form = _checked_bias(input, bias, form)
-    check_residual(input, residual)
+    if not unfused:
+        check_activation(activation)
+        bias, form = _checked_bias(input, bias, form)
+        check_residual(input, residual)
+        ours = ours and all(t is None or backend.is_plain(t) for t in (bias, residual))
     if inplace:
         _check_inplace(input, bias, residual, activation)
-    if ours and not unfused:
-        ours = all(t is None or backend.is_plain(t) for t in (bias, residual))
 
     stream = None
     if form.threshold == LANE_VALUES:
@@ -420,20 +425,29 @@ def _on_kernels(input, bias, residual, stream, form, inplace):
     return input.copy_(y) if inplace else y
 
 
-def _form(p: float, training: bool, inverted: bool, alpha: bool) -> _Form:
+@functools.lru_cache
+def form_for(
+    p: float,
+    training: bool = True,
+    inverted: bool = True,
+    alpha: bool = False,
+    mask_dims: int = 0,
+    activation: str | None = None,
+) -> _Form:
     threshold = random.threshold(p)
     kept = (LANE_VALUES - threshold) / LANE_VALUES
+    form = _Form(threshold, 1.0, mask_dims=mask_dims, activation=activation)
     if not training:
-        return _Form(0, 1.0 if inverted else kept)
+        return form._replace(threshold=0, scale=1.0 if inverted else kept)
     if threshold in (0, LANE_VALUES) or not inverted:
-        return _Form(threshold, 1.0)
+        return form
     if not alpha:
-        return _Form(threshold, 1 / kept)
+        return form._replace(scale=1 / kept)
     # -lambda alpha of SELU. Not a global: with dynamic shapes, Dynamo takes those for inputs of the graph.
     saturation = -1.7580993408473766
     scale = 1 / math.sqrt((saturation**2 * (1 - kept) + 1) * kept)
     shift = -scale * saturation * (1 - kept)
-    return _Form(threshold, scale, shift, scale * saturation + shift)
+    return form._replace(scale=scale, kept_shift=shift, dropped_value=scale * saturation + shift)
 
 
 def _checked_bias(input: Tensor, bias: Tensor | None, form: _Form) -> tuple[Tensor | None, _Form]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastreg.ops import backend
-from fastreg.ops.backend import Launch
+from fastreg.ops.backend import PLAIN, Launch
 from fastreg.random import Stream
 
 if backend.HAS_TRITON:
@@ -39,12 +39,18 @@ PLANS = 1024
 """Kinds that a builder remembers. With more of them it forgets all: a plan holds nothing but what its kind says."""
 
 
-def _kind(argument: Any) -> Any:
-    if isinstance(argument, Tensor):
-        return argument.shape, argument.stride(), argument.dtype, argument.device
-    if type(argument) is Stream:
-        return None if isinstance(argument.seed, Tensor) else argument.seed != 0  # see Launch.run
-    return argument
+def _kinds(arguments: Sequence[Any]) -> tuple:
+    found = []
+    for argument in arguments:
+        kind = type(argument)
+        if kind in PLAIN:
+            found += argument.shape, argument.stride(), argument.dtype, argument.device
+        elif kind is Stream:
+            seed = argument.seed
+            found.append(None if isinstance(seed, Tensor) else seed != 0)  # see Launch.run
+        else:
+            found.append(argument)
+    return tuple(found)
 
 
 class planned:  # noqa: N801, a decorator
@@ -61,7 +67,7 @@ class planned:  # noqa: N801, a decorator
 
     def run(self, *arguments: Any) -> list[Tensor]:
         """Runs the launches. Returns their workspace, each tensor in one dimension, in the order of its first use."""
-        key = tuple([_kind(argument) for argument in arguments])
+        key = _kinds(arguments)
         plan = self._plans.get(key)
         if plan is None:
             if len(self._plans) >= PLANS:
@@ -119,46 +125,8 @@ class _View(NamedTuple):
     stride: tuple[int, ...]
     offset: int
 
-
-class _Step:
-    """One launch of a plan: which of its arguments are the caller's, and which are the same at every call."""
-
-    def __init__(
-        self,
-        launch: Launch,
-        arguments: Sequence[Any],
-        workspaces: list[_Workspace],
-        storages: dict[int, int],
-    ):
-        self._given: list[tuple[str, int]] = []  # names of pointers, and the places of the caller's arguments
-        self._views: list[tuple[str, _View]] = []
-        self._stream: int | None = None  # the place of the caller's stream
-        values = dict(launch.arguments)
-        if "offset" in values:
-            self._stream = next(place for place, a in enumerate(arguments) if type(a) is Stream)
-            assert values["offset"] == arguments[self._stream].offset
-            values |= {"seed_ptr": None, "seed": 0, "offset": 0}
-        places = {id(a): place for place, a in enumerate(arguments) if isinstance(a, Tensor)}
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                values[name] = None  # a plan keeps nothing alive
-                if id(value) in places:
-                    self._given.append((name, places[id(value)]))
-                else:
-                    self._views.append((name, _view_of(value, workspaces, storages)))
-        self._launch = launch._replace(arguments=values)
-        self._variant: _Variant | None = None
-
-    def run(self, arguments: Sequence[Any], workspaces: list[Tensor], device: torch.device) -> None:
-        changing = {name: arguments[place] for name, place in self._given}
-        for name, (place, *where) in self._views:
-            changing[name] = workspaces[place].as_strided(*where)
-        if self._stream is not None:
-            seed, changing["offset"] = arguments[self._stream]
-            changing["seed_ptr" if isinstance(seed, Tensor) else "seed"] = seed
-        if self._variant is None or not self._variant.start(changing, device):
-            launch = self._launch._replace(arguments=self._launch.arguments | changing)
-            self._variant = _Variant.of(launch.run(device), launch, list(changing))
+    def of(self, workspaces: list[Tensor]) -> Tensor:
+        return workspaces[self.workspace].as_strided(*self[1:])
 
 
 def _view_of(x: Tensor, workspaces: list[_Workspace], storages: dict[int, int]) -> _View:
@@ -170,34 +138,83 @@ def _view_of(x: Tensor, workspaces: list[_Workspace], storages: dict[int, int]) 
     return _View(place, x.shape, x.stride(), x.storage_offset())
 
 
+class _Step:
+    """One launch of a plan: which of its arguments are the caller's, and which are the same at every call."""
+
+    def __init__(
+        self,
+        launch: Launch,
+        arguments: Sequence[Any],
+        workspaces: list[_Workspace],
+        storages: dict[int, int],
+    ):
+        self.given: list[tuple[str, int]] = []  # names of pointers, and the places of the caller's arguments
+        self.views: list[tuple[str, _View]] = []
+        self.stream: int | None = None  # the place of the caller's stream
+        values = dict(launch.arguments)
+        if "offset" in values:
+            self.stream = next(place for place, a in enumerate(arguments) if type(a) is Stream)
+            assert values["offset"] == arguments[self.stream].offset
+            values |= {"seed_ptr": None, "seed": 0, "offset": 0}
+        places = {id(a): place for place, a in enumerate(arguments) if isinstance(a, Tensor)}
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = None  # a plan keeps nothing alive
+                if id(value) in places:
+                    self.given.append((name, places[id(value)]))
+                else:
+                    self.views.append((name, _view_of(value, workspaces, storages)))
+        self.launch = launch._replace(arguments=values)
+        self._variant: _Variant | None = None
+
+    def run(self, arguments: Sequence[Any], workspaces: list[Tensor], device: torch.device) -> None:
+        if self._variant is not None and self._variant.start(arguments, workspaces, device):
+            return
+        values = {name: arguments[place] for name, place in self.given}
+        values |= {name: view.of(workspaces) for name, view in self.views}
+        if self.stream is not None:
+            seed, values["offset"] = arguments[self.stream]
+            values["seed_ptr" if isinstance(seed, Tensor) else "seed"] = seed
+        compiled = self.launch._replace(arguments=self.launch.arguments | values).run(device)
+        if compiled is not None and DIRECT and not self.launch.kernel.pre_run_hooks:
+            self._variant = _Variant(compiled, self) if _aligned(values.values()) else None
+
+
+def _aligned(values: Iterable[Any]) -> bool:
+    return not any(isinstance(value, Tensor) and value.data_ptr() % 16 for value in values)
+
+
 class _Variant:
     """A compiled kernel, started without a look at its arguments: they are as they were when Triton chose it, but for
     addresses, which are all multiples of 16 (what Triton compiles for), and a seed, which is never compiled for."""
 
-    def __init__(self, compiled: Any, launch: Launch, changing: list[str]):
+    def __init__(self, compiled: Any, step: _Step):
+        names = step.launch.kernel.arg_names
         self._compiled = compiled
-        self._grid = (*launch.grid, 1, 1)[:3]
-        names = launch.kernel.arg_names
-        self._values = [launch.arguments.get(name) for name in names]
-        self._places = [names.index(name) for name in changing]
+        self._grid = (*step.launch.grid, 1, 1)[:3]
+        self._values = [step.launch.arguments.get(name) for name in names]
+        self._given = [(names.index(name), place) for name, place in step.given]
+        self._views = [(names.index(name), view) for name, view in step.views]
+        self._stream = step.stream
+        if step.stream is not None:
+            self._seed_ptr, self._seed, self._offset = map(names.index, ("seed_ptr", "seed", "offset"))
 
-    @classmethod
-    def of(cls, compiled: Any, launch: Launch, changing: list[str]) -> "_Variant | None":
-        """None where only Triton's own way is safe: the interpreter, hooks, other versions, unaligned addresses."""
-        if compiled is None or not DIRECT or launch.kernel.pre_run_hooks:
-            return None
-        if not _aligned(launch.arguments[name] for name in changing):
-            return None
-        return cls(compiled, launch, changing)
-
-    def start(self, changing: dict[str, Any], device: torch.device) -> bool:
+    def start(self, arguments: Sequence[Any], workspaces: list[Tensor], device: torch.device) -> bool:
         """False where nothing was started: Triton has to choose another variant, or somebody listens to launches."""
-        runtime = knobs.runtime
-        if runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls or not _aligned(changing.values()):
-            return False
         values = self._values.copy()
-        for place, value in zip(self._places, changing.values(), strict=True):
-            values[place] = value
+        addresses = 0
+        for name, place in self._given:
+            tensor = values[name] = arguments[place]
+            addresses |= tensor.data_ptr()
+        for name, view in self._views:
+            tensor = values[name] = view.of(workspaces)
+            addresses |= tensor.data_ptr()
+        if self._stream is not None:
+            seed, values[self._offset] = arguments[self._stream]
+            values[self._seed_ptr if isinstance(seed, Tensor) else self._seed] = seed
+        runtime = knobs.runtime
+        if addresses % 16 or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+            return False
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             self._start(values)
         else:
@@ -211,11 +228,3 @@ class _Variant:
         compiled.run(
             *self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values
         )
-
-
-def _aligned(values: Iterable[Any]) -> bool:
-    addresses = 0
-    for value in values:
-        if isinstance(value, Tensor):
-            addresses |= value.data_ptr()
-    return addresses % 16 == 0

@@ -99,8 +99,7 @@ def _fields(name: str, kind: Any) -> list[tuple[str, Any]]:
 class _Unrecorded:
     """In the place of ``ctx`` where no gradient will be asked for."""
 
-    def __init__(self, arguments: Sequence[Any]):
-        self.needs_input_grad = (False,) * len(arguments)
+    needs_input_grad = (False,) * 32
 
     def save_for_backward(self, *tensors: Tensor | None) -> None: ...
 
@@ -109,22 +108,24 @@ class _Unrecorded:
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply(*arguments)``, without autograd where it has nothing to record."""
-    if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in arguments):
-        return function.apply(*arguments)
-    return function.forward(_Unrecorded(arguments), *arguments)
+    if torch.is_grad_enabled():
+        for argument in arguments:
+            if isinstance(argument, Tensor) and argument.requires_grad:
+                return function.apply(*arguments)
+    return function.forward(_Unrecorded(), *arguments)
 
 
 def keep(ctx, stream: Stream, *tensors: Tensor | None) -> None:
-    """Keeps the tensors and the stream for ``kept``."""
-    seed = stream.seed if isinstance(stream.seed, Tensor) else None
-    ctx.stream = stream if seed is None else Stream(0, stream.offset)
-    ctx.save_for_backward(seed, *tensors)
+    """Keeps the stream and the tensors for ``kept``."""
+    seed, offset = stream
+    in_memory = isinstance(seed, Tensor)
+    ctx.seed, ctx.offset = None if in_memory else seed, offset
+    ctx.save_for_backward(seed if in_memory else None, *tensors)
 
 
 def kept(ctx) -> tuple[Any, ...]:
-    """The stream and the tensors."""
     seed, *tensors = ctx.saved_tensors
-    return ctx.stream if seed is None else ctx.stream._replace(seed=seed), *tensors
+    return Stream(ctx.seed if seed is None else seed, ctx.offset), *tensors
 
 
 def needs_definition(*gradients: Tensor | None) -> bool:
