@@ -50,7 +50,8 @@ NOTE = (
 IDLE = (
     "No GPU: CPU tensors, with Triton's own specialization, cache, kernels for an H100 and launcher in C, and a "
     "libcuda that does nothing. Left out are what CUDA's driver takes for a launch, the switch to the device of the "
-    "tensors, torch's allocator for GPUs, and copies of tables from pinned memory. torch's fused steps compute, on the CPU."
+    "tensors, torch's allocator for GPUs, and copies of tables from pinned memory. torch's fused steps "
+    "compute, on the CPU."
 )
 REAL = "With the launches, and what CUDA's driver takes for them."
 
