@@ -37,6 +37,7 @@ from .harness import (
     wrong,
 )
 from .harness import run as sweep
+from .host import ROUNDS
 from .host import run as time_host
 from .peers import CPU_PEERS, PEERS, select
 from .pieces import run as time_pieces
@@ -239,9 +240,13 @@ def steps(
 @app.command()
 def host(
     out: Annotated[Path, typer.Option(help="The result file.")] = RESULTS / "host.json",
+    cases: Annotated[
+        list[str] | None, typer.Option(help="Only cases with this in their name, and their yardsticks.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="How often all are timed.")] = ROUNDS,
 ) -> None:
-    """Time what calls and steps take on the host, launches left out where there is no GPU, beside yardsticks."""
-    document = time_host(out)
+    """Time what calls and steps take on the host, beside yardsticks; without a GPU, launches do nothing."""
+    document = time_host(out, rounds, cases or [])
     for header, lines in host_tables(document["rows"]):
         table = Table(*header)
         for line in lines:

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from fastreg.ops import backend
 
 from .provenance import provenance
 
-ROUNDS = 8  # over all calls, so that a slow moment of the machine meets none of them alone
+ROUNDS = 6  # over all calls, so that a slow moment of the machine meets none of them alone
 BATCHES = 30  # of a call in a round,
 LONGEST = 0.3  # or as many as take so many seconds
 BATCH = 0.5e-3  # seconds of calls between two looks at the clock
@@ -44,31 +44,32 @@ NOTE = (
     "Process time of a call on one thread, without garbage collection, the least of many batches. A backward pass is "
     "`torch.autograd.grad` on a graph that is kept. Each time in microseconds is followed by its ratio to the forward "
     "pass of an autograd.Function that allocates (of optimizers, and of our functions without a kernel: to torch's "
-    "own), and by the goal where there is one. Launches are those of Triton, of each part."
+    "own), and by the goal where there is one. Launches are those of Triton, of each part. What 10,000 tensors take "
+    "depends on who else uses the cache of the processor."
 )
 IDLE = (
     "No GPU: CPU tensors, with Triton's own specialization, cache, kernels for an H100 and launcher in C, and a "
-    "libcuda that does nothing. Left out are what CUDA's driver takes for a launch, its allocator, and copies of "
-    "tables from pinned memory."
+    "libcuda that does nothing. Left out are what CUDA's driver takes for a launch, the switch to the device of the "
+    "tensors, torch's allocator for GPUs, and copies of tables from pinned memory. torch's fused steps "
+    "compute, on the CPU."
 )
 REAL = "With the launches, and what CUDA's driver takes for them."
 
 
 class Call(NamedTuple):
-    """What is timed."""
+    """A part of a case, to be timed."""
 
-    case: str
     part: str
     run: Callable[[], Any]
-    yardstick: str = TRIVIAL  # a case: the forward pass of this one, the same part of any other
-    goal: float | None = None  # the most that its ratio to the yardstick shall be
     before: Callable[[], Any] | None = None  # what has to be done before each call, outside of the timing
-    within: Callable[[], AbstractContextManager] = nullcontext
 
-    @property
-    def reference(self) -> tuple[str, str]:
-        """Case and part of its yardstick."""
-        return self.yardstick, FORWARD if self.yardstick == TRIVIAL else self.part
+
+class Case(NamedTuple):
+    name: str
+    calls: Callable[[], Iterable[Call]]  # makes tensors, and runs what they need
+    yardstick: str = TRIVIAL  # a case: the forward pass of this one, the same part of any other
+    goal: float | None = None  # the most that its ratio to the yardstick shall be; backward, twice that
+    within: Callable[[], AbstractContextManager] = nullcontext  # where it runs
 
 
 class _Trivial(torch.autograd.Function):
@@ -84,72 +85,78 @@ class _Trivial(torch.autograd.Function):
 # --- functions --------------------------------------------------------------------------------------------
 
 
-def parts(
-    case: str, function: Callable[..., Tensor], tensors: Sequence[Tensor], goal: float | None = None, **more
-) -> list[Call]:
-    """The three parts of a function of ``tensors``. goal: of forward; backward may take twice that."""
+def _parts(function: Callable[..., Tensor], *tensors: Tensor) -> Iterator[Call]:
+    """The three parts of a function of ``tensors``."""
     plain = [x.detach() for x in tensors]
     trained = [x.detach().requires_grad_() for x in tensors]
-    with more.get("within", nullcontext)():
-        y = function(*trained)
-    backward = partial(torch.autograd.grad, y, trained, torch.empty_like(y), retain_graph=True)
-    return [
-        Call(case, FORWARD, partial(function, *plain), goal=goal, **more),
-        Call(case, TRAINED, partial(function, *trained), goal=goal, **more),
-        Call(case, BACKWARD, backward, goal=goal and 2 * goal, **more),
-    ]
+    yield Call(FORWARD, partial(function, *plain))
+    yield Call(TRAINED, partial(function, *trained))
+    y = function(*trained)
+    yield Call(BACKWARD, partial(torch.autograd.grad, y, trained, torch.empty_like(y), retain_graph=True))
 
 
-def _norms(of: Any, rows: Tensor, image: Tensor, groups: int) -> dict[str, tuple[Callable, list[Tensor]]]:
-    """The norms of ``of`` (torch's functions, or ours) on these tensors: each a function of tensors, and those."""
+def _norms(of: Any, rows: Tensor, image: Tensor, groups: int) -> dict[str, Callable[[], Iterator[Call]]]:
+    """The norms of ``of``, which are torch's functions or ours."""
     columns, channels = rows.shape[-1:], image.shape[1]
-    parameters = [torch.ones(channels, device=image.device) for _ in range(2)]
-    running = torch.zeros(channels, device=image.device), torch.ones(channels, device=image.device)
     affine = [torch.ones(columns, device=rows.device) for _ in range(2)]
+    by_channel = [torch.ones(channels, device=image.device) for _ in range(2)]
+    running = torch.zeros(channels, device=image.device), torch.ones(channels, device=image.device)
+
+    def layer_norm(x, weight, bias):
+        return of.layer_norm(x, columns, weight, bias)
+
+    def group_norm(x, weight, bias):
+        return of.group_norm(x, groups, weight, bias)
+
+    def batch_norm(x, weight, bias):
+        return of.batch_norm(x, *running, weight, bias, True)
+
     return {
-        "layer_norm": (lambda x, w, b: of.layer_norm(x, columns, w, b), [rows, *affine]),
-        "group_norm": (lambda x, w, b: of.group_norm(x, groups, w, b), [image, *parameters]),
-        "batch_norm": (lambda x, w, b: of.batch_norm(x, *running, w, b, True), [image, *parameters]),
+        "layer_norm": partial(_parts, layer_norm, rows, *affine),
+        "group_norm": partial(_parts, group_norm, image, *by_channel),
+        "batch_norm": partial(_parts, batch_norm, image, *by_channel),
     }
 
 
-def yardsticks(device: torch.device) -> Iterator[Call]:
-    x = torch.zeros(256, 1024, device=device)
-    yield Call("torch.empty_like", FORWARD, partial(torch.empty_like, x))
-    yield from parts(TRIVIAL, _Trivial.apply, [x])
-    x = torch.zeros(4, 4)
-    for name, (function, tensors) in _small(F).items():
-        yield from parts(f"torch {name}", function, tensors)
-    yield from parts("torch linear, CPU, 16 elements", F.linear, [x, x, x[0]])
-
-
-def _small(of: Any) -> dict[str, tuple[Callable, list[Tensor]]]:
+def _small(of: Any) -> dict[str, Callable[[], Iterator[Call]]]:
     """Functions on 16 elements of the CPU."""
     x = torch.zeros(4, 4)
-    found = {"dropout": (of.dropout, [x]), **_norms(of, x, torch.zeros(4, 4, 1, 1), 2)}
-    return {f"{name}, CPU, 16 elements": value for name, value in found.items()}
+    found = {"dropout": partial(_parts, of.dropout, x), **_norms(of, x, torch.zeros(4, 4, 1, 1), 2)}
+    return {f"{name}, CPU, 16 elements": calls for name, calls in found.items()}
 
 
-def functions(device: torch.device) -> Iterator[Call]:
-    """On kernels: with as many elements as they take wherever they are not plain, too."""
+def yardsticks(device: torch.device) -> Iterator[Case]:
+    x, small = torch.zeros(256, 1024, device=device), torch.zeros(4, 4)
+    yield Case("torch.empty_like", lambda: [Call(FORWARD, partial(torch.empty_like, x))])
+    yield Case(TRIVIAL, partial(_parts, _Trivial.apply, x))
+    for name, calls in _small(F).items():
+        yield Case(f"torch {name}", calls)
+    yield Case("torch linear, CPU, 16 elements", partial(_parts, F.linear, small, small, small[0]))
+
+
+def functions(device: torch.device) -> Iterator[Case]:
+    """On kernels: of tensors that are worth one on a GPU."""
     x = torch.zeros(256, 1024, device=device)
     image = torch.zeros(64, 64, 8, 8, device=device)
-    yield from parts("dropout", ours.dropout, [x], goal=3)
-    fused = partial(ours.dropout, activation="gelu")
-    yield from parts("dropout, gelu, residual", lambda x, r: fused(x, residual=r), [x, x], goal=3)
-    for name, (function, tensors) in _norms(ours, x, image, 8).items():
-        yield from parts(name, function, tensors, goal=5)
-    few_channels = image.view(64, 4, 32, 32)
-    yield from parts("batch_norm, split", *_norms(ours, x, few_channels, 2)["batch_norm"])
+
+    def fused(x, residual):
+        return ours.dropout(x, activation="gelu", residual=residual)
+
+    yield Case("dropout", partial(_parts, ours.dropout, x), goal=3)
+    yield Case("dropout, gelu, residual", partial(_parts, fused, x, x), goal=3)
+    for name, calls in _norms(ours, x, image, 8).items():
+        yield Case(name, calls, goal=5)
+    # Too few channels for a program to take whole ones: three launches.
+    yield Case("batch_norm, split", _norms(ours, x, image.view(64, 4, 32, 32), 2)["batch_norm"])
     weight, bias = torch.zeros(256, 1024, device=device), torch.zeros(256, device=device)
-    yield from parts("drop_connect_linear", ours.drop_connect_linear, [x, weight, bias])
+    yield Case("drop_connect_linear", partial(_parts, ours.drop_connect_linear, x, weight, bias))
 
 
-def without_kernels() -> Iterator[Call]:
-    """What ours adds to the functions of ATen that it calls where no kernel is worth it."""
+def without_kernels() -> Iterator[Case]:
+    """What ours add to the functions of ATen that they call where no kernel is worth it."""
     aten = partial(mock.patch.object, backend, "INTERPRETED", False)
-    for name, (function, tensors) in _small(ours).items():
-        yield from parts(name, function, tensors, yardstick=f"torch {name}", within=aten)
+    for name, calls in _small(ours).items():
+        yield Case(name, calls, yardstick=f"torch {name}", within=aten)
 
 
 # --- optimizers -------------------------------------------------------------------------------------------
@@ -170,31 +177,44 @@ class _Optimizer:
             p.grad = g
 
 
-def _steps(case: str, make: Callable, count: int, device: torch.device, **more) -> list[Call]:
-    same, new = (_Optimizer(make, count, device) for _ in range(2))
-    return [
-        Call(case, SAME, same.optimizer.step, **more),
-        Call(case, NEW, new.optimizer.step, before=new.replace, **more),
-    ]
+def _steps(make: Callable, count: int, device: torch.device) -> Iterator[Call]:
+    """Each with an optimizer of its own, which remembers whether its gradients are replaced."""
+    yield Call(SAME, _Optimizer(make, count, device).optimizer.step)
+    new = _Optimizer(make, count, device)
+    yield Call(NEW, new.optimizer.step, before=new.replace)
 
 
-def optimizers(device: torch.device) -> Iterator[Call]:
+def optimizers(device: torch.device) -> Iterator[Case]:
     sgd = {"lr": 1e-3, "momentum": 0.9}
+    options = {"max_grad_norm": 1.0, "max_norm": 10.0, "ema_decay": 0.999}
     for count in COUNTS:
-        where = f"{count:,} tensors of {SIZE}"
-        for name, theirs, mine, goal in (
-            ("SGD, momentum", partial(torch.optim.SGD, fused=True, **sgd), partial(optim.SGD, **sgd), None),
-            ("AdamW", partial(torch.optim.AdamW, fused=True), optim.AdamW, 1 if count == COUNTS[0] else None),
-        ):
-            yardstick = f"torch {name}, fused, {where}"
-            yield from _steps(yardstick, theirs, count, device, yardstick=yardstick)
-            yield from _steps(f"{name}, {where}", mine, count, device, yardstick=yardstick, goal=goal)
-        options = {"max_grad_norm": 1.0, "max_norm": 10.0, "ema_decay": 0.999}
-        case = f"AdamW, clip, max-norm, EMA, {where}"
-        yield from _steps(case, partial(optim.AdamW, **options), count, device, yardstick=yardstick)
+
+        def case(name: str, make: Callable, count: int = count, **more) -> Case:
+            calls = partial(_steps, make, count, device)
+            return Case(f"{name}, {count:,} tensors of {SIZE}", calls, **more)
+
+        theirs = case("torch SGD, momentum, fused", partial(torch.optim.SGD, fused=True, **sgd))
+        yield theirs._replace(yardstick=theirs.name)
+        yield case("SGD, momentum", partial(optim.SGD, **sgd), yardstick=theirs.name)
+        theirs = case("torch AdamW, fused", partial(torch.optim.AdamW, fused=True))
+        yield theirs._replace(yardstick=theirs.name)
+        yield case("AdamW", optim.AdamW, yardstick=theirs.name, goal=1 if count == COUNTS[0] else None)
+        with_options = partial(optim.AdamW, **options)
+        yield case("AdamW, clip, max-norm, EMA", with_options, yardstick=theirs.name)
 
 
 # --- timing -----------------------------------------------------------------------------------------------
+
+
+def cases(device: torch.device) -> list[Case]:
+    return [*yardsticks(device), *functions(device), *without_kernels(), *optimizers(device)]
+
+
+def chosen(found: list[Case], words: Sequence[str]) -> list[Case]:
+    """Cases with one of ``words`` in their names, all if there are none, and their yardsticks."""
+    names = {case.name for case in found if not words or any(word in case.name for word in words)}
+    names |= {case.yardstick for case in found if case.name in names} | {TRIVIAL}
+    return [case for case in found if case.name in names]
 
 
 def _batch(call: Call, count: int) -> float:
@@ -210,84 +230,89 @@ def _batch(call: Call, count: int) -> float:
 
 def _least(call: Call, finish: Callable[[], Any]) -> float:
     """The least time of a call in the batches of a round. finish: waits for the GPU."""
-    with call.within():
-        found = [_batch(call, 1)]
-        count = 1 if call.before is not None else max(1, min(MOST, int(BATCH / found[0])))
-        end = time.monotonic() + LONGEST
-        while len(found) <= BATCHES and time.monotonic() < end:
-            finish()
-            found.append(_batch(call, count))
+    found = [_batch(call, 1)]
+    count = 1 if call.before is not None else max(1, min(MOST, int(BATCH / found[0])))
+    end = time.monotonic() + LONGEST
+    while len(found) <= BATCHES and time.monotonic() < end:
         finish()
+        found.append(_batch(call, count))
+    finish()
     return min(found)
 
 
-def _launches(call: Call, launched: Callable[[], int] | None) -> int | None:
-    if launched is None:
-        return None
-    with call.within():
-        before = launched()
-        call.run()
-        return launched() - before
-
-
 def measure(
-    calls: Sequence[Call], launched: Callable[[], int] | None, finish: Callable[[], Any]
+    found: Iterable[Case], launches: Callable[[], int | None], finish: Callable[[], Any], rounds: int
 ) -> list[dict]:
-    """A row for each call. launched: how many launches there were so far."""
-    for call in calls:  # whatever the first call and the second make and compile
-        for _ in range(2):
-            with call.within():
+    """A row for each part of each case. launches: how many there were so far, None if that is not known."""
+    timed: list[tuple[Case, Call]] = []
+    counts: list[int | None] = []
+    for case in found:
+        with case.within():
+            for call in case.calls():
+                call.run()  # whatever the first call and the second make and compile
                 call.run()
-    counts = [_launches(call, launched) for call in calls]
-    rounds = [[_least(call, finish) for call in calls] for _ in range(ROUNDS)]
-    times = [min(found) for found in zip(*rounds, strict=True)]
-    named = {(call.case, call.part): seconds for call, seconds in zip(calls, times, strict=True)}
-    return [
-        {
-            "case": call.case,
+                before = launches()
+                call.run()
+                counts.append(None if before is None else launches() - before)
+                timed.append((case, call))
+    least = [float("inf")] * len(timed)
+    for _ in range(rounds):
+        for i, (case, call) in enumerate(timed):
+            with case.within():
+                least[i] = min(least[i], _least(call, finish))
+    seconds = {(case.name, call.part): time for (case, call), time in zip(timed, least, strict=True)}
+
+    def row(case: Case, call: Call, count: int | None) -> dict:
+        mine = seconds[case.name, call.part]
+        reference = case.yardstick, FORWARD if case.yardstick == TRIVIAL else call.part
+        goal = case.goal and (2 * case.goal if call.part == BACKWARD else case.goal)
+        return {
+            "case": case.name,
             "part": call.part,
             "launches": count,
-            "us": 1e6 * seconds,
-            "yardstick": call.reference,
-            "ratio": seconds / named[call.reference],
-            "goal": call.goal,
+            "us": 1e6 * mine,
+            "yardstick": reference,
+            "ratio": mine / seconds[reference],
+            "goal": goal,
         }
-        for call, count, seconds in zip(calls, counts, times, strict=True)
-    ]
+
+    return [row(*pair, count) for pair, count in zip(timed, counts, strict=True)]
 
 
-def _calls(device: torch.device) -> list[Call]:
-    groups = yardsticks(device), functions(device), without_kernels(), optimizers(device)
-    return [call for group in groups for call in group]
-
-
-def _time(path: Path) -> None:
+def _write(path: Path, rounds: int, words: Sequence[str]) -> None:
     """Measures in this process, and writes the result file."""
     torch.set_num_threads(1)
     gc.disable()
-    gpu = torch.cuda.is_available()
-    device = torch.device("cuda" if gpu else "cpu")
-    if gpu:
-        launched, finish = None, torch.cuda.synchronize
+    if torch.cuda.is_available():
+        device, note, finish = torch.device("cuda"), REAL, torch.cuda.synchronize
+        attached: AbstractContextManager = nullcontext(lambda: None)
     else:
         from . import idle_gpu
 
-        launched, finish = idle_gpu.attach().launches, lambda: None
+        device, note, finish = torch.device("cpu"), IDLE, lambda: None
+        attached = idle_gpu.attached()
+    with attached as launches:
+        rows = measure(chosen(cases(device), words), launches, finish, rounds)
+    command = ["python -m bench host", f"--rounds {rounds}", *(f'--cases "{word}"' for word in words)]
     document = {
-        "note": f"{NOTE} {REAL if gpu else IDLE}",
-        "provenance": {**provenance(device), "command": "python -m bench host"},
-        "rows": measure(_calls(device), launched, finish),
+        "note": f"{NOTE} {note}",
+        "provenance": {**provenance(device), "command": " ".join(command)},
+        "rows": rows,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def run(path: Path) -> dict:
-    """Measures, in a process of its own, whose kernels are compiled, and writes the result file."""
+def run(path: Path, rounds: int = ROUNDS, words: Sequence[str] = ()) -> dict:
+    """Measures, in a process of its own whose kernels are compiled, and writes the result file.
+
+    words: only cases with one of them in their names.
+    """
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
-    subprocess.run([sys.executable, "-m", __name__, str(path)], env=environment, check=True)
+    command = [sys.executable, "-m", __name__, str(path), str(rounds), *words]
+    subprocess.run(command, env=environment, check=True)
     return json.loads(path.read_text())
 
 
 if __name__ == "__main__":
-    _time(Path(sys.argv[1]))
+    _write(Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3:])

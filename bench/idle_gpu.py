@@ -1,16 +1,18 @@
 """A GPU that does nothing, for CPU tensors: what a call takes on the host, on a machine without a GPU.
 
 Everything above CUDA's driver is real: Triton's specialization of arguments, its cache, its compiler, the kernels that
-it compiles for an H100, and the launcher that it writes in C. Only libcuda is ours (``idle_gpu.c``).
+it compiles for an H100, and its launcher in C. Only libcuda is ours (``idle_gpu.c``), and counts the launches.
 
-Other than on a GPU: allocations are torch's for the CPU, what switches between devices and streams is left out, and
+Other than on a GPU: tensors are allocated by torch's allocator of the CPU, there is one device and one stream, and
 tables of addresses are not copied from pinned memory.
 """
 
 import contextlib
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -18,6 +20,7 @@ from fastreg import random
 from fastreg.ops import backend
 
 CAPABILITY = (9, 0)
+DEVICE = 1 << 20  # Triton keeps compiled kernels by the number of the device: a number that no GPU has
 
 
 def _libcuda() -> Any:
@@ -63,7 +66,7 @@ def _driver() -> Any:
         def __init__(self):
             super().__init__()
             self.get_device_capability = lambda device=0: CAPABILITY
-            self.get_current_device = lambda: 0
+            self.get_current_device = lambda: DEVICE
             self.set_current_device = lambda device: None
             self.get_current_stream = lambda device=0: 0
 
@@ -73,20 +76,27 @@ def _driver() -> Any:
     return Driver()
 
 
-def attach() -> Any:
-    """From here on this process takes CPU tensors to the kernels, whose launches do nothing.
+@contextlib.contextmanager
+def attached() -> Iterator[Callable[[], int]]:
+    """Within, CPU tensors go to the kernels, whose launches do nothing. Yields what tells how many there were so far.
 
-    Kernels have to be compiled ones: TRITON_INTERPRET=0. Returns the library: ``launches()`` is how many there were.
+    Kernels have to be compiled ones: TRITON_INTERPRET=0.
     """
     import triton
 
     if os.environ.get("TRITON_INTERPRET") == "1":
-        raise RuntimeError("TRITON_INTERPRET=1 interprets the kernels, which launches nothing")
-    library = _libcuda()
-    triton.runtime.driver.set_active(_driver())
-    gpu, drawn = torch.device("cuda", 0), random.stream
-    torch.cuda.graphs._cuda_isCurrentStreamCapturing = bool  # as torch's: a function in C that says no
-    torch.cuda.default_generators = (_Generator(torch.initial_seed()),)
-    random.stream = lambda device, seed=None, generator=None: drawn(gpu, seed, generator)
-    backend.INTERPRETED = True  # tensors of the CPU go to the kernels
-    return library
+        raise RuntimeError("TRITON_INTERPRET=1 interprets the kernels: there is nothing to launch")
+    library, active = _libcuda(), triton.runtime.driver._active
+    gpu, stream = torch.device("cuda", 0), random.stream
+    generators = (_Generator(torch.initial_seed()),)
+    with contextlib.ExitStack() as stack:
+        for owner, name, value in (
+            (random, "stream", lambda _, seed=None, generator=None: stream(gpu, seed, generator)),
+            (torch.cuda, "default_generators", generators),
+            (torch.cuda.graphs, "_cuda_isCurrentStreamCapturing", bool),  # a function in C that says no
+            (backend, "INTERPRETED", True),  # CPU tensors go to the kernels
+        ):
+            stack.enter_context(mock.patch.object(owner, name, value))
+        triton.runtime.driver.set_active(_driver())
+        stack.callback(setattr, triton.runtime.driver, "_active", active)
+        yield library.launches

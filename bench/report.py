@@ -266,13 +266,14 @@ def host_tables(rows: list[dict]) -> list[tuple[list[str], list[list[str]]]]:
         counts = [row["launches"] for row in found if row and row["launches"] is not None]
         return [case, ", ".join(map(str, counts if any(counts) else [])), *map(host_cell, found)]
 
-    return [
+    tables = (
         (
             ["call", "launches", *parts],
             [line(case, parts) for case in calls if calls[case].keys() & set(parts)],
         )
         for parts in PARTS
-    ]
+    )
+    return [(header, lines) for header, lines in tables if lines]
 
 
 def host_table(content: dict) -> str:

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 from typer.testing import CliRunner
 
 from fastreg.bench import __main__ as command
-from fastreg.bench import check, harness, host, networks, pieces, provenance, report, steps
+from fastreg.bench import check, harness, host, idle_gpu, networks, pieces, provenance, report, steps
 from fastreg.bench.cases import Case, images, masked, random, rows
 from fastreg.bench.check import Stage, run_stage, stages
 from fastreg.bench.peers import PEERS, Peer, library, select
@@ -658,21 +658,155 @@ def test_newest_full_sweep_counts(tmp_path):
     assert [document["rows"][0]["median_us"] for document in documents] == [2]
 
 
-def test_what_steps_take_on_the_host_is_measured_and_shown(tmp_path, monkeypatch):
-    """Small here: the command is the one that takes 10,000 tensors."""
-    monkeypatch.setattr(host, "TENSORS", 20)
-    monkeypatch.setattr(host, "REPEATS", 2)
+def test_what_calls_take_on_the_host_is_measured_and_shown(tmp_path):
     path = tmp_path / "host.json"
-    done = CliRunner().invoke(command.app, ["host", "--out", str(path)])
+    done = CliRunner().invoke(
+        command.app, ["host", "--out", str(path), "--cases", "dropout", "--rounds", "1"]
+    )
     assert done.exit_code == 0, done.output
     content = json.loads(path.read_text())
     assert content["provenance"]["torch"] == torch.__version__
-    assert [row["optimizer"] for row in content["rows"]] == list(host.OPTIMIZERS)
-    assert all(0 < row["unchanged_ns"] and 0 < row["replaced_ns"] for row in content["rows"])
+    assert not content["provenance"]["interpreted"]
+    rows = {(row["case"], row["part"]): row for row in content["rows"]}
+    assert {case for case, _ in rows} == {
+        host.TRIVIAL,
+        "torch dropout, CPU, 16 elements",
+        "dropout, CPU, 16 elements",
+        "dropout",
+        "dropout, gelu, residual",
+    }
+    assert all(row["us"] > 0 for row in rows.values())
+    on_gpu = torch.cuda.is_available()
+    for part in (host.FORWARD, host.TRAINED, host.BACKWARD):
+        assert rows["dropout", part]["launches"] == (None if on_gpu else 1)
+        assert rows["dropout, CPU, 16 elements", part]["launches"] == (None if on_gpu else 0)
     page = tmp_path / "RESULTS.md"
     report.report(tmp_path, page)
-    assert f"| AdamW | {content['rows'][1]['unchanged_ns']:.0f} |" in page.read_text()
-    assert "20 tensors of 64" in page.read_text()
+    cells = [report.host_cell(rows["dropout", part]) for part in host.PARTS[0]]
+    assert f"| dropout | {'' if on_gpu else '1, 1, 1'} | {' | '.join(cells)} |" in page.read_text()
+
+
+class Clock:
+    """Time that passes only where it is said."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0
+        monkeypatch.setattr(host.time, "process_time_ns", lambda: self.now)
+
+    def passes(self, *nanoseconds: int):
+        """A call that takes these times in turn."""
+        times = itertools.cycle(nanoseconds)
+
+        def call():
+            self.now += next(times)
+
+        return call
+
+
+def measured(*found: host.Case, launches=lambda: None) -> dict:
+    rows = host.measure(found, launches, lambda: None, rounds=2)
+    return {(row["case"], row["part"]): row for row in rows}
+
+
+def a_host_case(name: str, run, part: str = host.FORWARD, before=None, **more) -> host.Case:
+    return host.Case(name, lambda: [host.Call(part, run, before)], **more)
+
+
+def test_host_times_are_the_least_and_ratios_to_the_yardstick(monkeypatch):
+    clock = Clock(monkeypatch)
+    rows = measured(
+        a_host_case(host.TRIVIAL, clock.passes(10_000)),
+        a_host_case("noisy", clock.passes(*[1_000_000] * 50, *[30_000] * 30), goal=3),
+        a_host_case("twice", clock.passes(70_000), host.BACKWARD, goal=3),
+        a_host_case("theirs", clock.passes(80_000), host.SAME, yardstick="theirs"),
+        a_host_case("ours", clock.passes(20_000), host.SAME, yardstick="theirs", goal=1),
+    )
+    assert [row["us"] for row in rows.values()] == pytest.approx([10, 30, 70, 80, 20])
+    assert [row["ratio"] for row in rows.values()] == pytest.approx([1, 3, 7, 1, 0.25])
+    assert [row["goal"] for row in rows.values()] == [None, 3, 6, None, 1]
+    assert rows["twice", host.BACKWARD]["yardstick"] == (host.TRIVIAL, host.FORWARD)
+    assert rows["ours", host.SAME]["yardstick"] == ("theirs", host.SAME)
+
+
+def test_host_times_leave_out_what_comes_before_a_call(monkeypatch):
+    clock = Clock(monkeypatch)
+    trivial = a_host_case(host.TRIVIAL, clock.passes(10_000))
+    new = a_host_case("new", clock.passes(20_000), before=clock.passes(900_000))
+    assert measured(trivial, new)["new", host.FORWARD]["us"] == pytest.approx(20)
+
+
+def test_host_launches_are_those_of_one_call():
+    done: list[int] = []
+    three = a_host_case("three", lambda: done.extend([1, 1, 1]))
+    rows = measured(a_host_case(host.TRIVIAL, lambda: None), three, launches=lambda: len(done))
+    assert [row["launches"] for row in rows.values()] == [0, 3]
+
+
+def test_host_table_says_which_goals_are_met():
+    def row(case, part, us, ratio, goal=None, launches=0):
+        return {"case": case, "part": part, "us": us, "ratio": ratio, "goal": goal, "launches": launches}
+
+    rows = [
+        row("x", host.FORWARD, 12.34, 3.0, 3, 1),
+        row("x", host.BACKWARD, 30.0, 6.25, 6, 2),
+        row("torch", host.FORWARD, 1.0, 0.25),
+    ]
+    ((header, lines),) = report.host_tables(rows)
+    assert header == ["call", "launches", host.FORWARD, host.TRAINED, host.BACKWARD]
+    assert lines == [
+        ["x", "1, 2", "12.3, 3.00× ≤ 3", "", f"{report.RED} 30.0, 6.25× > 6"],
+        ["torch", "", "1.0, 0.25×", "", ""],
+    ]
+    steps = [row("step", host.SAME, 5.0, 1.0), row("step", host.NEW, 6.0, 1.5)]
+    assert report.host_tables(steps) == [
+        (["call", "launches", host.SAME, host.NEW], [["step", "", "5.0, 1.00×", "6.0, 1.50×"]])
+    ]
+
+
+def test_host_cases_have_yardsticks_and_the_goals_that_were_set():
+    found = host.cases(torch.device("cpu"))
+    names = [case.name for case in found]
+    assert len(set(names)) == len(names)
+    assert {case.yardstick for case in found} <= set(names)
+    goals = {case.name: case.goal for case in found if case.goal is not None}
+    assert goals == {
+        "dropout": 3,
+        "dropout, gelu, residual": 3,
+        "layer_norm": 5,
+        "group_norm": 5,
+        "batch_norm": 5,
+        "AdamW, 100 tensors of 64": 1,
+    }
+
+
+@pytest.mark.parametrize("name", ["dropout", "layer_norm", "group_norm", "batch_norm"])
+def test_host_parts_are_with_and_without_gradients(aten, name):
+    (case,) = (case for case in host.without_kernels() if case.name.startswith(name))
+    forward, trained, backward = case.calls()
+    assert not forward.run().requires_grad
+    assert trained.run().requires_grad
+    gradients = backward.run()
+    assert len(gradients) == (1 if name == "dropout" else 3)
+    assert all(isinstance(x, torch.Tensor) for x in gradients)
+
+
+def test_host_steps_meet_the_same_gradients_and_new_ones():
+    def seen(call: host.Call) -> set[int]:
+        params, found = call.run.__self__.param_groups[0]["params"], set()
+        for _ in range(4):
+            if call.before is not None:
+                call.before()
+            found.add(params[0].grad.data_ptr())
+        return found
+
+    same, new = host._steps(torch.optim.AdamW, 3, torch.device("cpu"))
+    assert (len(seen(same)), len(seen(new))) == (1, 2)
+
+
+def test_without_a_compiled_kernel_there_is_nothing_to_launch(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(RuntimeError, match="interprets the kernels"), idle_gpu.attached():
+        pass
 
 
 SMALL = ((5, 7), (6, 3))
