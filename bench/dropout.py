@@ -8,7 +8,6 @@ import torch.nn.functional as torch_functional
 import fastreg.functional as fast
 from fastreg.ops import dropout as ops
 from fastreg.ops.layout import tiling
-from fastreg.ops.layout import tiling
 from fastreg.random import Stream
 
 from .cases import Case, images, masked, random, rows, width

@@ -32,7 +32,7 @@ _KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def is_plain(x: Tensor) -> bool:
     """Not sparse, nor of a subclass with ideas of its own (DTensor, FakeTensor), nor a proxy of ``torch.fx``."""
-    return torch.compiler.is_compiling() or (type(x) in PLAIN and x.layout == torch.strided)
+    return (type(x) in PLAIN and x.layout == torch.strided) or torch.compiler.is_compiling()
 
 
 def runs_kernels(x: Tensor) -> bool:

@@ -16,7 +16,7 @@ from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import activated, result_dtype, sum_dtype
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div, dense_strides, with_strides
-from fastreg.ops.lines import Plan, View, indexable, merge_plan, split_plan, view, viewed, whole_plan
+from fastreg.ops.lines import Plan, View, indexable, laid_out, merge_plan, split_plan, view, whole_plan
 from fastreg.ops.operator import apply, by_definition, needs_definition, operator
 
 if backend.HAS_TRITON:
@@ -469,9 +469,10 @@ def _laid_out(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, residual: Tensor | None, form: Form
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """The four of them in layouts that the kernels take: themselves wherever possible."""
-    x, _ = viewed(x, form.groups)
+    x = laid_out(x, form.groups)
     residual = None if residual is None else with_strides(residual, x.stride())
-    weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     return x, weight, bias, residual
 
 
@@ -622,7 +623,9 @@ class _ChannelNorm(torch.autograd.Function):
 def _normalized(x, weight, bias, residual, y, signs, running, form) -> tuple[Tensor, Tensor]:
     """Writes ``y`` and ``signs``, updates ``running``, and returns the mean and the variance of each unit."""
     units = x.shape[0] * form.groups if form.groups else x.shape[1]
-    mean, var = (torch.empty(units, dtype=sum_dtype(x.dtype), device=x.device) for _ in range(2))
+    dtype, device = sum_dtype(x.dtype), x.device
+    mean = torch.empty(units, dtype=dtype, device=device)
+    var = torch.empty(units, dtype=dtype, device=device)
     # The kernels update statistics of channels, where they lie side by side.
     dense = running is not None and all(t is None or t.is_contiguous() for t in running[:2])
     kept = running if dense and not form.groups else Running(None, None, 0.0)
@@ -666,23 +669,25 @@ def takes(
     """
     if not (backend.runs_kernels(input) and input.dim() >= 2 and input.numel() > 0):
         return False
-    # ATen's group norm refuses parameters of another dtype on a GPU, so those are ours at any size.
-    mixed = any(t is not None and t.dtype != input.dtype for t in (weight, bias))
-    if not (fused or mixed or backend.worth_a_launch(input, ATEN_BELOW)):
+    if not (
+        fused
+        or backend.worth_a_launch(input, ATEN_BELOW)
+        # which ATen's group norm refuses on a GPU
+        or any(t is not None and t.dtype != input.dtype for t in (weight, bias))
+    ):
         return False
     if not (torch.compiler.is_compiling() or indexable(input, groups)):  # compiled, the size would be a guard
         return False
-    channels = input.shape[1]
-    return (statistics[0] is None) == (statistics[1] is None) and all(
-        t is None
-        or (
-            backend.is_plain(t)
-            and t.shape == (channels,)
-            and t.device == input.device
-            and (t.dtype == input.dtype or (t.dtype == torch.float32 and input.dtype.itemsize == 2))
-        )
-        for t in (weight, bias, *statistics)
-    )
+    if (statistics[0] is None) != (statistics[1] is None):
+        return False
+    size, device, dtype = input.shape[1:2], input.device, input.dtype
+    for t in (weight, bias, *statistics):
+        if t is not None:
+            if not (backend.is_plain(t) and t.shape == size and t.device == device):
+                return False
+            if t.dtype != dtype and not (t.dtype == torch.float32 and dtype.itemsize == 2):
+                return False
+    return True
 
 
 def plain_momentum(momentum: float | Tensor, x: Tensor) -> float | Tensor | None:

@@ -260,7 +260,9 @@ def _backward(
         if tiles.bias == "columns":
             partial = workspace[0].view(-1, tiles.bias_size, 1)
         else:
-            partial = workspace[0].view(tiles.rows // (tiles.bias_size * tiles.bias_repeat), tiles.bias_size, -1)
+            partial = workspace[0].view(
+                tiles.rows // (tiles.bias_size * tiles.bias_repeat), tiles.bias_size, -1
+            )
         torch.sum(partial, (0, 2), out=dbias)
     if result is not dx:
         dx.copy_(result)

@@ -53,7 +53,7 @@ def _kinds(arguments: Sequence[Any]) -> tuple:
     return tuple(found)
 
 
-class planned:  # noqa: N801, a decorator
+class planned:
     """Of a builder of launches: see above."""
 
     def __init__(self, build: Callable[..., list[Launch]]):

@@ -104,6 +104,11 @@ def viewed(x: Tensor, groups: int) -> tuple[Tensor, View]:
     return x, seen
 
 
+def laid_out(x: Tensor, groups: int) -> Tensor:
+    """``x`` in a dense layout that the kernels can take: itself wherever possible."""
+    return x if x.is_contiguous() and x.numel() < 1 << 31 else viewed(x, groups)[0]
+
+
 def indexable(x: Tensor, groups: int) -> bool:
     """Whether ``viewed`` takes ``x``, which is asked for sizes that no 32 bits hold."""
     return x.numel() < 1 << 31 or _viewed(torch.empty_like(x, device="meta"), groups)[1].indexable

@@ -15,6 +15,7 @@ backward kernels are not enough.
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
@@ -48,24 +49,24 @@ def operator(name: str, writes: Sequence[str]) -> Callable[[Callable[..., None]]
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(function)
-        kinds = [hints[parameter] for parameter in inspect.signature(function).parameters]
-        fields = [_fields(name, kind) for name, kind in zip(inspect.signature(function).parameters, kinds)]
-        schema = ", ".join(
-            _SCHEMA[kind].replace("Tensor", f"Tensor(a{place}!)") + f" {field}"
-            if field in writes
-            else f"{_SCHEMA[kind]} {field}"
-            for place, (field, kind) in enumerate(sum(fields, []))
-        )
-        counts = [len(parts) for parts in fields]
+        kinds = {parameter: hints[parameter] for parameter in inspect.signature(function).parameters}
+        fields = [_fields(parameter, kind) for parameter, kind in kinds.items()]
+        counts = [len(own) for own in fields]
+        schema = []
+        for place, (field, kind) in enumerate(itertools.chain(*fields)):
+            text = _SCHEMA[kind]
+            schema.append(
+                f"{text.replace('Tensor', f'Tensor(a{place}!)') if field in writes else text} {field}"
+            )
 
         def body(*flat: Any) -> None:
             flat, arguments = list(flat), []
-            for kind, count in zip(kinds, counts, strict=True):
+            for kind, count in zip(kinds.values(), counts, strict=True):
                 own, flat = flat[:count], flat[count:]
                 arguments.append(kind(*own) if isinstance(kind, type) and issubclass(kind, tuple) else own[0])
             function(*arguments)
 
-        op = torch.library.custom_op(name, body, mutates_args=writes, schema=f"({schema}) -> ()")
+        op = torch.library.custom_op(name, body, mutates_args=writes, schema=f"({', '.join(schema)}) -> ()")
         op.register_fake(lambda *_: None)
 
         @functools.wraps(function)
