@@ -231,7 +231,7 @@ def kernels() -> list[Kernel]:
         found += [
             Kernel.of(
                 f"{short_name(dtype)} squares of gradients",
-                batch.squares(),
+                *ops.squares_launches(batch.table.entries, batch.table.chunks, batch.partials, batch.form),
                 SIZE,
                 dtype.itemsize,
                 trips=0,
@@ -242,7 +242,9 @@ def kernels() -> list[Kernel]:
     found += [
         Kernel.of(
             "fp32 projection of the tensor",
-            long.project(),
+            *ops.project_launches(
+                long.table.entries, long.table.chunks, long.chunk_units, long.scalars, long.squared, long.form
+            ),
             SIZE,
             2 * fp32.itemsize,
             trips=0,
@@ -289,7 +291,8 @@ def batch_of(rule: Rule, dtype: torch.dtype, moments: torch.dtype | None = None,
 
 def variant(name, rule, dtype, *, moments=None, row=0, everything=False, headline=False) -> Kernel:
     batch = batch_of(rule, dtype, moments, row)
-    launch = batch.step(pulled=everything, shrunk=everything)
+    tables = batch.table.entries, batch.table.chunks
+    (launch,) = ops.step_launches(*tables, batch.scalars, batch.partials, everything, everything, batch.form)
     return Kernel.of(
         f"{short_name(dtype)} {name}",
         launch,

@@ -17,6 +17,7 @@ its workspace by ``torch.empty``, and reads no values.
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -108,7 +109,11 @@ class _Plan:
         storages: dict[int, int] = {}
         self._device: torch.device = next(a.device for a in arguments if isinstance(a, Tensor))
         launches = build(*arguments)
-        self._steps = [_Step(launch, arguments, self._workspaces, storages) for launch in launches]
+        self._steps = [
+            _Step(launch, arguments, self._workspaces, storages)
+            for launch in launches
+            if math.prod(launch.grid) > 0
+        ]
 
     def run(self, arguments: Sequence[Any]) -> list[Tensor]:
         workspaces = [workspace.allocate() for workspace in self._workspaces]

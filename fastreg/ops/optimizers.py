@@ -17,6 +17,7 @@ from fastreg import random
 from fastreg.ops import backend
 from fastreg.ops.backend import Launch
 from fastreg.ops.bulk import addresses
+from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div, is_dense
 from fastreg.ops.multi_tensor import Table, deal, deal_rows, type_of, upload
 from fastreg.random import Stream
@@ -236,6 +237,154 @@ def takes(p: Tensor, g: Tensor, rule: Rule) -> bool:
     return g.dtype in DTYPES and g.layout == torch.strided and rows_lie_together(p, rule)
 
 
+class Form(NamedTuple):
+    """What distinguishes the kernels of one batch from those of another."""
+
+    rule: Rule
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameters, gradients, and moments
+    counts: bool  # there are counters of steps
+    projection: str
+    width: int  # of the tiles of a projection
+
+    @property
+    def compute(self) -> torch.dtype:
+        return compute_dtype(self.dtypes[0])
+
+    @property
+    def block(self) -> int:
+        return max(TILE, self.width)
+
+    @property
+    def vector(self) -> int:
+        return 16 // min(dtype.itemsize for dtype in (*self.dtypes, self.compute))
+
+    @property
+    def warps(self) -> int:
+        """Sixteen elements a thread share the reading of its tables; eight, where a sum over rows needs registers."""
+        return self.block // (256 if self.projection == "rows" else 512)
+
+
+def _tables(entries: Tensor, chunks: Tensor) -> dict[str, Any]:
+    tensors, programs = entries.shape[1], chunks.shape[1]
+    return {"entries_ptr": entries, "tensors": tensors, "chunks_ptr": chunks, "programs": programs}
+
+
+@planned
+def squares_launches(entries: Tensor, chunks: Tensor, partials: Tensor, form: Form) -> list[Launch]:
+    """Sums of the squares of the gradients, into ``partials``."""
+    dtype = form.dtypes[1]
+    arguments = {
+        **_tables(entries, chunks),
+        "partials_ptr": partials,
+        "DTYPE": type_of(dtype),
+        "BLOCK": form.block,
+        "VECTOR": 16 // dtype.itemsize,
+        "num_warps": form.warps,
+    }
+    return [Launch(kernels.squares, (chunks.shape[1],), arguments)]
+
+
+@planned
+def advance_launches(
+    entries: Tensor,
+    groups: Tensor,
+    scalars: Tensor,
+    squared: Tensor | None,
+    norm: Tensor | None,
+    scale: Tensor | None,
+    found_inf: Tensor | None,
+    form: Form,
+) -> list[Launch]:
+    arguments = {
+        "entries_ptr": entries,
+        "tensors": entries.shape[1],
+        "groups_ptr": groups,
+        "scalars_ptr": scalars,
+        "squared_ptr": squared,
+        "norm_ptr": norm,
+        "scale_ptr": scale,
+        "found_inf_ptr": found_inf,
+        "ADAM": form.rule.adam,
+        "COUNTS": form.counts,
+        "BLOCK": 128,
+        "num_warps": 4,
+    }
+    return [Launch(kernels.advance, (ceil_div(entries.shape[1], 128),), arguments)]
+
+
+@planned
+def step_launches(
+    entries: Tensor,
+    chunks: Tensor,
+    scalars: Tensor,
+    partials: Tensor,
+    pulled: bool,
+    shrunk: bool,
+    form: Form,
+) -> list[Launch]:
+    """pulled, shrunk: some group has a coupled penalty, or a proximal L1."""
+    rule, (p, g, s) = form.rule, form.dtypes
+    arguments = {
+        **_tables(entries, chunks),
+        "scalars_ptr": scalars,
+        "partials_ptr": partials if form.projection == "partial" else None,
+        "ADAM": rule.adam,
+        "MOMENTUM": rule.momentum,
+        "NESTEROV": rule.nesterov,
+        "AMSGRAD": rule.amsgrad,
+        "CAUTIOUS": rule.cautious,
+        "PULLED": pulled,
+        "SHRUNK": shrunk,
+        "PROJECTION": form.projection,
+        "HAS_MASTER": rule.master,
+        "HAS_AVERAGE": rule.average,
+        "AT_RANDOM": rule.at_random,
+        "P": type_of(p),
+        "G": type_of(g),
+        "S": type_of(s),
+        "COMPUTE": type_of(form.compute),
+        "WIDTH": form.width,
+        "BLOCK": form.block,
+        "VECTOR": form.vector,
+        "num_warps": form.warps,
+    }
+    return [Launch(kernels.step, (chunks.shape[1],), arguments)]
+
+
+@planned
+def project_launches(
+    entries: Tensor, chunks: Tensor, chunk_units: Tensor, scalars: Tensor, squared: Tensor, form: Form
+) -> list[Launch]:
+    arguments = {
+        **_tables(entries, chunks),
+        "chunk_units_ptr": chunk_units,
+        "scalars_ptr": scalars,
+        "squared_ptr": squared,
+        "HAS_MASTER": form.rule.master,
+        "HAS_AVERAGE": form.rule.average,
+        "P": type_of(form.dtypes[0]),
+        "COMPUTE": type_of(form.compute),
+        "BLOCK": form.block,
+        "VECTOR": form.vector,
+        "num_warps": form.warps,
+    }
+    return [Launch(kernels.project, (chunks.shape[1],), arguments)]
+
+
+@planned
+def fold_launches(partials: Tensor, units: Tensor, squared: Tensor) -> list[Launch]:
+    """Sums the partial sums of each unit: int64 ``[2, units]``, its first one and how many it has."""
+    arguments = {
+        "partials_ptr": partials,
+        "units_ptr": units,
+        "squared_ptr": squared,
+        "units": len(squared),
+        "BLOCK": 128,
+        "num_warps": 1,
+    }
+    return [Launch(kernels.fold, (len(squared),), arguments)]
+
+
 class Batch:
     """The tensors of one rule, of the same dtypes on the same device: all of them in one launch a stage."""
 
@@ -244,28 +393,25 @@ class Batch:
 
     def __init__(self, rule: Rule, members: Sequence[Member], shards: Any = None):
         """shards: the processes that hold the other pieces, where the max-norm is of whole parameters."""
-        self.rule, self.count, self.shards = rule, len(members), shards
+        self.count, self.shards = len(members), shards
         p, g, first = members[0].parameter, members[0].gradient, members[0].first
         self.device = p.device
-        self.dtypes = p.dtype, g.dtype, p.dtype if first is None else first.dtype
-        self.compute = compute_dtype(p.dtype)
         self.groups = sorted({member.group for member in members})
-        self.counts = members[0].step is not None
+        dtypes = p.dtype, g.dtype, p.dtype if first is None else first.dtype
+        self.form = form = Form(rule, dtypes, members[0].step is not None, *projection(p, rule, shards))
         numel = np.array([member.parameter.numel() for member in members])
         rows = np.array([row_of(member.parameter, rule) for member in members])
-        self.projection, self.width = projection(members[0].parameter, rule, shards)
-        self.block = max(TILE, self.width)
-        if self.projection == "partial":
+        if form.projection == "partial":
             counts = numel // np.maximum(rows, 1) if rule.rows else np.ones_like(rows)
-            chunks, unit, pieces = deal_rows(rows, counts, self.block)
+            chunks, unit, pieces = deal_rows(rows, counts, form.block)
             self.units = upload(np.stack([np.cumsum(pieces) - pieces, pieces]), self.device)
             self.chunk_units = upload(unit, self.device)
-            self.squared = torch.zeros(len(pieces), dtype=self.compute, device=self.device)
+            self.squared = torch.zeros(len(pieces), dtype=form.compute, device=self.device)
         else:
             sizes = (
-                rows * (self.block // self.width)
-                if self.projection == "rows"
-                else np.full_like(numel, self.block)
+                rows * (form.block // form.width)
+                if form.projection == "rows"
+                else np.full_like(numel, form.block)
             )
             tensor, start = deal(numel, np.maximum(sizes, 1))
             chunks = tensor, start, np.minimum(start + sizes[tensor], numel[tensor])
@@ -276,44 +422,18 @@ class Batch:
         self.scalars = torch.empty(
             len(members), kernels.SCALARS.value, dtype=torch.float64, device=self.device
         )
-        self.partials = torch.empty(self.table.programs, dtype=self.compute, device=self.device)
+        self.partials = torch.empty(self.table.programs, dtype=form.compute, device=self.device)
 
     def move_gradients(self, addresses: Sequence[int]) -> None:
         self.table.move(self.GRADIENT, addresses)
 
-    def run(self, launch: Launch) -> None:
-        if launch.grid[0]:
-            launch.run(self.device)
-
     @property
-    def _vector(self) -> int:
-        return 16 // min(dtype.itemsize for dtype in (*self.dtypes, self.compute))
+    def _tables(self) -> tuple[Tensor, Tensor]:
+        return self.table.entries, self.table.chunks
 
-    @property
-    def _warps(self) -> int:
-        """Sixteen elements a thread share the reading of its tables; eight, where a sum over rows needs registers."""
-        return self.block // (256 if self.projection == "rows" else 512)
-
-    @property
-    def _table(self) -> dict[str, Any]:
-        return {"entries_ptr": self.table.entries, "tensors": self.table.tensors}
-
-    @property
-    def _chunks(self) -> dict[str, Any]:
-        return {"chunks_ptr": self.table.chunks, "programs": self.table.programs}
-
-    def squares(self) -> Launch:
-        """Sums of the squares of the gradients, into ``partials``."""
-        arguments = {
-            **self._table,
-            **self._chunks,
-            "partials_ptr": self.partials,
-            "DTYPE": type_of(self.dtypes[1]),
-            "BLOCK": self.block,
-            "VECTOR": 16 // self.dtypes[1].itemsize,
-            "num_warps": self._warps,
-        }
-        return Launch(kernels.squares, (self.table.programs,), arguments)
+    def sum_squares(self) -> None:
+        """Of the gradients, into ``partials``."""
+        squares_launches.run(*self._tables, self.partials, self.form)
 
     def advance(
         self,
@@ -322,85 +442,21 @@ class Batch:
         norm: Tensor | None = None,
         scale: Tensor | None = None,
         found_inf: Tensor | None = None,
-    ) -> Launch:
+    ) -> None:
         """groups: fp64 ``[len(self.groups), WIDTH]``; the others of one element, fp64, fp32, fp32, fp32."""
-        arguments = {
-            **self._table,
-            "groups_ptr": groups,
-            "scalars_ptr": self.scalars,
-            "squared_ptr": squared,
-            "norm_ptr": norm,
-            "scale_ptr": scale,
-            "found_inf_ptr": found_inf,
-            "ADAM": self.rule.adam,
-            "COUNTS": self.counts,
-            "BLOCK": 128,
-            "num_warps": 4,
-        }
-        return Launch(kernels.advance, (ceil_div(self.count, 128),), arguments)
+        advance_launches.run(
+            self.table.entries, groups, self.scalars, squared, norm, scale, found_inf, self.form
+        )
 
-    def step(self, pulled: bool, shrunk: bool) -> Launch:
+    def step(self, pulled: bool, shrunk: bool) -> None:
         """pulled, shrunk: some group has a coupled penalty, or a proximal L1."""
-        p, g, s = self.dtypes
-        arguments = {
-            **self._table,
-            **self._chunks,
-            "scalars_ptr": self.scalars,
-            "partials_ptr": self.partials if self.projection == "partial" else None,
-            "ADAM": self.rule.adam,
-            "MOMENTUM": self.rule.momentum,
-            "NESTEROV": self.rule.nesterov,
-            "AMSGRAD": self.rule.amsgrad,
-            "CAUTIOUS": self.rule.cautious,
-            "PULLED": pulled,
-            "SHRUNK": shrunk,
-            "PROJECTION": self.projection,
-            "HAS_MASTER": self.rule.master,
-            "HAS_AVERAGE": self.rule.average,
-            "AT_RANDOM": self.rule.at_random,
-            "P": type_of(p),
-            "G": type_of(g),
-            "S": type_of(s),
-            "COMPUTE": type_of(self.compute),
-            "WIDTH": self.width,
-            "BLOCK": self.block,
-            "VECTOR": self._vector,
-            "num_warps": self._warps,
-        }
-        return Launch(kernels.step, (self.table.programs,), arguments)
+        step_launches.run(*self._tables, self.scalars, self.partials, pulled, shrunk, self.form)
 
-    def fold(self) -> Launch:
-        return fold(self.partials, self.units, self.squared)
+    def fold(self) -> None:
+        fold_launches.run(self.partials, self.units, self.squared)
 
-    def project(self) -> Launch:
-        arguments = {
-            **self._table,
-            **self._chunks,
-            "chunk_units_ptr": self.chunk_units,
-            "scalars_ptr": self.scalars,
-            "squared_ptr": self.squared,
-            "HAS_MASTER": self.rule.master,
-            "HAS_AVERAGE": self.rule.average,
-            "P": type_of(self.dtypes[0]),
-            "COMPUTE": type_of(self.compute),
-            "BLOCK": self.block,
-            "VECTOR": self._vector,
-            "num_warps": self._warps,
-        }
-        return Launch(kernels.project, (self.table.programs,), arguments)
-
-
-def fold(partials: Tensor, units: Tensor, squared: Tensor) -> Launch:
-    """Sums the partial sums of each unit: int64 ``[2, units]``, its first one and how many it has."""
-    arguments = {
-        "partials_ptr": partials,
-        "units_ptr": units,
-        "squared_ptr": squared,
-        "units": len(squared),
-        "BLOCK": 128,
-        "num_warps": 1,
-    }
-    return Launch(kernels.fold, (len(squared),), arguments)
+    def project(self) -> None:
+        project_launches.run(*self._tables, self.chunk_units, self.scalars, self.squared, self.form)
 
 
 def projection(parameter: Tensor, rule: Rule, shards: Any = None) -> tuple[str, int]:

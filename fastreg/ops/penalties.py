@@ -24,7 +24,7 @@ from fastreg.ops.multi_tensor import (
     type_of,
     upload,
 )
-from fastreg.ops.optimizers import ROW_MOST, compute_dtype, fold, same_layout
+from fastreg.ops.optimizers import ROW_MOST, compute_dtype, fold_launches, same_layout
 
 if backend.HAS_TRITON:
     from fastreg.kernels import penalties as kernels
@@ -354,7 +354,7 @@ def project_(ps: Sequence[Tensor], radius: float, rows: bool) -> None:
         squared = torch.empty(long.units.shape[1], dtype=torch.float64, device=device)
         # Half of twice the squares: the same kernel as for penalties.
         _launch(long.table, Form(l2=2.0), (dtype, dtype), partials=partials, rows=True).run(device)
-        fold(partials, long.units, squared).run(device)
+        fold_launches.run(partials, long.units, squared)
         _shorten(long, squared, radius, dtype).run(device)
     if found.written:
         torch.autograd.graph.increment_version([ps[i] for i in found.written])

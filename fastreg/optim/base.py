@@ -448,23 +448,21 @@ class Regularized(Optimizer):
             mine = squared.to(device) if batch.clips else None
             if mine is not None:
                 norm = torch.empty((), dtype=torch.float32, device=device)
-            batch.run(
-                batch.advance(
-                    batch.numbers_on_device(numbers),
-                    mine,
-                    norm,
-                    None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=device),
-                    None if found_inf is None else found_inf.to(device, torch.float32),
-                )
+            batch.advance(
+                batch.numbers_on_device(numbers),
+                mine,
+                norm,
+                None if scale is None else torch.as_tensor(scale, dtype=torch.float32, device=device),
+                None if found_inf is None else found_inf.to(device, torch.float32),
             )
             own = [numbers[k] for k in batch.groups]
             pulled = any(isinstance(n.l2, Tensor) or n.l2 or n.l1_subgradient for n in own)
-            batch.run(batch.step(pulled, any(n.l1_proximal for n in own)))
-            if batch.projection == "partial":
-                batch.run(batch.fold())
+            batch.step(pulled, any(n.l1_proximal for n in own))
+            if batch.form.projection == "partial":
+                batch.fold()
                 if batch.shards is not None:
                     batch.shards.sum_(batch.squared)
-                batch.run(batch.project())
+                batch.project()
             batch.kept = []
         for written in (plan.written, [average() for average in plan.averages]):
             if written:
@@ -482,7 +480,7 @@ class Regularized(Optimizer):
         sums = {key: torch.zeros((), dtype=torch.float64, device=device) for key in plan.sums}
         for batch in plan.batches:
             if batch.clips:
-                batch.run(batch.squares())
+                batch.sum_squares()
                 sums[batch.key] += batch.partials.sum(dtype=torch.float64).to(device)
         for kind, places in plan.lists.items():
             if self.param_groups[kind.owner]["max_grad_norm"] is not None:

@@ -47,7 +47,7 @@ class Plan:
         self._absent = [g is None for g in grads]
         self._kinds = None
         # What tables point to, batch after batch, and what torch's fused step walks over.
-        launched = [(i, batch.dtypes[1]) for batch in self.batches for i in batch.places]
+        launched = [(i, batch.form.dtypes[1]) for batch in self.batches for i in batch.places]
         walked = [(i, pieces[i].dtype) for places in self.lists.values() for i in places]
         self._places = [i for i, _ in launched + walked]
         self._launched = len(launched)
