@@ -17,7 +17,7 @@ from fastreg.ops import arguments, backend
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.dropout import ATEN_BELOW
 from fastreg.ops.launch import planned
-from fastreg.ops.layout import ceil_div, dense_strides, is_dense, with_strides
+from fastreg.ops.layout import ceil_div, dense_strides, empty_dense, is_dense, with_strides
 from fastreg.ops.operator import apply, keep, kept, operator
 from fastreg.random import Stream
 
@@ -100,7 +100,7 @@ class _GaussianNoise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, stride, seed, offset, form, inplace):
-        y = x if inplace else _empty(x, stride)
+        y = x if inplace else empty_dense(x.shape, stride, x.dtype, x.device)
         if inplace:
             ctx.mark_dirty(x)
         stream = Stream(seed, offset)
@@ -115,15 +115,11 @@ class _GaussianNoise(torch.autograd.Function):
         if ctx.form.multiplicative:
             (stream,) = kept(ctx)
             if torch.compiler.is_compiling():
-                dx = _empty(dy, ctx.stride)
+                dx = empty_dense(dy.shape, ctx.stride, dy.dtype, dy.device)
                 _noise(dy, dx, stream, ctx.form)
             else:
                 dx = _with_noise(dy, ctx.stride, stream, ctx.form)
         return dx, None, None, None, None, None
-
-
-def _empty(x: Tensor, stride: tuple[int, ...]) -> Tensor:
-    return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device)
 
 
 # --- the public function ----------------------------------------------------------------------------------
