@@ -205,19 +205,17 @@ def variants(
     statistics = torch.empty(2, size[0], dtype=ops.sum_dtype(dtype), device="meta")
     e, label = dtype.itemsize, f"{short_name(dtype)} {name}"
 
-    tensors = ops._contiguous(
-        x=x, skip=x if add else None, h=x if add else None, weight=parameter, bias=parameter,
-        residual=x if residual else None, y=x, statistics=statistics,
-    )  # fmt: skip
-    forward = ops._forward_launch(tensors, Stream(1), form)
+    skip, other = x if add else None, x if residual else None
+    (forward,) = ops.forward_launches(
+        x, skip, parameter, parameter, other, x, skip, statistics, Stream(1), form
+    )
     yield kernel(label, forward, x, e * (2 + 2 * add + residual), **show)
 
-    tensors = ops._contiguous(
-        dy=x, dh=x if prenorm else None, h=x, weight=parameter, bias=parameter if activation else None,
-        residual=x if residual else None, statistics=statistics,
-        dx=x, dskip=x if p else None, dresidual=x if residual else None,
+    backward = ops.backward_launches(
+        x, x if prenorm else None, x, parameter, parameter, other, statistics,
+        x, x if p else None, parameter, parameter, other, Stream(1), form,
     )  # fmt: skip
-    for launch in ops._backward_launches(tensors, (parameter, parameter), Stream(1), form):
+    for launch in backward:
         if launch.kernel is ops.kernels.backward_columns:
             yield kernel(label, launch, x, e * (2 + residual), **show)
         elif launch.kernel is not ops.kernels.sum_partials:

@@ -77,10 +77,10 @@ def variants(
     label = short_name(dtype)
     other = x if residual else None
     launches = {
-        "forward": (ops._forward_launch(x, other, x, form), 3 * e if residual else 2 * e),
-        "backward": (ops._backward_launch(x, x, other, x, other, form), 5 * e if residual else 3 * e),
+        "forward": (ops.forward_launches(x, other, x, form), 3 * e if residual else 2 * e),
+        "backward": (ops.backward_launches(x, x, other, x, other, form), 5 * e if residual else 3 * e),
     }
-    for direction, (launch, bytes_per_element) in launches.items():
+    for direction, ((launch,), bytes_per_element) in launches.items():
         yield Kernel.of(
             f"{direction} {label} {layout} {name}".strip(),
             launch,

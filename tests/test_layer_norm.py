@@ -14,7 +14,7 @@ from machine_option import bf16
 import fastreg.functional as F
 import fastreg.nn as fnn
 from fastreg import random
-from fastreg.ops import backend
+from fastreg.ops import backend, launch
 from fastreg.ops import layer_norm as ops
 from fastreg.ops.fused import ACTIVATIONS
 from fastreg.random import Stream
@@ -102,14 +102,22 @@ def parameters(shape, device, dtype=torch.float32):
 
 
 @pytest.fixture
-def short_rows(monkeypatch):
+def new_plans():
+    """Launches are worked out anew: with what a test changes, and afterwards without it."""
+    launch.forget()
+    yield
+    launch.forget()
+
+
+@pytest.fixture
+def short_rows(monkeypatch, new_plans):
     """What is a long row on a GPU begins at 17 elements of fp32, in chunks of 16."""
     monkeypatch.setattr(ops, "ROW_BYTES", 64)
     monkeypatch.setattr(ops, "LONG_BLOCK", 16)
 
 
 @pytest.fixture
-def one_multiprocessor(monkeypatch):
+def one_multiprocessor(monkeypatch, new_plans):
     """As few programs as possible, each with many blocks of rows."""
     monkeypatch.setattr(backend, "multiprocessors", lambda device: 1)
 
@@ -157,20 +165,21 @@ def test_any_rank_and_number_of_normalized_dimensions(path, device, rank):
         check_layer_norm(normal(shape, device), shape[-dims:], *parameters(shape[-dims:], device))
 
 
+def backward_launches(x, given, wanted, activation=None):
+    """What the backward pass on the rows of ``x`` would launch."""
+    like = {"weight": x[0], "bias": x[0], "dweight": x[0], "dbias": x[0]}
+    names = "dy", "dh", "h", "weight", "bias", "residual", "statistics"
+    names += "dx", "dskip", "dweight", "dbias", "dresidual"
+    tensors = [like.get(name, x) if name in {"dy", "h", *given, *wanted} else None for name in names]
+    return ops.backward_launches(*tensors, Stream(0), ops._Form(x.shape[1], 1e-5, x.dtype, activation))
+
+
 @pytest.mark.usefixtures("one_multiprocessor")
 @pytest.mark.parametrize("columns", [100, 1024])
 def test_a_program_walks_down_many_blocks_of_rows(device, columns):
     x = normal((2048 // columns * 9 + 1, columns), device)
-    launches = []
-    original = ops._backward_launches
-
-    def spy(*arguments):
-        launches.extend(original(*arguments))
-        return launches
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "_backward_launches", spy)
-        check_layer_norm(x, (columns,), *parameters((columns,), device), activation="silu")
+    check_layer_norm(x, (columns,), *parameters((columns,), device), activation="silu")
+    launches = backward_launches(x, ("weight", "bias"), ("dx", "dweight", "dbias"), "silu")
     programs, block_rows = launches[0].grid[0], launches[0].arguments["BLOCK_ROWS"]
     assert [launch.kernel.__name__ for launch in launches] == ["backward", "sum_partials"]
     assert programs * block_rows * 2 < len(x)
@@ -180,13 +189,15 @@ def test_a_program_walks_down_many_blocks_of_rows(device, columns):
 @pytest.mark.parametrize("columns", [17, 32, 57])
 def test_long_rows(device, columns):
     x, residual = normal((5, columns), device), normal((5, columns), device)
-    launch = ops._forward_launch({"x_ptr": x}, Stream(0), ops._Form(columns, 1e-5, x.dtype))
-    assert launch.kernel is ops.kernels.forward_long
+    form = ops._Form(columns, 1e-5, x.dtype)
+    (forward,) = ops.forward_launches(x, None, None, None, None, x, None, x, Stream(0), form)
+    assert forward.kernel is ops.kernels.forward_long
     check_layer_norm(x, (columns,), *parameters((columns,), device), residual, "gelu")
     check_layer_norm(normal((5, columns), device), (columns,))
     check_layer_norm(normal((5, columns), device, torch.float64), (columns,))
 
 
+@pytest.mark.usefixtures("new_plans")
 @pytest.mark.parametrize("activation", [None, "gelu"])
 def test_rows_that_fit_without_their_sums(device, monkeypatch, activation):
     monkeypatch.setattr(ops, "SUMMED_COLUMNS", 16)
@@ -241,24 +252,17 @@ def test_any_subset_of_gradients(path, device, activation):
                 assert_near(t.grad, gradient, torch.float32, terms=6)
 
 
-_TENSORS = ("dy", "dh", "h", "weight", "bias", "residual", "statistics", "dx", "dskip", "dresidual")
-
-
 def test_frozen_tensors_cost_no_work(device):
     """What is not asked for is neither allocated nor launched."""
     x = normal((6, 8), device)
-    form = ops._Form(8, 1e-5, x.dtype)
-    tensors = dict.fromkeys((f"{name}_ptr" for name in _TENSORS), None) | {"h_ptr": x, "dy_ptr": x}
-    dweight = x.new_empty(8)
 
-    def names(sums, **changed):
-        launches = ops._backward_launches(tensors | changed, sums, Stream(0), form)
-        return [launch.kernel.__name__ for launch in launches]
+    def names(*wanted):
+        return [launch.kernel.__name__ for launch in backward_launches(x, (), wanted)]
 
-    assert names((None, None)) == []
-    assert names((None, None), dx_ptr=x) == ["backward"]
-    assert names((dweight, None)) == ["backward_columns", "sum_partials"]
-    assert names((dweight, dweight), dx_ptr=x) == ["backward", "sum_partials"]
+    assert names() == []
+    assert names("dx") == ["backward"]
+    assert names("dweight") == ["backward_columns", "sum_partials"]
+    assert names("dx", "dweight", "dbias") == ["backward", "sum_partials"]
 
 
 @pytest.mark.parametrize("parameter_dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -291,6 +295,7 @@ def test_one_tensor_in_two_places(path, device):
 # --- numbers ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("new_plans")
 @pytest.mark.parametrize("mean", [1e3, 1e4])
 @pytest.mark.parametrize("columns", [96, 769])
 @pytest.mark.parametrize("long", [False, True])
@@ -659,7 +664,7 @@ def test_unknown_activation_and_wrong_residual_are_refused(path, device):
 
 @needs_gpu
 def test_small_tensors_go_to_aten(monkeypatch, device):
-    monkeypatch.setattr(ops, "_on_kernels", None)
+    monkeypatch.setattr(ops, "apply", None)
     F.layer_norm(normal((2, 8), device), (8,))
 
 

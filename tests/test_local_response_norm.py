@@ -224,9 +224,8 @@ def test_wide_indices_give_the_same_result(device):
         for wide in (False, True):
             y, dx = torch.empty_like(x), torch.empty_like(x)
             form = ops._Form(2, 0.5, 0.75, 1.0)
-            for launch in (
-                ops._forward_launch(x, None, y, form), ops._backward_launch(x, x, None, dx, None, form)
-            ):  # fmt: skip
+            launches = ops.forward_launches(x, None, y, form)
+            for launch in launches + ops.backward_launches(x, x, None, dx, None, form):
                 launch.arguments["WIDE"] = wide
                 launch.run(device)
             results.append((y, dx))
@@ -300,6 +299,17 @@ def test_func_transforms(path, device):
     assert_close(torch.func.grad(lambda x: function(x).sum())(x[0]), gradient)
 
 
+class _Marked(torch.Tensor):
+    """A tensor subclass that passes through every function."""
+
+
+def test_a_subclass_of_tensor_stays_one(path, device):
+    x = torch.randn(2, 3, 4, device=device)
+    marked = x.as_subclass(_Marked)
+    assert type(F.local_response_norm(marked, 3)) is _Marked
+    assert type(F.local_response_norm(x, 3, residual=marked)) is _Marked
+
+
 def test_only_the_input_is_saved_and_the_residual_for_an_activation(device):
     x, residual = torch.randn(2, 2, 4, 8, device=device)
     for activation, expected in ((None, [x]), ("relu", [x, residual])):
@@ -341,19 +351,12 @@ def test_compiled_is_one_graph_with_eagers_numbers(device):
 @pytest.mark.parametrize("name", ["contiguous", "channels_last", "sliced"])
 def test_opcheck(device, name):
     x = (LAYOUTS[name]() if name in LAYOUTS else torch.randn(1, 2, 3, 2)).to(device)
-    x.requires_grad_()
     form = (2, 0.5, 0.75, 1.0, "relu" if name == "contiguous" else None)
     residual = torch.randn_like(x) if name == "contiguous" else None
-    tests = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-    torch.library.opcheck(
-        torch.ops.fastreg.local_response_norm.default, (x, residual, *form), test_utils=tests
-    )
-    x = x.detach()
-    torch.library.opcheck(
-        torch.ops.fastreg.local_response_norm_backward.default,
-        (x, x, residual, *form, residual is not None),
-        test_utils=tests[:3],
-    )
+    operators = torch.ops.fastreg
+    torch.library.opcheck(operators.local_response_norm.default, (x, residual, torch.empty_like(x), *form))
+    gradients = torch.empty_like(x), None if residual is None else torch.empty_like(x)
+    torch.library.opcheck(operators.local_response_norm_backward.default, (x, x, residual, *gradients, *form))
 
 
 # --- PyTorch's own samples --------------------------------------------------------------------------------

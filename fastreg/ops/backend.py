@@ -56,6 +56,11 @@ def runs_kernels(x: Tensor) -> bool:
     )
 
 
+def goes_with(x: Tensor, first: Tensor) -> bool:
+    """Whether the kernels take ``x`` beside ``first``, of which ``runs_kernels`` is known."""
+    return is_plain(x) and x.device == first.device and x.dtype in _KERNEL_DTYPES
+
+
 def worth_a_launch(x: Tensor, least: int) -> bool:
     """Whether a plain operation, which ATen has too, is worth a kernel of ours: on a GPU, from ``least`` elements on.
 

@@ -28,7 +28,7 @@ from fastreg.ops.fused import (
     sum_dtype,
 )
 from fastreg.ops.launch import planned
-from fastreg.ops.layout import Tiling, ceil_div, dense, dense_strides, tiling, with_strides
+from fastreg.ops.layout import Tiling, ceil_div, dense, dense_strides, empty_dense, tiling, with_strides
 from fastreg.ops.operator import apply, by_definition, keep, kept, needs_definition, operator
 from fastreg.random import LANE_VALUES, Stream
 
@@ -290,7 +290,7 @@ def _gradients(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """dx, in this layout and dtype, and if needed the bias gradient, fp32 (fp64) [bias size]."""
-    dx = torch.empty_strided(dy.shape, stride, dtype=dtype, device=dy.device)
+    dx = empty_dense(dy.shape, stride, dtype, dy.device)
     dbias = None
     if needs_bias:
         dbias = torch.empty(dy.shape[form.bias_dim], dtype=sum_dtype(dtype), device=dy.device)

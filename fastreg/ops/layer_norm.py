@@ -26,7 +26,17 @@ from fastreg.ops.fused import (
     result_dtype,
     sum_dtype,
 )
+from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div
+from fastreg.ops.operator import (
+    apply,
+    by_definition,
+    keep,
+    kept,
+    leave_undefined,
+    needs_definition,
+    operator,
+)
 from fastreg.random import LANE_VALUES, Stream
 
 if backend.HAS_TRITON:
@@ -50,16 +60,6 @@ class _Form(NamedTuple):
     activation: str | None = None
     threshold: int = 0  # D drops where lane < threshold; 0 drops nothing
     scale: float = 1.0
-
-
-class _Wanted(NamedTuple):
-    """The dtype of each gradient, None where it is not wanted."""
-
-    x: torch.dtype | None = None
-    skip: torch.dtype | None = None
-    weight: torch.dtype | None = None
-    bias: torch.dtype | None = None
-    residual: torch.dtype | None = None
 
 
 # --- the definition, in ATen ------------------------------------------------------------------------------
@@ -134,32 +134,69 @@ def _without(arguments: dict, *names: str) -> dict:
     return {name: value for name, value in arguments.items() if name not in names}
 
 
-def _forward_launch(tensors: dict, stream: Stream, form: _Form) -> Launch:
-    """tensors: the pointer arguments by name, contiguous."""
-    x = tensors["x_ptr"]
+@planned
+def forward_launches(
+    x: Tensor,
+    skip: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    y: Tensor,
+    h: Tensor | None,
+    statistics: Tensor,
+    stream: Stream,
+    form: _Form,
+) -> list[Launch]:
+    """All contiguous."""
+    tensors = {
+        "x_ptr": x, "skip_ptr": skip, "h_ptr": h, "weight_ptr": weight, "bias_ptr": bias,
+        "residual_ptr": residual, "y_ptr": y, "statistics_ptr": statistics,
+    }  # fmt: skip
     rows = x.numel() // form.columns
     if form.columns * x.element_size() > ROW_BYTES:
         arguments = _arguments(rows, _long_blocks(x, form.columns, 1, LONG_BLOCK), stream, form)
         arguments = _without(arguments, "BLOCK_ROWS", "EVEN_ROWS")
-        return Launch(kernels.forward_long, (rows,), tensors | {"eps": form.eps} | arguments)
+        return [Launch(kernels.forward_long, (rows,), tensors | {"eps": form.eps} | arguments)]
     blocks = _blocks(x, form.columns, 32)
     arguments = _arguments(rows, blocks, stream, form)
-    return Launch(kernels.forward, (ceil_div(rows, blocks.rows),), tensors | {"eps": form.eps} | arguments)
+    return [Launch(kernels.forward, (ceil_div(rows, blocks.rows),), tensors | {"eps": form.eps} | arguments)]
 
 
-_GRADIENTS = ("dx_ptr", "dskip_ptr", "dresidual_ptr")
 _Sums = tuple[Tensor | None, Tensor | None]  # where the gradients of weight and bias go
 
 
-def _backward_launches(tensors: dict, sums: _Sums, stream: Stream, form: _Form) -> list[Launch]:
-    """tensors: the pointer arguments by name, contiguous, without the partial sums, which are made here."""
-    h = tensors["h_ptr"]
+@planned
+def backward_launches(
+    dy: Tensor,
+    dh: Tensor | None,
+    h: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    statistics: Tensor,
+    dx: Tensor | None,
+    dskip: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    dresidual: Tensor | None,
+    stream: Stream,
+    form: _Form,
+) -> list[Launch]:
+    """All contiguous. Workspace: partial sums for the parameters."""
+    if form.activation is None:
+        bias = residual = None
+    inputs = {
+        "dy_ptr": dy, "h_ptr": h, "weight_ptr": weight, "bias_ptr": bias, "residual_ptr": residual,
+        "statistics_ptr": statistics,
+    }  # fmt: skip
+    tensors = inputs | {"dh_ptr": dh, "dx_ptr": dx, "dskip_ptr": dskip, "dresidual_ptr": dresidual}
+    sums = dweight, dbias
     rows = h.numel() // form.columns
     narrow = form.columns * h.element_size() % 16 != 0
     long = 2 * form.columns * h.element_size() > (ROW_BYTES // 4 if narrow else ROW_BYTES)  # h and dy
     together = not long and form.columns <= SUMMED_COLUMNS
     launches = []
-    if any(tensors[name] is not None for name in _GRADIENTS):
+    if any(t is not None for t in (dx, dskip, dresidual)):
         if long:
             blocks = _long_blocks(h, form.columns, 1, LONG_BLOCK)
             arguments = _without(_arguments(rows, blocks, stream, form), "BLOCK_ROWS", "EVEN_ROWS")
@@ -178,14 +215,14 @@ def _backward_launches(tensors: dict, sums: _Sums, stream: Stream, form: _Form) 
             launches.append(Launch(kernels.backward, (programs,), tensors | partial | arguments))
     if any(t is not None for t in sums):
         if not launches or not together:
-            launches.append(_columns_launch(tensors, sums, stream, form))
+            launches.append(_columns_launch(inputs, sums, stream, form))
         launches.append(_sum_launch(launches[-1].arguments, sums))
     return launches
 
 
-def _columns_launch(tensors: dict, sums: _Sums, stream: Stream, form: _Form) -> Launch:
+def _columns_launch(inputs: dict, sums: _Sums, stream: Stream, form: _Form) -> Launch:
     """The partial sums alone."""
-    h = tensors["h_ptr"]
+    h = inputs["h_ptr"]
     rows = h.numel() // form.columns
     vector = math.gcd(16 // h.element_size(), form.columns)
     columns = min(32 * vector, max(vector, 1 << (form.columns - 1).bit_length()))
@@ -195,7 +232,7 @@ def _columns_launch(tensors: dict, sums: _Sums, stream: Stream, form: _Form) -> 
     programs = min(ceil_div(ceil_div(rows, blocks.rows), 4), most)
     arguments = _arguments(rows, blocks, stream, form)
     arguments = _without(arguments, "seed_ptr", "seed", "offset", "threshold", "scale", "DROP")
-    tensors = _without(tensors, "dh_ptr", *_GRADIENTS) | _partial(h, programs, form, sums)
+    tensors = inputs | _partial(h, programs, form, sums)
     return Launch(kernels.backward_columns, (column_blocks, programs), tensors | arguments)
 
 
@@ -228,34 +265,34 @@ def _sum_launch(partials: dict, sums: _Sums) -> Launch:
     return Launch(kernels.sum_partials, (ceil_div(columns, 32), len(results)), arguments)
 
 
-def _contiguous(**tensors: Tensor | None) -> dict:
-    return {f"{name}_ptr": None if t is None else t.contiguous() for name, t in tensors.items()}
+# --- operators --------------------------------------------------------------------------------------------
 
 
-def _run_forward(
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+@operator("fastreg::layer_norm", writes=["y", "h", "statistics"])
+def _forward(
     x: Tensor,
     skip: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
+    y: Tensor,
+    h: Tensor | None,
+    statistics: Tensor,
     stream: Stream,
     form: _Form,
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """y, h (None where that is x) and the statistics of the rows: mean and rstd, fp32 (fp64) [2, rows]."""
-    y = torch.empty(x.shape, dtype=form.dtype, device=x.device)
-    h = None
-    if skip is not None or form.threshold:
-        h = torch.empty(x.shape, dtype=result_dtype(x.dtype, skip), device=x.device)
-    statistics = torch.empty(2, x.numel() // form.columns, dtype=sum_dtype(x.dtype), device=x.device)
-    tensors = _contiguous(
-        x=x, skip=skip, h=h, weight=weight, bias=bias, residual=residual, y=y, statistics=statistics
-    )
+) -> None:
+    """y, h, statistics: contiguous. h: None where that is x. statistics: mean and rstd, fp32 (fp64) [2, rows]."""
     if x.numel():
-        _forward_launch(tensors, stream, form).run(x.device)
-    return y, h, statistics
+        inputs = _contiguous(x, skip, weight, bias, residual)
+        forward_launches.run(*inputs, y, h, statistics, stream, form)
 
 
-def _run_backward(
+@operator("fastreg::layer_norm_backward", writes=["dx", "dskip", "dweight", "dbias", "dresidual"])
+def _backward(
     dy: Tensor,
     dh: Tensor | None,
     h: Tensor,
@@ -263,233 +300,104 @@ def _run_backward(
     bias: Tensor | None,
     residual: Tensor | None,
     statistics: Tensor,
+    dx: Tensor | None,
+    dskip: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    dresidual: Tensor | None,
     stream: Stream,
     form: _Form,
-    wanted: _Wanted,
-) -> list[Tensor | None]:
-    """The wanted gradients, in the order of ``_Wanted``. h: what forward returned, or its x."""
-    shapes = (h.shape, h.shape, (form.columns,), (form.columns,), h.shape)
+) -> None:
+    """h: forward's, or its x. bias, residual: forward's, where the activation needs them. What is written: contiguous,
+    None where it is not wanted."""
+    gradients = dx, dskip, dweight, dbias, dresidual
+    if h.numel():
+        inputs = _contiguous(dy, dh, h, weight, bias, residual)
+        backward_launches.run(*inputs, statistics, *gradients, stream, form)
+    else:
+        for g in gradients:
+            if g is not None:
+                g.zero_()
+
+
+# --- autograd ---------------------------------------------------------------------------------------------
+
+
+class _LayerNorm(torch.autograd.Function):
+    """Returns y, and h or None where that is x."""
+
+    @staticmethod
+    def forward(ctx, x, skip, weight, bias, residual, shape, seed, offset, form, prenorm):
+        y, h = torch.empty(x.shape, dtype=form.dtype, device=x.device), None
+        if skip is not None or form.threshold:
+            h = torch.empty(x.shape, dtype=result_dtype(x.dtype, skip), device=x.device)
+        statistics = torch.empty(2, x.numel() // form.columns, dtype=sum_dtype(x.dtype), device=x.device)
+        stream = Stream(seed, offset)
+        _forward(x, skip, weight, bias, residual, y, h, statistics, stream, form)
+        ctx.form, ctx.shape = form, shape
+        ctx.dtypes = [None if t is None else t.dtype for t in (x, skip, weight, bias, residual)]
+        kept_residual = None if form.activation is None else residual
+        keep(ctx, stream, x if h is None else h, weight, bias, kept_residual, statistics)
+        leave_undefined(ctx)
+        # Eager, h is always an output, so that second derivatives find their way to x.
+        return y, h if prenorm or not torch.compiler.is_compiling() else None
+
+    @staticmethod
+    def backward(ctx, dy, dh):
+        nothing = (None,) * 5
+        if dy is None and dh is None:
+            return nothing + nothing
+        stream, *tensors, statistics = kept(ctx)
+        if dy is None:
+            dy = torch.zeros_like(dh, dtype=ctx.form.dtype)
+        if needs_definition(dy, dh):
+            return *_gradients_by_definition(ctx, dy, dh, *tensors, stream), *nothing
+        return *_gradients(ctx, dy, dh, *tensors, statistics, stream), *nothing
+
+
+def _gradients(ctx, dy, dh, h, weight, bias, residual, statistics, stream):
+    """Of x, skip, weight, bias and residual. What equals another tensor is that tensor."""
+    form = ctx.form
+    wanted = [dtype if need else None for need, dtype in zip(ctx.needs_input_grad, ctx.dtypes, strict=False)]
+    residual_dtype = wanted[4]
+    one = form.threshold == 0 and wanted[0] == wanted[1]
+    if one:
+        wanted[1] = None
+    if form.activation is None:
+        wanted[4] = None
+    shapes = (h.shape, h.shape, ctx.shape, ctx.shape, h.shape)
     gradients = [
         None if dtype is None else torch.empty(shape, dtype=dtype, device=h.device)
         for shape, dtype in zip(shapes, wanted, strict=True)
     ]
-    dx, dskip, dweight, dbias, dresidual = gradients
-    if h.numel() == 0:
-        return [None if g is None else g.zero_() for g in gradients]
-    if form.activation is None:
-        bias = residual = None
-    tensors = _contiguous(
-        dy=dy, dh=dh, h=h, weight=weight, bias=bias, residual=residual, statistics=statistics,
-        dx=dx, dskip=dskip, dresidual=dresidual,
-    )  # fmt: skip
-    for launch in _backward_launches(tensors, (dweight, dbias), stream, form):
-        launch.run(h.device)
+    if any(g is not None for g in gradients):
+        _backward(dy, dh, h, weight, bias, residual, statistics, *gradients, stream, form)
+    if one:
+        gradients[1] = gradients[0]
+    if form.activation is None and residual_dtype is not None:
+        gradients[4] = dy.to(residual_dtype)
     return gradients
 
 
-# --- autograd, eager --------------------------------------------------------------------------------------
+def _gradients_by_definition(ctx, dy, dh, h, weight, bias, residual, stream):
+    """``_gradients`` in ATen."""
+    form = ctx.form
 
+    def y(h, weight, bias, residual):
+        return _definition(h, ctx.shape, weight, bias, form.eps, form.activation, residual).to(form.dtype)
 
-def _wanted(needs: Sequence[bool], dtypes: Sequence[torch.dtype | None], form: _Form) -> _Wanted:
-    """What the kernels have to write: not what equals another gradient."""
-    wanted = _Wanted(*(dtype if need else None for need, dtype in zip(needs, dtypes, strict=False)))
-    if form.activation is None:
-        wanted = wanted._replace(residual=None)  # it is dy
-    if form.threshold == 0 and wanted.x == wanted.skip:
-        wanted = wanted._replace(skip=None)  # it is dx
-    return wanted
-
-
-def _shared(
-    gradients: Sequence[Tensor | None], needs: Sequence[bool], dy: Tensor, dtypes, weight_shape
-) -> tuple:
-    """All gradients, from what the kernels wrote."""
-    dx, dskip, dweight, dbias, dresidual = gradients
-    if needs[1] and dskip is None:
-        dskip = dx
-    if needs[4] and dresidual is None:
-        dresidual = dy.to(dtypes[4])
-    dweight, dbias = (None if g is None else g.view(weight_shape) for g in (dweight, dbias))
-    return dx, dskip, dweight, dbias, dresidual
-
-
-class _LayerNorm(torch.autograd.Function):
-    """The eager path to the kernels. Returns y, and h where that is not x."""
-
-    @staticmethod
-    def forward(ctx, x, skip, weight, bias, residual, normalized_shape, seed, offset, form):
-        y, h, statistics = _run_forward(x, skip, weight, bias, residual, Stream(seed, offset), form)
-        ctx.set_materialize_grads(False)
-        ctx.form, ctx.offset, ctx.normalized_shape = form, offset, normalized_shape
-        ctx.dtypes = [None if t is None else t.dtype for t in (x, skip, weight, bias, residual)]
-        seed_tensor = seed if isinstance(seed, Tensor) else None
-        ctx.seed = seed if seed_tensor is None else None
-        ctx.save_for_backward(
-            x if h is None else h,  # an output as well, so that second derivatives find their way to x
-            weight,
-            bias,
-            None if form.activation is None else residual,
-            statistics,
-            seed_tensor,
-        )
-        return y, h
-
-    @staticmethod
-    def backward(ctx, dy, dh):
-        if dy is None and dh is None:
-            return (None,) * 9
-        h, weight, bias, residual, statistics, seed = ctx.saved_tensors
-        stream = Stream(ctx.seed if seed is None else seed, ctx.offset)
-        form, needs = ctx.form, ctx.needs_input_grad[:5]
-        if dy is None:
-            dy = torch.zeros_like(dh, dtype=form.dtype)
-        # Not on the kernels: second derivatives, and batched gradients (vmap).
-        if (
-            torch.is_grad_enabled()
-            or not backend.runs_kernels(dy)
-            or not (dh is None or backend.runs_kernels(dh))
-        ):
-            gradients = _differentiable_backward(
-                dy, dh, h, weight, bias, residual, stream, form, needs, ctx.dtypes, ctx.normalized_shape
-            )
-        else:
-            wanted = _wanted(needs, ctx.dtypes, form)
-            gradients = _run_backward(dy, dh, h, weight, bias, residual, statistics, stream, form, wanted)
-            gradients = _shared(gradients, needs, dy, ctx.dtypes, ctx.normalized_shape)
-        return (*gradients, None, None, None, None)
-
-
-def _differentiable_backward(
-    dy, dh, h, weight, bias, residual, stream, form, needs, dtypes, normalized_shape
-):
-    """The gradients in ATen, for second derivatives (create_graph=True) and batched gradients."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Views, so that two arguments which were one tensor have gradients of their own.
-        h, weight, bias, residual = (
-            None if t is None else t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
-            for t in (h, weight, bias, residual)
-        )
-        y = _definition(h, normalized_shape, weight, bias, form.eps, form.activation, residual).to(form.dtype)
-    inputs = [t for t in (h, weight, bias, residual) if t is not None]
-    found = iter(torch.autograd.grad(y, inputs, dy, create_graph=create_graph))
-    dskip, dweight, dbias, dresidual = (
-        None if t is None else next(found) for t in (h, weight, bias, residual)
-    )
-    if dh is not None:
-        dskip = dskip + dh
-    dx = dskip
+    dskip, dweight, dbias, dresidual = by_definition(y, (h, weight, bias, residual), dy)
+    dx = dskip = dskip if dh is None else dskip + dh
     if form.threshold:
-        keep = random.keep_mask(h.shape, form.threshold / LANE_VALUES, stream, h.device)
-        dx = torch.where(keep, dx, 0.0) * form.scale
+        mask = random.keep_mask(h.shape, form.threshold / LANE_VALUES, stream, h.device)
+        dx = torch.where(mask, dx, 0.0) * form.scale
     if form.activation is None:
         dresidual = dy
     gradients = (dx, dskip, dweight, dbias, dresidual)
-    return [g.to(dtype) if need else None for g, need, dtype in zip(gradients, needs, dtypes, strict=True)]
-
-
-# --- registered operators, for torch.compile --------------------------------------------------------------
-# Dynamo meets these; an eager call does not pay for the dispatcher.
-
-
-@torch.library.custom_op("fastreg::layer_norm", mutates_args=())
-def _layer_norm_op(
-    x: Tensor,
-    skip: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    seed: Tensor | None,
-    columns: int,
-    eps: float,
-    dtype: torch.dtype,
-    activation: str | None,
-    threshold: int,
-    scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    form = _Form(columns, eps, dtype, activation, threshold, scale)
-    stream = Stream(0 if seed is None else seed)
-    y, h, statistics = _run_forward(x, skip, weight, bias, residual, stream, form)
-    return y, x.new_empty(0) if h is None else h, statistics
-
-
-@_layer_norm_op.register_fake
-def _(x, skip, weight, bias, residual, seed, columns, eps, dtype, activation, threshold, scale):
-    y = torch.empty(x.shape, dtype=dtype, device=x.device)
-    h = x.new_empty(0)
-    if skip is not None or threshold:
-        h = torch.empty(x.shape, dtype=result_dtype(x.dtype, skip), device=x.device)
-    return y, h, torch.empty(2, x.numel() // columns, dtype=sum_dtype(x.dtype), device=x.device)
-
-
-@torch.library.custom_op("fastreg::layer_norm_backward", mutates_args=())
-def _layer_norm_backward_op(
-    dy: Tensor,
-    dh: Tensor | None,
-    h: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    residual: Tensor | None,
-    statistics: Tensor,
-    seed: Tensor | None,
-    columns: int,
-    eps: float,
-    dtype: torch.dtype,
-    activation: str | None,
-    threshold: int,
-    scale: float,
-    dx: torch.dtype | None,
-    dskip: torch.dtype | None,
-    dweight: torch.dtype | None,
-    dbias: torch.dtype | None,
-    dresidual: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The wanted gradients, those whose dtype is given; the others are empty."""
-    form = _Form(columns, eps, dtype, activation, threshold, scale)
-    wanted = _Wanted(dx, dskip, dweight, dbias, dresidual)
-    stream = Stream(0 if seed is None else seed)
-    found = _run_backward(dy, dh, h, weight, bias, residual, statistics, stream, form, wanted)
-    return tuple(h.new_empty(0) if gradient is None else gradient for gradient in found)
-
-
-@_layer_norm_backward_op.register_fake
-def _(
-    dy, dh, h, weight, bias, residual, statistics, seed,
-    columns, eps, dtype, activation, threshold, scale, *wanted,
-):  # fmt: skip
-    shapes = (h.shape, h.shape, (columns,), (columns,), h.shape)
-    return tuple(
-        h.new_empty(0) if dtype is None else torch.empty(shape, dtype=dtype, device=h.device)
-        for shape, dtype in zip(shapes, wanted, strict=True)
-    )
-
-
-def _save_for_compiled_backward(ctx, inputs, output):
-    x, skip, weight, bias, residual, seed, *fields = inputs
-    _, h, statistics = output
-    ctx.form = form = _Form(*fields)
-    ctx.dtypes = [None if t is None else t.dtype for t in (x, skip, weight, bias, residual)]
-    ctx.normalized_shape = next((t.shape for t in (weight, bias) if t is not None), None)
-    ctx.is_x = skip is None and not form.threshold
-    h = x if ctx.is_x else h
-    residual = None if form.activation is None else residual
-    ctx.save_for_backward(h, weight, bias, residual, statistics, seed)
-    ctx.set_materialize_grads(False)  # where h is not used, nothing is to be read for its gradient
-
-
-def _compiled_backward(ctx, dy, dh, _):
-    h, weight, bias, residual, statistics, seed = ctx.saved_tensors
-    form, needs = ctx.form, ctx.needs_input_grad[:5]
-    if dy is None:
-        dy = torch.zeros_like(h, dtype=form.dtype)
-    dh = None if ctx.is_x else dh  # the gradient of a placeholder
-    wanted = _wanted(needs, ctx.dtypes, form)
-    found = _layer_norm_backward_op(dy, dh, h, weight, bias, residual, statistics, seed, *form, *wanted)
-    gradients = [None if dtype is None else gradient for gradient, dtype in zip(found, wanted, strict=True)]
-    return *_shared(gradients, needs, dy, ctx.dtypes, ctx.normalized_shape), *[None] * (1 + len(form))
-
-
-_layer_norm_op.register_autograd(_compiled_backward, setup_context=_save_for_compiled_backward)
+    return [
+        g.to(dtype) if need else None
+        for g, need, dtype in zip(gradients, ctx.needs_input_grad, ctx.dtypes, strict=False)
+    ]
 
 
 # --- the public functions ---------------------------------------------------------------------------------
@@ -499,33 +407,27 @@ def _runs_kernels(
     input: Tensor,
     shape: tuple[int, ...] | None,
     eps: float,
-    others: Sequence[Tensor | None],
-    *parameters: Tensor | None,
+    other: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
 ) -> bool:
-    """Whether the kernels take these arguments. What does not fit goes to ATen, which says why not."""
-    if shape is None or not is_number(eps) or not backend.runs_kernels(input):
+    """Whether the kernels take these arguments. What does not fit goes to ATen, which says why not.
+
+    other: of the shape of the input.
+    """
+    if not shape or not is_number(eps) or not backend.runs_kernels(input):
         return False
-    double = input.dtype == torch.float64
-    return (
-        len(shape) > 0
-        and tuple(input.shape[-len(shape) :]) == shape
-        and input.numel() > 0
-        and all(t is None or tuple(t.shape) == shape for t in parameters)
-        and all(
-            t is None
-            or (t.device == input.device and backend.runs_kernels(t) and (t.dtype == torch.float64) == double)
-            for t in (*others, *parameters)
-        )
-    )
+    if input.shape[-len(shape) :] != shape or input.numel() == 0:
+        return False
+    if other is not None and not _goes_with(other, input):
+        return False
+    return all(t is None or (t.shape == shape and _goes_with(t, input)) for t in (weight, bias))
 
 
-def _on_kernels(input, skip, weight, bias, residual, shape, stream, form):
-    """y, and h or None where that is ``input``."""
-    if not torch.compiler.is_compiling():
-        return _LayerNorm.apply(input, skip, weight, bias, residual, shape, *stream, form)
-    seed = stream.seed_on(input.device) if form.threshold else None
-    y, h, _ = _layer_norm_op(input, skip, weight, bias, residual, seed, *form)
-    return y, h
+def _goes_with(t: Tensor, input: Tensor) -> bool:
+    """Beside ``input``, which the kernels take."""
+    double = torch.float64
+    return backend.goes_with(t, input) and (t.dtype == double) == (input.dtype == double)
 
 
 def layer_norm(
@@ -559,7 +461,7 @@ def layer_norm(
     check_activation(activation)
     check_residual(input, residual)
     shape, epsilon = plain_shape(normalized_shape), plain(eps)
-    ours = _runs_kernels(input, shape, epsilon, (residual,), weight, bias)
+    ours = _runs_kernels(input, shape, epsilon, residual, weight, bias)
     if ours and (
         activation is not None
         or residual is not None
@@ -569,7 +471,7 @@ def layer_norm(
     ):
         dtype = result_dtype(autocast_dtype(input), residual)
         form = _Form(math.prod(shape), float(epsilon), dtype, activation)
-        return _on_kernels(input, None, weight, bias, residual, shape, Stream(0), form)[0]
+        return apply(_LayerNorm, input, None, weight, bias, residual, shape, *Stream(0), form, False)[0]
     return activated(F.layer_norm(input, normalized_shape, weight, bias, eps), activation, residual)
 
 
@@ -616,7 +518,7 @@ def dropout_add_layer_norm(
     if (
         threshold < LANE_VALUES
         and (threshold or residual is not None)
-        and _runs_kernels(input, shape, epsilon, (residual,), weight, bias)
+        and _runs_kernels(input, shape, epsilon, residual, weight, bias)
         and input.is_contiguous()  # the mask counts in memory order, the kernel in rows
     ):
         stream = random.stream(input.device, seed, generator) if threshold else Stream(0)
@@ -628,12 +530,12 @@ def dropout_add_layer_norm(
             threshold,
             LANE_VALUES / (LANE_VALUES - threshold),
         )
-        y, h = _on_kernels(input, residual, weight, bias, None, shape, stream, form)
+        y, h = apply(_LayerNorm, input, residual, weight, bias, None, shape, *stream, form, prenorm)
         return (y, h) if prenorm else y
     h = dropout(input, p, training, residual=residual, seed=seed, generator=generator)
-    if _runs_kernels(h, shape, epsilon, (), weight, bias):
+    if _runs_kernels(h, shape, epsilon, None, weight, bias):
         form = _Form(math.prod(shape), float(epsilon), input.dtype, activation)
-        y, _ = _on_kernels(h, None, weight, bias, None, shape, Stream(0), form)
+        y, _ = apply(_LayerNorm, h, None, weight, bias, None, shape, *Stream(0), form, False)
     else:
         y = _definition(h, normalized_shape, weight, bias, eps, activation, None).to(input.dtype)
     return (y, h) if prenorm else y

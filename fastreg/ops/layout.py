@@ -75,6 +75,19 @@ def with_strides(x: Tensor, stride: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(x.shape, stride, dtype=x.dtype, device=x.device).copy_(x)
 
 
+def empty_dense(
+    shape: torch.Size, stride: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Memory for a tensor with these dense strides.
+
+    In a graph it is a view of ``torch.empty``. The compiler takes equal calls of ``empty_strided`` for one, whose
+    result it copies, and keeps from the forward pass for the backward pass.
+    """
+    if torch.compiler.is_compiling():
+        return torch.empty(shape.numel(), dtype=dtype, device=device).as_strided(shape, stride)
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
+
+
 def ceil_div(a: int, b: int) -> int:
     """a / b rounded up. (``triton.cdiv`` takes ten times as long on the host.)"""
     return -(-a // b)

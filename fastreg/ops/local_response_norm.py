@@ -16,7 +16,9 @@ from fastreg.ops import backend
 from fastreg.ops.arguments import is_integer, is_number, plain
 from fastreg.ops.backend import Launch
 from fastreg.ops.fused import activated, check_activation, check_residual, result_dtype
+from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div, dense, with_strides
+from fastreg.ops.operator import apply, by_definition, needs_definition, operator
 
 if backend.HAS_TRITON:
     from fastreg.kernels import local_response_norm as kernels
@@ -47,11 +49,12 @@ def _window(channels: int, size: int) -> tuple[int, int]:
     return min(size // 2, channels - 1), min((size - 1) // 2, channels - 1)
 
 
-def _runs_kernels(x: Tensor, form: _Form) -> bool:
+def _runs_kernels(x: Tensor, residual: Tensor | None, form: _Form) -> bool:
     """Whether the kernels can do it. What they leave to ATen: all that torch refuses; windows wider than WIDEST; and
     parameters with which the denominator may be 0 or negative, or its power is of no use."""
     return (
         backend.runs_kernels(x)
+        and (residual is None or backend.goes_with(residual, x))
         and x.dim() >= 3
         and x.numel() > 0
         and is_integer(form.size)
@@ -113,53 +116,54 @@ def _launch(kernel, tensors: dict[str, Tensor | None], x: Tensor, form: _Form) -
     )
 
 
-def _forward_launch(x: Tensor, residual: Tensor | None, y: Tensor, form: _Form) -> Launch:
-    return _launch(kernels.forward, {"x_ptr": x, "residual_ptr": residual, "y_ptr": y}, x, form)
+@planned
+def forward_launches(x: Tensor, residual: Tensor | None, y: Tensor, form: _Form) -> list[Launch]:
+    return [_launch(kernels.forward, {"x_ptr": x, "residual_ptr": residual, "y_ptr": y}, x, form)]
 
 
-def _backward_launch(
+@planned
+def backward_launches(
     dy: Tensor, x: Tensor, residual: Tensor | None, dx: Tensor, dresidual: Tensor | None, form: _Form
-) -> Launch:
+) -> list[Launch]:
     tensors = {"dy_ptr": dy, "x_ptr": x, "residual_ptr": residual, "dx_ptr": dx, "dresidual_ptr": dresidual}
-    return _launch(kernels.backward, tensors, x, form)
+    return [_launch(kernels.backward, tensors, x, form)]
 
 
-def _run_forward(x: Tensor, residual: Tensor | None, form: _Form) -> Tensor:
-    """The forward kernel on tensors of any layout. Returns a dense tensor in the order of x."""
-    x = dense(x)
-    y = torch.empty_strided(x.shape, x.stride(), dtype=result_dtype(x.dtype, residual), device=x.device)
-    residual = None if residual is None else with_strides(residual, x.stride())
-    _forward_launch(x, residual, y, form).run(x.device)
-    return y
+# --- operators, on tensors of any layout ------------------------------------------------------------------
 
 
-def _run_backward(
-    dy: Tensor, x: Tensor, residual: Tensor | None, form: _Form, needs_residual: bool
-) -> tuple[Tensor, Tensor | None]:
-    """The backward kernel on tensors of any layout. residual: forward's, where the activation needs it."""
-    x = dense(x)
-    dy = with_strides(dy, x.stride())
-    residual = None if residual is None else with_strides(residual, x.stride())
-    dx = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-    dresidual = None
-    if needs_residual:
-        dresidual = torch.empty_strided(x.shape, x.stride(), dtype=residual.dtype, device=x.device)
-    _backward_launch(dy, x, residual, dx, dresidual, form).run(x.device)
-    return dx, dresidual
+@operator("fastreg::local_response_norm", writes=["y"])
+def _forward(x: Tensor, residual: Tensor | None, y: Tensor, form: _Form) -> None:
+    """y: laid out as ``dense(x)``."""
+    if x.numel():
+        x = dense(x)
+        residual = None if residual is None else with_strides(residual, x.stride())
+        forward_launches.run(x, residual, y, form)
 
 
-# --- autograd, eager --------------------------------------------------------------------------------------
+@operator("fastreg::local_response_norm_backward", writes=["dx", "dresidual"])
+def _backward(
+    dy: Tensor, x: Tensor, residual: Tensor | None, dx: Tensor, dresidual: Tensor | None, form: _Form
+) -> None:
+    """residual: forward's, where the activation needs it. dx, dresidual: laid out as ``dense(x)``."""
+    if x.numel():
+        x = dense(x)
+        residual = None if residual is None else with_strides(residual, x.stride())
+        backward_launches.run(with_strides(dy, x.stride()), x, residual, dx, dresidual, form)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------
 
 
 class _LocalResponseNorm(torch.autograd.Function):
-    """The eager path to the kernels."""
-
     @staticmethod
     def forward(ctx, x, residual, form):
+        y = torch.empty_like(x, dtype=result_dtype(x.dtype, residual))
+        _forward(x, residual, y, form)
         ctx.form = form
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.save_for_backward(x, residual if form.activation is not None else None)
-        return _run_forward(x, residual, form)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
@@ -168,91 +172,27 @@ class _LocalResponseNorm(torch.autograd.Function):
         through_kernel = needs_residual and residual is not None  # else it is dy itself
         dx = dresidual = None
         if needs_x or through_kernel:
-            # Not on the kernels: second derivatives, and batched gradients (vmap).
-            if torch.is_grad_enabled() or not backend.runs_kernels(dy):
-                dx, dresidual = _differentiable_backward(dy, x, residual, ctx.form, needs_x, through_kernel)
-            else:
-                dx, dresidual = _run_backward(dy, x, residual, ctx.form, through_kernel)
+            gradients = _gradients_by_definition if needs_definition(dy) else _gradients
+            dx, dresidual = gradients(dy, x, residual, ctx.form, through_kernel)
         if needs_residual and not through_kernel:
             dresidual = dy.to(ctx.residual_dtype)
         return dx if needs_x else None, dresidual, None
 
 
-def _differentiable_backward(dy, x, residual, form, needs_x, needs_residual):
-    """``_run_backward`` in ATen, for second derivatives (create_graph=True) and batched gradients."""
-    create_graph = torch.is_grad_enabled()
-    inputs = [t for t, needed in ((x, needs_x), (residual, needs_residual)) if needed]
-    with torch.enable_grad():
-        # torch's function takes views that not every layout of five dimensions has.
-        y = _definition(x.contiguous() if x.dim() > 4 else x, residual, form)
-    gradients = iter(torch.autograd.grad(y, inputs, dy.to(y.dtype), create_graph=create_graph))
-    return next(gradients) if needs_x else None, next(gradients) if needs_residual else None
-
-
-# --- registered operators, for torch.compile --------------------------------------------------------------
-# Dynamo meets these; an eager call does not pay for the dispatcher.
-
-
-@torch.library.custom_op("fastreg::local_response_norm", mutates_args=())
-def _local_response_norm_op(
-    x: Tensor,
-    residual: Tensor | None,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    activation: str | None,
-) -> Tensor:
-    return _run_forward(x, residual, _Form(size, alpha, beta, k, activation))
-
-
-@_local_response_norm_op.register_fake
-def _(x, residual, *form):
-    return torch.empty_like(x, dtype=result_dtype(x.dtype, residual))
-
-
-@torch.library.custom_op("fastreg::local_response_norm_backward", mutates_args=())
-def _local_response_norm_backward_op(
-    dy: Tensor,
-    x: Tensor,
-    residual: Tensor | None,
-    size: int,
-    alpha: float,
-    beta: float,
-    k: float,
-    activation: str | None,
-    needs_residual: bool,
-) -> tuple[Tensor, Tensor]:
-    dx, dresidual = _run_backward(dy, x, residual, _Form(size, alpha, beta, k, activation), needs_residual)
-    return dx, dy.new_empty(0) if dresidual is None else dresidual
-
-
-@_local_response_norm_backward_op.register_fake
-def _(dy, x, residual, size, alpha, beta, k, activation, needs_residual):
+def _gradients(dy, x, residual, form, needs_residual):
     dx = torch.empty_like(x)
-    return dx, torch.empty_like(x, dtype=residual.dtype) if needs_residual else dy.new_empty(0)
+    dresidual = torch.empty_like(x, dtype=residual.dtype) if needs_residual else None
+    _backward(dy, x, residual, dx, dresidual, form)
+    return dx, dresidual
 
 
-def _save_for_compiled_backward(ctx, inputs, output):
-    x, residual, *fields = inputs
-    ctx.form = form = _Form(*fields)
-    ctx.residual_dtype = None if residual is None else residual.dtype
-    ctx.save_for_backward(x, residual if form.activation is not None else None)
+def _gradients_by_definition(dy, x, residual, form, needs_residual):
+    def definition(x, residual):
+        # torch's function takes views that not every layout of five dimensions has.
+        x = x.contiguous() if x.dim() > 4 else x
+        return _definition(x, residual, form).to(dy.dtype)
 
-
-def _compiled_backward(ctx, dy):
-    x, residual = ctx.saved_tensors
-    needs_x, needs_residual, *_ = ctx.needs_input_grad
-    through_kernel = needs_residual and residual is not None
-    dx = dresidual = None
-    if needs_x or through_kernel:
-        dx, dresidual = _local_response_norm_backward_op(dy, x, residual, *ctx.form, through_kernel)
-    if not through_kernel:
-        dresidual = dy.to(ctx.residual_dtype) if needs_residual else None
-    return dx if needs_x else None, dresidual, *[None] * len(ctx.form)
-
-
-_local_response_norm_op.register_autograd(_compiled_backward, setup_context=_save_for_compiled_backward)
+    return by_definition(definition, (x, residual), dy)
 
 
 # --- the public function ----------------------------------------------------------------------------------
@@ -289,8 +229,6 @@ def local_response_norm(
     check_residual(input, residual)
     whole = plain(size)
     form = _Form(whole if is_integer(whole) else size, alpha, beta, k, activation)
-    if not _runs_kernels(input, form):
+    if not _runs_kernels(input, residual, form):
         return _definition(input, residual, form)
-    if torch.compiler.is_compiling():
-        return _local_response_norm_op(input, residual, *form)
-    return _LocalResponseNorm.apply(input, residual, form)
+    return apply(_LocalResponseNorm, input, residual, form)

@@ -6,7 +6,6 @@ its own derivative: the backward pass is the forward pass on dy, so that derivat
 """
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,7 +16,9 @@ from fastreg import random
 from fastreg.ops import arguments, backend
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.dropout import ATEN_BELOW
-from fastreg.ops.layout import ceil_div, dense_strides, with_strides
+from fastreg.ops.launch import planned
+from fastreg.ops.layout import ceil_div, dense_strides, empty_dense, is_dense, with_strides
+from fastreg.ops.operator import apply, keep, kept, operator
 from fastreg.random import Stream
 
 if backend.HAS_TRITON:
@@ -29,7 +30,6 @@ MODES = ("additive", "multiplicative")
 class _Form(NamedTuple):
     std: float
     multiplicative: bool
-    stride: tuple[int, ...]  # of the result, dense: elements count in the memory order of these strides
 
 
 # --- the definition, in ATen ------------------------------------------------------------------------------
@@ -39,9 +39,9 @@ def _computed_in(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _definition(x: Tensor, eps: Tensor, std: float, multiplicative: bool) -> Tensor:
+def _definition(x: Tensor, eps: Tensor, form: _Form) -> Tensor:
     """eps: standard normals in the dtype that is computed in; the result is rounded once."""
-    y = x * (1 + std * eps) if multiplicative else torch.add(x, eps, alpha=std)
+    y = x * (1 + form.std * eps) if form.multiplicative else torch.add(x, eps, alpha=form.std)
     return y.to(x.dtype)
 
 
@@ -54,7 +54,8 @@ def _drawn(x: Tensor, stream: Stream, stride: tuple[int, ...]) -> Tensor:
 # --- the launch -------------------------------------------------------------------------------------------
 
 
-def _launch(x: Tensor, y: Tensor, stream: Stream, std: float, multiplicative: bool) -> Launch:
+@planned
+def launches(x: Tensor, y: Tensor, stream: Stream, form: _Form) -> list[Launch]:
     """x, y: dense, with one layout."""
     vector = max(4, 16 // x.element_size())
     vectors, tail = divmod(x.numel(), vector)
@@ -64,92 +65,77 @@ def _launch(x: Tensor, y: Tensor, stream: Stream, std: float, multiplicative: bo
         "y_ptr": y,
         **number("seed", stream.seed, 0),
         "offset": stream.offset,
-        "std": std,
+        "std": form.std,
         "vectors": vectors,
         "tail": tail,
-        "MULTIPLICATIVE": multiplicative,
+        "MULTIPLICATIVE": form.multiplicative,
         "RAGGED": tail > 0,
         "BLOCK": block,
         "VECTOR": vector,
         "WIDE": x.numel() >= 1 << 31,
         "num_warps": 4,
     }
-    return Launch(kernels.add_noise, (max(1, ceil_div(vectors * vector, block)),), arguments)
+    return [Launch(kernels.add_noise, (max(1, ceil_div(vectors * vector, block)),), arguments)]
 
 
-def _run(x: Tensor, stream: Stream, form: _Form, out: Tensor | None = None) -> Tensor:
-    """The kernel on a tensor of any layout. ``out``: where to write, ``x`` itself or None."""
-    laid_out = with_strides(x, form.stride)
-    in_place = out is not None and laid_out is x
-    y = out if in_place else laid_out.new_empty_strided(x.shape, form.stride)
+# --- the operator -----------------------------------------------------------------------------------------
+
+
+@operator("fastreg::gaussian_noise", writes=["y"])
+def _noise(x: Tensor, y: Tensor, stream: Stream, form: _Form) -> None:
+    """y: of the dtype of x, which may have any layout; it may be x itself. Elements count in the memory order of
+    ``dense(y)``."""
     if x.numel():
-        _launch(laid_out, y, stream, form.std, form.multiplicative).run(x.device)
-    return y if out is None or in_place else out.copy_(y)
+        result = y if is_dense(y) else torch.empty_like(y)
+        launches.run(with_strides(x, result.stride()), result, stream, form)
+        if result is not y:
+            y.copy_(result)
 
 
-# --- autograd, eager --------------------------------------------------------------------------------------
+# --- autograd ---------------------------------------------------------------------------------------------
 
 
 class _GaussianNoise(torch.autograd.Function):
-    """The eager path to the kernel. Saves the stream and no tensor of the input's size."""
+    """Saves the stream and no tensor of the input's size."""
 
     @staticmethod
-    def forward(ctx, x, seed, offset, form, inplace):
+    def forward(ctx, x, stride, seed, offset, form, inplace):
+        y = x if inplace else empty_dense(x.shape, stride, x.dtype, x.device)
         if inplace:
             ctx.mark_dirty(x)
-        in_memory = isinstance(seed, Tensor)
-        ctx.seed, ctx.offset, ctx.form = None if in_memory else seed, offset, form
-        ctx.save_for_backward(seed if in_memory else None)
-        return _run(x, Stream(seed, offset), form, out=x if inplace else None)
+        stream = Stream(seed, offset)
+        _noise(x, y, stream, form)
+        ctx.stride, ctx.form = stride, form
+        keep(ctx, stream)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
+        dx = dy
         if ctx.form.multiplicative:
-            (seed,) = ctx.saved_tensors
-            dy = _with_noise(dy, Stream(ctx.seed if seed is None else seed, ctx.offset), ctx.form)
-        return dy, None, None, None, None
-
-
-# --- a registered operator, for torch.compile -------------------------------------------------------------
-# Dynamo meets it; an eager call does not pay for the dispatcher.
-
-
-@torch.library.custom_op("fastreg::gaussian_noise", mutates_args=())
-def _noise_op(x: Tensor, seed: Tensor, std: float, multiplicative: bool, stride: Sequence[int]) -> Tensor:
-    return _run(x, Stream(seed), _Form(std, multiplicative, tuple(stride)))
-
-
-@_noise_op.register_fake
-def _(x, seed, std, multiplicative, stride):
-    return x.new_empty_strided(x.shape, stride)
-
-
-def _save_for_compiled_backward(ctx, inputs, output):
-    _, seed, *form = inputs
-    ctx.form = _Form(*form)
-    ctx.save_for_backward(seed)
-
-
-def _compiled_backward(ctx, dy):
-    dx = _noise_op(dy, *ctx.saved_tensors, *ctx.form) if ctx.form.multiplicative else dy
-    return dx, None, None, None, None
-
-
-_noise_op.register_autograd(_compiled_backward, setup_context=_save_for_compiled_backward)
+            (stream,) = kept(ctx)
+            if torch.compiler.is_compiling():
+                dx = empty_dense(dy.shape, ctx.stride, dy.dtype, dy.device)
+                _noise(dy, dx, stream, ctx.form)
+            else:
+                dx = _with_noise(dy, ctx.stride, stream, ctx.form)
+        return dx, None, None, None, None, None
 
 
 # --- the public function ----------------------------------------------------------------------------------
 
 
-def _with_noise(x: Tensor, stream: Stream, form: _Form, inplace: bool = False) -> Tensor:
+def _with_noise(
+    x: Tensor, stride: tuple[int, ...], stream: Stream, form: _Form, inplace: bool = False
+) -> Tensor:
+    """stride: of the result, dense. Elements count in the memory order of these strides."""
     if not backend.runs_kernels(x):
-        y = _definition(x, _drawn(x, stream, form.stride), form.std, form.multiplicative)
-    elif torch.compiler.is_compiling():
-        seed = stream.seed_on(x.device)
-        y = _noise_op(x, seed, *form)
+        y = _definition(x, _drawn(x, stream, stride), form)
+    elif inplace and not torch.compiler.is_compiling():
+        _GaussianNoise.apply(x, stride, *stream, form, True)
+        return x  # without gradients, apply returns an alias
     else:
-        y = _GaussianNoise.apply(x, *stream, form, inplace)
-        return x if inplace else y  # y is x too, but for a leaf under no_grad, where autograd gives an alias
+        y = apply(_GaussianNoise, x, stride, *stream, form, False)
     return x.copy_(y) if inplace else y
 
 
@@ -210,10 +196,10 @@ def gaussian_noise(
         return input
     if inplace and input.requires_grad and input.is_leaf and torch.is_grad_enabled():
         raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
-    multiplicative = mode == "multiplicative"
+    form = _Form(std, mode == "multiplicative")
     ours = backend.runs_kernels(input) and backend.worth_a_launch(input, ATEN_BELOW)
     if ours or random.is_wanted(seed, generator):
         stream = random.stream(input.device, seed, generator)
-        return _with_noise(input, stream, _Form(std, multiplicative, dense_strides(input)), inplace)
-    y = _definition(input, torch.randn_like(input, dtype=_computed_in(input)), std, multiplicative)
+        return _with_noise(input, dense_strides(input), stream, form, inplace)
+    y = _definition(input, torch.randn_like(input, dtype=_computed_in(input)), form)
     return input.copy_(y) if inplace else y

@@ -44,7 +44,7 @@ def operator(name: str, writes: Sequence[str]) -> Callable[[Callable[..., None]]
     """Makes a function of tensors and options the operator ``name``, which writes into the tensors ``writes``.
 
     Options are numbers, strings, dtypes, and NamedTuples of them. A ``Stream`` reaches the operator as its seed, a
-    tensor: a graph draws a new one at every call.
+    tensor: a graph draws a new one at every call. None is the seed 0, for which a graph needs no tensor.
     """
 
     def wrap(function: Callable[..., None]) -> Callable[..., None]:
@@ -63,7 +63,12 @@ def operator(name: str, writes: Sequence[str]) -> Callable[[Callable[..., None]]
             flat, arguments = list(flat), []
             for kind, count in zip(kinds.values(), counts, strict=True):
                 own, flat = flat[:count], flat[count:]
-                arguments.append(kind(*own) if isinstance(kind, type) and issubclass(kind, tuple) else own[0])
+                if kind is Stream:
+                    arguments.append(Stream(0 if own[0] is None else own[0]))
+                elif isinstance(kind, type) and issubclass(kind, tuple):
+                    arguments.append(kind(*own))
+                else:
+                    arguments.append(own[0])
             function(*arguments)
 
         op = torch.library.custom_op(name, body, mutates_args=writes, schema=f"({', '.join(schema)}) -> ()")
@@ -76,7 +81,8 @@ def operator(name: str, writes: Sequence[str]) -> Callable[[Callable[..., None]]
             flat = []
             for argument in arguments:
                 if isinstance(argument, Stream):
-                    flat.append(argument.seed_on(arguments[0].device))
+                    absent = not isinstance(argument.seed, Tensor) and argument.seed == 0
+                    flat.append(None if absent else argument.seed_on(arguments[0].device))
                 elif isinstance(argument, tuple):
                     flat.extend(argument)
                 else:
@@ -91,7 +97,7 @@ def operator(name: str, writes: Sequence[str]) -> Callable[[Callable[..., None]]
 def _fields(name: str, kind: Any) -> list[tuple[str, Any]]:
     """Names and types by which an argument reaches the operator."""
     if kind is Stream:
-        return [("seed", Tensor)]
+        return [("seed", Tensor | None)]
     if isinstance(kind, type) and issubclass(kind, tuple):
         return list(get_type_hints(kind).items())
     return [(name, kind)]
@@ -109,11 +115,28 @@ class _Unrecorded:
 
 def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     """``function.apply(*arguments)``, without autograd where it has nothing to record."""
+    if torch.compiler.is_compiling():
+        arguments = _distinct(arguments)
     if torch.is_grad_enabled():
         for argument in arguments:
             if isinstance(argument, Tensor) and argument.requires_grad:
                 return function.apply(*arguments)
     return function.forward(_Unrecorded(), *arguments)
+
+
+def _distinct(arguments: Sequence[Any]) -> list[Any]:
+    """The arguments with views for tensors that are there already: Dynamo wants distinct ones."""
+    found: list[Any] = []
+    for argument in arguments:
+        again = isinstance(argument, Tensor) and any(argument is other for other in found)
+        found.append(argument.view_as(argument) if again else argument)
+    return found
+
+
+def leave_undefined(ctx) -> None:
+    """The backward pass gets None for a result that nobody used. (Zeros in torch.compile, which has no such thing.)"""
+    if not torch.compiler.is_compiling():
+        ctx.set_materialize_grads(False)
 
 
 def keep(ctx, stream: Stream, *tensors: Tensor | None) -> None:
