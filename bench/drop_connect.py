@@ -168,7 +168,7 @@ def variants(dtype, size, p, activation=None, note="", headline=False):
         for shape in ((examples, inputs), (outputs, inputs), (examples, outputs), (outputs,))
     )
     chance = streams.chance(p)
-    form = ops._Form(*chance, 1, 1 / chance.probability)
+    form = ops._Form(*chance, 1, 1 / chance.probability, activation)
     connections = examples * outputs * inputs
     moved = dtype.itemsize * (v.numel() + weight.numel() + z.numel()) / connections
     label = short_name(dtype)
@@ -194,7 +194,7 @@ def variants(dtype, size, p, activation=None, note="", headline=False):
             headline=headline,
         )
 
-    stream = Stream(1)
+    stream, three = Stream(1), dtype == torch.float32
 
     def trips(launch):
         """Tiles of columns, and the examples of a lane, four at a time; then the repair of what is NaN, which is not
@@ -204,12 +204,12 @@ def variants(dtype, size, p, activation=None, note="", headline=False):
         return {80: loops, 90: loops, 100: (1, *loops, *[1] * waits)}
 
     before = z if needs_argument(activation) else None
-    forward = ops.product_launches(v, weight, bias, z, before, activation, stream, form, transposed=False)[0]
-    backward = ops.product_launches(z, weight, None, v, None, None, stream, form, transposed=True)[0]
+    forward = ops.product_launches(v, weight, bias, z, before, stream, form, False, three)[0]
+    backward = ops.product_launches(z, weight, None, v, None, stream, form, True, three)[0]
     yield kernel("forward", forward, trips(forward), product, 24576)
     yield kernel("input gradient", backward, trips(backward), product, 24576)
-    gradient_launch = ops.weight_gradient_launch(z, v, weight, stream, form)
-    yield kernel("weight gradient", gradient_launch, gradient_launch.arguments["words"], gradient, 8192)
+    (of_weights,) = ops.weight_gradient_launches(z, v, weight, stream, form, three)
+    yield kernel("weight gradient", of_weights, of_weights.arguments["words"], gradient, 8192)
 
 
 # The same of a mask that 16 examples and more share, by the examples of a group: a weight costs about 9 instructions a
@@ -238,13 +238,13 @@ def shared_variants(dtype, examples, group_size):
         loops = {80: loops, 90: loops, 100: (1, *loops, *[1] * waits)}
         return Kernel.of(label, launch, connections, moved, trips=loops, budget=budget)
 
-    forward = ops.product_launches(v, weight, None, z, None, None, stream, form, transposed=False)[0]
-    backward = ops.product_launches(z, weight, None, v, None, None, stream, form, transposed=True)[0]
+    forward = ops.product_launches(v, weight, None, z, None, stream, form, False, wide)[0]
+    backward = ops.product_launches(z, weight, None, v, None, stream, form, True, wide)[0]
     for name, launch in (("forward", forward), ("input gradient", backward)):
         repair = (0, 0) if wide else ()
         yield kernel(name, launch, (launch.arguments["trips"], *repair), 6 if wide else 2, limits[0])
     if not wide:  # ATen's product and a pass of masking, for one group
-        launch = ops.weight_gradient_launch(z, v, weight, stream, form)
+        (launch,) = ops.weight_gradient_launches(z, v, weight, stream, form, wide)
         chunks = -(-group_size // launch.arguments["BLOCK_EXAMPLES"])
         loops = (chunks,) if group_size == examples else (examples // group_size, chunks)
         yield kernel("weight gradient", launch, loops, 2, limits[1])
@@ -254,7 +254,7 @@ def masking(dtype, p):
     """Of an element of W: one pass over it."""
     weight = torch.empty(4096, 4096, dtype=dtype, device="meta")
     chance = streams.chance(p)
-    launch = ops.mask_launch(weight, weight, 0, Stream(1), ops._Form(*chance, ops.BATCH, 2.0))
+    (launch,) = ops.mask_launches(weight, weight, 0, Stream(1), ops._Form(*chance, ops.BATCH, 2.0))
     budget = Budget(
         max_instructions=14 + 5 * (chance.digits - 1) if dtype.itemsize == 2 else 18,
         shared_bytes=0 if dtype.itemsize == 2 else 2048,  # a thread draws for 8 neighbours and stores 4
@@ -272,8 +272,9 @@ def inference(activation, samples=0):
     mean, deviation, y, dmean, ddeviation = tensors
     stream, how = Stream(1), f"Z={samples}" if samples else "nodes"
     terms = samples or expectation.NODES
-    forward = expectation.average_launch(mean, deviation, y, stream, activation, samples)
-    backward = expectation.gradient_launch(y, mean, deviation, dmean, ddeviation, stream, activation, samples)
+    rest = stream, activation, samples
+    (forward,) = expectation.average_launches(mean, deviation, y, *rest)
+    (backward,) = expectation.gradient_launches(y, mean, deviation, dmean, ddeviation, *rest)
     limits = (35, 37) if samples else (16, 20)
     for name, launch, moved, limit in (
         ("inference", forward, 3, limits[0]),

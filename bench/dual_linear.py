@@ -28,15 +28,15 @@ def kernels() -> list[Kernel]:
 def variants(dtype, size, name, activation=None, note="", headline=False):
     examples, outputs, inputs = size
     kind = {"gaussian": ops.GAUSSIAN, "flipout": ops.FLIPOUT, "factorised": ops.FACTORISED}[name]
-    form, stream = ops._Form(kind), Stream(1)
+    form, stream = ops._Form(kind, activation=activation), Stream(1)
     e, connections = dtype.itemsize, examples * outputs * inputs
 
     def empty(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    second = ops._second_dtype(dtype, kind)
+    squares = ops._second_dtype(dtype, kind)
     v, z, weight = empty(examples, inputs), empty(examples, outputs), empty(outputs, inputs)
-    v2, z2 = empty(examples, inputs, dtype=second), empty(examples, outputs, dtype=second)
+    v2, z2 = empty(examples, inputs, dtype=squares), empty(examples, outputs, dtype=squares)
     bias = empty(outputs)
     kept = empty(examples, outputs) if needs_argument(activation) else None
     root = empty(examples, outputs, dtype=torch.float32) if kind == ops.GAUSSIAN else None
@@ -63,20 +63,23 @@ def variants(dtype, size, name, activation=None, note="", headline=False):
             headline=headline,
         )
 
-    rest = stream, form, None, activation, False
-    forward = ops.product_launch(v, v2, weight, weight_sigma, None, bias, bias_sigma, z, kept, root, *rest)
+    rest = stream, form, "tf32x3"
+    second, forward = ops.forward_launches(
+        v, weight, bias, None, weight_sigma, bias_sigma, z, kept, root, *rest
+    )
     moved = e * (weights + 2 * v.numel() + z.numel() * (1 if kept is None else 2)) + (
         0 if root is None else 4 * z.numel()
     )
     yield of_a_product("forward", forward, inputs // forward.arguments["BLOCK_COLUMNS"], moved)
-    own = v if kind == ops.GAUSSIAN else None
-    backward = ops.product_launch(
-        z, z2, weight, weight_sigma, own, None, None, v, None, None, stream, form, None, None, True
+    saved = None if activation is None else z  # what its derivative needs, the output or its argument
+    dweight = None if kind == ops.FACTORISED else weight
+    slope, backward, _, *of_weight = ops.backward_launches(
+        z, v, weight, None, weight_sigma, root, saved, z, z2, None, v, v2, dweight, *rest
     )
-    moved = e * (weights + 2 * z.numel() + v.numel() * (1 + (own is not None)))
+    squared = v if kind == ops.GAUSSIAN else None
+    moved = e * (weights + 2 * z.numel() + v.numel() * (1 + (squared is not None)))
     yield of_a_product("input gradient", backward, outputs // backward.arguments["BLOCK_COLUMNS"], moved)
-    if kind != ops.FACTORISED:
-        gradient = ops.weight_gradient_launch(z, z2, v, v2, weight, weight, stream, form)
+    for gradient in of_weight:
         reads = weight.numel() if kind == ops.GAUSSIAN else 0
         moved = e * (weight.numel() + reads + 2 * z.numel() + 2 * v.numel())
         trips = examples // gradient.arguments["BLOCK_EXAMPLES"]
@@ -84,18 +87,15 @@ def variants(dtype, size, name, activation=None, note="", headline=False):
     # Normals change threads on the way to 16-byte accesses. A B200 moves bytes faster than it makes them.
     # The root is fp32 beside bf16: its lanes ask for every other 16 bytes.
     elementwise = Budget(shared_bytes=4096, sectors=1.5, min_headroom={80: 1.0, 90: 1.0, 100: 0.5})
-    launch = ops.second_launch(v, v2, stream, form, ops.IN)
     yield Kernel.of(
         f"second input {label}",
-        launch,
+        second,
         v.numel(),
         e + v2.element_size(),
         budget=elementwise,
         headline=headline,
     )
     if kind == ops.GAUSSIAN or activation is not None:
-        # With an activation also reads what its derivative needs, the output or its argument, and writes dz.
-        saved = dz = None if activation is None else z
-        launch = ops.second_launch(z, z2, stream, form, ops.OUT, None, root, None, saved, dz, activation)
+        # With an activation also reads what is saved for it, and writes dz.
         moved = e + (0 if root is None else 4) + z2.element_size() + (0 if activation is None else 2 * e)
-        yield Kernel.of(f"slope {label}", launch, z.numel(), moved, budget=elementwise, headline=headline)
+        yield Kernel.of(f"slope {label}", slope, z.numel(), moved, budget=elementwise, headline=headline)

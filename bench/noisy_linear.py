@@ -111,10 +111,10 @@ def variants(dtype, size, activation=None, headline=False):
     kept = (
         None if activation is None else x
     )  # of gelu its argument, which is written and read, and dx is written
-    launch = ops.forward_launch(x, deviation, x, kept, stream, activation)
+    (launch,) = ops.forward_launches(x, deviation, x, kept, stream, activation)
     moved = e * (2 if kept is None else 3)
     yield Kernel.of(f"forward {label}", launch, x.numel(), moved, budget=forward, headline=headline)
-    launch = ops.backward_launch(x, kept, kept, deviation, stream, activation)
+    (launch,) = ops.backward_launches(x, kept, kept, deviation, stream, activation)
     trips = size[1] // launch.arguments["BLOCK"]
     yield Kernel.of(
         f"backward {label}",

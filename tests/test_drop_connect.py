@@ -12,6 +12,7 @@ import fastreg.nn as fnn
 from fastreg import random
 from fastreg.ops import drop_connect as ops
 from fastreg.ops.fused import ACTIVATIONS, OF_OUTPUT
+from fastreg.ops.launch import forget
 from fastreg.random import Stream
 
 SEED = 0x123456789ABCDEF
@@ -26,6 +27,9 @@ def _small_tiles(monkeypatch):
     monkeypatch.setattr(ops, "BLOCK_GRADIENT", (16, 16))
     monkeypatch.setattr(ops, "BLOCK_SHARED_GRADIENT", (16, 16))
     monkeypatch.setattr(ops, "BLOCK_MASK", (4, 16))
+    forget()
+    yield
+    forget()
 
 
 def tensors(device, examples, outputs, inputs, dtype=torch.float32):
@@ -176,9 +180,9 @@ def test_groups_that_fill_a_tile_have_it_for_themselves():
         (300, True, 128),
     ):
         form = ops._Form(1, 1, group_size, 2.0)
-        arguments = ops.product_launches(v, weight, None, z, None, None, Stream(1), form, False)[0].arguments
+        arguments = ops.product_launches(v, weight, None, z, None, Stream(1), form, False, True)[0].arguments
         assert (arguments["SHARED"], arguments["BLOCK_EXAMPLES"]) == (shared, tile)
-        gradient = ops.weight_gradient_launch(z, v, weight, Stream(1), form).kernel
+        gradient = ops.weight_gradient_launches(z, v, weight, Stream(1), form, True)[0].kernel
         assert gradient is (ops.kernels.shared_weight_gradient if shared else ops.kernels.weight_gradient)
 
 
@@ -340,7 +344,7 @@ def test_grids_of_large_batches_and_groups(examples, group_size):
     v, weight, z = (torch.empty(*s, device="meta") for s in ((examples, 64), (96, 64), (examples, 96)))
     form = ops._Form(1, 1, group_size, 2.0)
     for transposed, u, out in ((False, v, z), (True, z, v)):
-        launches = ops.product_launches(u, weight, None, out, None, None, Stream(1), form, transposed)
+        launches = ops.product_launches(u, weight, None, out, None, Stream(1), form, transposed, True)
         for launch in launches:
             first, *others = launch.grid
             assert first < 1 << 31
@@ -476,8 +480,8 @@ def test_the_weight_of_a_tensor_subclass_is_atens(device, monkeypatch):
 
     v, weight, bias, dz = tensors(device, 3, 4, 5)
     expected = F.drop_connect_linear(v, weight, bias, seed=SEED)
-    monkeypatch.setattr(ops, "_run_forward", run)
-    monkeypatch.setattr(ops, "_run_backward", run)
+    monkeypatch.setattr(ops, "_product", run)
+    monkeypatch.setattr(ops, "_weight_gradient", run)
     for w, b in ((weight.as_subclass(Own), bias), (weight, bias.as_subclass(Own))):
         assert_close(F.drop_connect_linear(v, w, b, seed=SEED).as_subclass(torch.Tensor), expected)
     leaf = weight.as_subclass(Own).requires_grad_()
@@ -534,16 +538,16 @@ def test_one_graph_for_every_batch_size(path, device, activation):
 def test_opcheck(path, device):
     v, weight, bias, dz = tensors(device, 3, 4, 5)
     seed = torch.tensor([SEED], device=device)
-    form = ops._Form(*random.chance(0.5), 1, 2.0)
-    leaves = [t.requires_grad_() for t in (v, weight, bias)]
-    operators = torch.ops.fastreg
-    for activation, keep in ((None, False), ("relu", False), ("gelu", True)):
+    for activation in (None, "relu", "gelu"):
         if activation is not None and path == "aten":
             continue  # there it is ATen's, behind the operator
-        rest = (seed, 0, *form, activation)
-        torch.library.opcheck(operators.drop_connect.default, (*leaves, *rest, keep))
-        given = [t.detach() for t in (dz, v, weight)] + [None if activation is None else dz.abs()]
-        torch.library.opcheck(operators.drop_connect_backward.default, (*given, *rest, True, False, True))
+        form = ops._Form(*random.chance(0.5), 1, 2.0, activation, path == "aten")
+        before = torch.empty_like(dz) if activation == "gelu" else None
+        given = v, weight, bias, torch.empty_like(dz), before, seed, *form
+        torch.library.opcheck(torch.ops.fastreg.drop_connect.default, given)
+        kept = None if activation is None else dz.abs()
+        given = dz, v, weight, kept, torch.empty_like(v), None, torch.empty_like(bias), seed, *form
+        torch.library.opcheck(torch.ops.fastreg.drop_connect_backward.default, given)
 
 
 # --- the masks --------------------------------------------------------------------------------------------

@@ -245,18 +245,15 @@ def test_opcheck(device, kind, activation):
     v, weight, bias, *more = inputs(device, kind)
     sigma, weight_sigma, bias_sigma = (*more, None, None) if kind == "learned" else (None, *more)
     number = ops.GAUSSIAN if kind == "learned" else ops.FACTORISED
-    tensors = [v, weight, bias, sigma, weight_sigma, bias_sigma]
-    leaves = [t if t is None else t.requires_grad_() for t in tensors]
-    rest = (torch.tensor([SEED], device=device), 0, number, 1.0, 1.0, activation)
-    keep = activation == "gelu", number == ops.GAUSSIAN
-    torch.library.opcheck(torch.ops.fastreg.dual_linear.default, (*leaves, *rest, *keep))
-    dz, root, kept = (torch.rand(5, 19, device=device) for _ in range(3))
-    v, weight, _, sigma, weight_sigma, _ = (t if t is None else t.detach() for t in tensors)
-    needs = [True, True, True, sigma is not None, sigma is None, False]
-    torch.library.opcheck(
-        torch.ops.fastreg.dual_linear_backward.default,
-        (dz, v, weight, sigma, weight_sigma, root, None if activation is None else kept, *rest, needs),
-    )
+    rest = torch.tensor([SEED], device=device), number, 1.0, 1.0, activation
+    z, before, root, dz = (torch.rand(5, 19, device=device) for _ in range(4))
+    written = z, before if activation == "gelu" else None, root if kind == "learned" else None
+    operators, given = torch.ops.fastreg, (v, weight, bias, sigma, weight_sigma, bias_sigma)
+    torch.library.opcheck(operators.dual_linear.default, (*given, *written, *rest))
+    found = [None if t is None else torch.empty_like(t) for t in given[:-1]]
+    kept = None if activation is None else before
+    given = dz, v, weight, sigma, weight_sigma, written[2], kept
+    torch.library.opcheck(operators.dual_linear_backward.default, (*given, *found, None, *rest))
 
 
 def one_graph(device, kind, activation=None):
@@ -291,10 +288,8 @@ def test_tiles_are_large_where_there_are_enough_of_them():
             torch.empty(s, dtype=dtype, device="meta")
             for s in ((examples, 64), (outputs, 64), (examples, outputs))
         )
-        form = ops._Form(ops.FLIPOUT)
-        return ops.product_launch(
-            v, v, weight, None, None, None, None, z, None, None, Stream(1), form, None, None, False
-        )
+        rest = Stream(1), ops._Form(ops.FLIPOUT), "tf32x3"
+        return ops.forward_launches(v, weight, None, None, None, None, z, None, None, *rest)[1]
 
     assert launch(256, 4096).arguments["BLOCK_ROWS"] == 128
     assert launch(128, 1024).arguments["BLOCK_ROWS"] == 64

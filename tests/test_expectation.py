@@ -285,14 +285,12 @@ def test_compiled(device):
 
 @needs_triton
 def test_opcheck(device):
-    mean, deviation, dy = (torch.rand(2, 3, device=device) for _ in range(3))
-    seed = torch.tensor([SEED], device=device)
-    leaves = [t.clone().requires_grad_() for t in (mean, deviation)]
+    mean, deviation, dy, y, dmean, ddeviation = (torch.rand(2, 3, device=device) for _ in range(6))
+    rest = torch.tensor([SEED], device=device), "tanh", 5
     operators = torch.ops.fastreg
-    torch.library.opcheck(operators.expected_activation.default, (*leaves, seed, 0, "tanh", 5))
-    torch.library.opcheck(
-        operators.expected_activation_backward.default, (dy, mean, deviation, seed, 0, "tanh", 5)
-    )
+    torch.library.opcheck(operators.expected_activation.default, (mean, deviation, y, *rest))
+    given = dy, mean, deviation, dmean, ddeviation, *rest
+    torch.library.opcheck(operators.expected_activation_backward.default, given)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -210,20 +210,18 @@ def test_second_derivatives_of_the_kernel(device, activation):
         near(actual, target, torch.float32)
 
 
-@pytest.mark.parametrize(("activation", "keep"), [(None, False), ("relu", False), ("gelu", True)])
-def test_opcheck(device, activation, keep):
-    x, deviation = torch.randn(3, 70, device=device), torch.rand(3, device=device)
-    seed = torch.tensor([SEED], device=device)
+@pytest.mark.parametrize("activation", [None, "relu", "gelu"])
+def test_opcheck(device, activation):
+    x, y, before, dx = (torch.rand(3, 70, device=device) for _ in range(4))
+    deviation, ddeviation = (torch.rand(3, device=device) for _ in range(2))
+    rest = torch.tensor([SEED], device=device), activation
     operators = torch.ops.fastreg
-    torch.library.opcheck(
-        operators.row_noise.default,
-        (x.requires_grad_(), deviation.requires_grad_(), seed, 0, activation, keep),
-    )
-    kept = None if activation is None else x.detach().abs()
-    for needs in ((True, True), (True, False)):
-        torch.library.opcheck(
-            operators.row_noise_backward.default, (x.detach(), kept, seed, 0, activation, *needs)
-        )
+    given = x, deviation, y, before if activation == "gelu" else None
+    torch.library.opcheck(operators.row_noise.default, (*given, *rest))
+    kept, dx = (None, None) if activation is None else (y, dx)
+    torch.library.opcheck(operators.row_noise_backward.default, (x, kept, dx, ddeviation, *rest))
+    if activation is not None:
+        torch.library.opcheck(operators.row_noise_backward.default, (x, kept, dx, None, *rest))
 
 
 @pytest.mark.slow

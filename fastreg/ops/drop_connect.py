@@ -3,8 +3,8 @@
 A mask for every example, for a group of examples, or for the batch (a group as large) is one function,
 ``_DropConnect``, on two backends: the Triton kernels of ``kernels/drop_connect.py`` (CUDA) and loops over the groups in
 ATen (CPU, fp64). Neither stores a mask, and neither needs more memory than its results and a mask or two, or one masked
-copy of the weights where large groups share a mask. An activation is part of the kernels; it is ATen's, a pass of its
-own, in ATen and behind the dense product with such a copy.
+copy of the weights where large groups share a mask. An activation is part of the kernels; it is a pass of its own in
+ATen, and behind the dense product with such a copy.
 """
 
 import itertools
@@ -18,16 +18,12 @@ from torch import Generator, Tensor
 from fastreg import random
 from fastreg.ops import arguments, backend, dual_linear, expectation
 from fastreg.ops.backend import Launch, number
-from fastreg.ops.dropout import activation_backward
-from fastreg.ops.fused import (
-    activated,
-    check_activation,
-    differentiated,
-    gradient_for_kernels,
-    kept_of,
-    needs_argument,
-)
+from fastreg.ops.dropout import activation_backward, activation_forward
+from fastreg.ops.fused import activated, check_activation, kept_of, needs_argument
+from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div
+from fastreg.ops.linear import cast_by_autocast, on_kernels, torch_refuses
+from fastreg.ops.operator import apply, by_definition, empty_gradients, keep, kept, needs_definition, operator
 from fastreg.random import EXAMPLES_PER_LANE, Chance, Stream
 
 if backend.HAS_TRITON:
@@ -57,6 +53,8 @@ class _Form(NamedTuple):
     digits: int
     group_size: int
     scale: float
+    activation: str | None = None
+    in_aten: bool = False  # then there is no activation
 
     @property
     def chance(self) -> Chance:
@@ -122,47 +120,48 @@ def _kept(x: Tensor, mask: Tensor) -> Tensor:
     return (x.view(mask.dtype) & mask).view(x.dtype)
 
 
-def _aten_forward(v: Tensor, weight: Tensor, stream: Stream, form: _Form) -> Tensor:
-    z = v.new_empty(len(v), len(weight))
+def _aten_forward(
+    v: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, stream: Stream, form: _Form
+) -> None:
     for examples, outputs, mask in _masks(v, weight, stream, form, whole=False):
         z[examples, outputs] = v[examples] @ _kept(weight[outputs], mask).t()
-    return z * form.scale
+    z *= form.scale
+    if bias is not None:
+        z += bias
 
 
-def _aten_backward(dz, v, weight, stream, form, needs_v: bool, needs_weight: bool):
-    dv = torch.zeros_like(v, dtype=torch.promote_types(v.dtype, torch.float32)) if needs_v else None
-    dweight = torch.zeros_like(weight) if needs_weight else None
+def _aten_backward(
+    dz: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    dv: Tensor | None,
+    dweight: Tensor | None,
+    stream: Stream,
+    form: _Form,
+) -> None:
+    wide = None if dv is None else torch.zeros_like(dv, dtype=torch.promote_types(v.dtype, torch.float32))
+    if dweight is not None:
+        dweight.zero_()
     for examples, outputs, mask in _masks(v, weight, stream, form, whole=False):
-        if needs_v:
-            dv[examples] += dz[examples, outputs] @ _kept(weight[outputs], mask)
-        if needs_weight:
+        if dv is not None:
+            wide[examples] += dz[examples, outputs] @ _kept(weight[outputs], mask)
+        if dweight is not None:
             dweight[outputs] += _kept(dz[examples, outputs].t() @ v[examples], mask)
-    return (dv * form.scale).to(v.dtype) if needs_v else None, dweight * form.scale if needs_weight else None
+    if dv is not None:
+        torch.mul(wide, form.scale, out=dv)
+    if dweight is not None:
+        dweight *= form.scale
 
 
-def _definition(v: Tensor, weight: Tensor, stream: Stream, form: _Form) -> Tensor:
+def _definition(v: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream, form: _Form) -> Tensor:
     """Differentiable any number of times, for which every group's masked weights stay in memory."""
-    return form.scale * torch.cat(
+    z = form.scale * torch.cat(
         [
             v[examples] @ torch.where(mask != 0, weight, 0).t()
             for examples, _, mask in _masks(v, weight, stream, form, whole=True)
         ]
     )
-
-
-def _differentiable_backward(
-    dz, v, weight, stream, form, needs_v: bool, needs_weight: bool, needs_bias: bool
-):
-    """The derivative of ``_definition``, as differentiable. For second derivatives and batched gradients."""
-    masks = _masks(v, weight, stream, form, whole=True)
-    masks = [(examples, mask != 0) for examples, _, mask in masks]
-    dv = dweight = None
-    if needs_v:
-        dv = torch.cat([dz[examples] @ torch.where(mask, weight, 0) for examples, mask in masks]) * form.scale
-    if needs_weight:
-        terms = [torch.where(mask, dz[examples].t() @ v[examples], 0) for examples, mask in masks]
-        dweight = torch.stack(terms).sum(0) * form.scale
-    return dv, dweight, dz.sum(0) if needs_bias else None
+    return activated(z if bias is None else z + bias, form.activation)
 
 
 # --- launches ---------------------------------------------------------------------------------------------
@@ -189,21 +188,23 @@ def _power_of_2(number: int, least: int, most: int) -> int:
     return min(most, max(least, 1 << (number - 1).bit_length()))
 
 
+@planned
 def product_launches(
     u: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     z: Tensor,
     before: Tensor | None,
-    activation,
-    stream,
+    stream: Stream,
     form: _Form,
     transposed: bool,
+    three: bool,
 ) -> list[Launch]:
     """z[b, r] = activation(scale sum_c m W u[b, c] + bias): one launch, or two where the columns are split.
 
-    u: [examples, columns], weight: [rows, columns] (transposed: [columns, rows]), z, and before, which is given what
-    stands before the activation, if wanted: [examples, rows]; contiguous.
+    u: [examples, columns], weight: [rows, columns] (transposed: [columns, rows], and no activation), z, and before,
+    which is given what stands before the activation, if wanted: [examples, rows]; contiguous.
+    three: ``_takes_three`` products of TF32.
     """
     (examples, columns), rows = u.shape, z.shape[1]
     form = form.for_batch(examples)
@@ -225,6 +226,7 @@ def product_launches(
     trips = ceil_div(tiles, splits)
     splits = ceil_div(tiles, trips)
     partial = z if splits == 1 else torch.empty(splits, examples, rows, dtype=torch.float32, device=u.device)
+    activation = None if transposed else form.activation
     epilogue = {"bias_ptr": bias, "before_ptr": before, "scale": form.scale, "ACTIVATION": activation}
     main = Launch(
         kernels.product,
@@ -244,7 +246,7 @@ def product_launches(
             "SPLIT": splits > 1,
             "TRANSPOSED": transposed,
             "SHARED": shared,
-            "THREE": _three(u),
+            "THREE": three,
             "EVEN": rows % BLOCK_ROWS == 0 and columns % (block_columns * trips) == 0,
             "BLOCK_ROWS": BLOCK_ROWS,
             "BLOCK_COLUMNS": block_columns,
@@ -267,12 +269,15 @@ def product_launches(
     return [main, Launch(kernels.merge, (examples, ceil_div(rows, 1024)), merge | epilogue)]
 
 
-def _three(x: Tensor) -> bool:
+def _takes_three(x: Tensor) -> bool:
     """Whether fp32 takes three products of TF32."""
     return x.dtype == torch.float32 and not backend.allows_tf32()
 
 
-def weight_gradient_launch(dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: _Form) -> Launch:
+@planned
+def weight_gradient_launches(
+    dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: _Form, three: bool
+) -> list[Launch]:
     (examples, outputs), inputs = dz.shape, v.shape[1]
     form = form.for_batch(examples)
     arguments = {
@@ -289,7 +294,7 @@ def weight_gradient_launch(dz: Tensor, v: Tensor, dweight: Tensor, stream: Strea
         kernel, blocks = kernels.shared_weight_gradient, BLOCK_SHARED_GRADIENT
         arguments |= {
             "groups": form.groups(examples),
-            "PRECISION": "tf32x3" if _three(v) else "tf32",
+            "PRECISION": "tf32x3" if three else "tf32",
             "BLOCK_EXAMPLES": _power_of_2(form.group_size, EXAMPLES_PER_LANE, 64 if v.itemsize == 2 else 32),
             "num_warps": 8,
         }
@@ -298,10 +303,11 @@ def weight_gradient_launch(dz: Tensor, v: Tensor, dweight: Tensor, stream: Strea
         registers = 168 if v.itemsize == 2 else 255  # for three programs a multiprocessor, or two
         arguments |= {"words": form.words(examples), "num_warps": 4, "maxnreg": registers}
     grid = (ceil_div(outputs, blocks[0]) * ceil_div(inputs, blocks[1]),)
-    return Launch(kernel, grid, arguments | {"BLOCK_OUTPUTS": blocks[0], "BLOCK_INPUTS": blocks[1]})
+    return [Launch(kernel, grid, arguments | {"BLOCK_OUTPUTS": blocks[0], "BLOCK_INPUTS": blocks[1]})]
 
 
-def mask_launch(weight: Tensor, masked: Tensor, group: int, stream: Stream, form: _Form) -> Launch:
+@planned
+def mask_launches(weight: Tensor, masked: Tensor, group: int, stream: Stream, form: _Form) -> list[Launch]:
     """masked = the weights that a group keeps, unscaled. ``masked`` may be ``weight``."""
     outputs, inputs = weight.shape
     arguments = {
@@ -317,208 +323,140 @@ def mask_launch(weight: Tensor, masked: Tensor, group: int, stream: Stream, form
     }
     del arguments["scale"]
     grid = (ceil_div(outputs, BLOCK_MASK[0]) * ceil_div(inputs, BLOCK_MASK[1]),)
-    return Launch(kernels.mask_weights, grid, arguments)
+    return [Launch(kernels.mask_weights, grid, arguments)]
 
 
 def _masked_products(u, weight, bias, z, stream: Stream, form: _Form, transposed: bool) -> None:
     """As ``product_launches``, with a copy of W that is masked for one group after the other, and dense products."""
     masked = torch.empty_like(weight)
     for group in range(form.groups(len(u))):
-        mask_launch(weight, masked, group, stream, form).run(u.device)
+        mask_launches.run(weight, masked, group, stream, form)
         examples = slice(group * form.group_size, (group + 1) * form.group_size)
         matrix = masked if transposed else masked.t()
         start, beta = (u.new_empty(()), 0) if bias is None else (bias, 1)
         torch.addmm(start, u[examples], matrix, beta=beta, alpha=form.scale, out=z[examples])
 
 
-def _run_product(u, weight, bias, activation, stream: Stream, form: _Form, transposed: bool, keep=False):
-    """The activation of the product, and with ``keep`` the product, else None."""
+def _product(
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    before: Tensor | None,
+    stream: Stream,
+    form: _Form,
+    transposed: bool = False,
+) -> None:
+    """As ``product_launches``, wherever the weights are masked."""
     form = form.for_batch(len(u))
-    z = u.new_empty(len(u), weight.shape[1 if transposed else 0])
     if form.masks_in_registers(len(u)):
-        before = torch.empty_like(z) if keep else None
-        for launch in product_launches(u, weight, bias, z, before, activation, stream, form, transposed):
-            launch.run(u.device)
-        return z, before
-    _masked_products(u, weight, bias, z, stream, form, transposed)
-    return activated(z, activation), z if keep else None
+        product_launches.run(u, weight, bias, z, before, stream, form, transposed, _takes_three(u))
+        return
+    product = z if before is None else before
+    _masked_products(u, weight, bias, product, stream, form, transposed)
+    if form.activation is not None and not transposed:
+        activation_forward(product, z, form.activation)
 
 
-def _run_weight_gradient(dz: Tensor, v: Tensor, weight: Tensor, stream: Stream, form: _Form) -> Tensor:
+def _weight_gradient(dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: _Form) -> None:
     form = form.for_batch(len(v))
-    dweight = torch.empty_like(weight)
     # fp32 alone would be better off with a dense product: the tensor cores take TF32 only along the examples.
     if form.groups(len(v)) > 1 or (v.itemsize == 2 and form.masks_in_registers(len(v))):
-        weight_gradient_launch(dz, v, dweight, stream, form).run(v.device)
+        weight_gradient_launches.run(dz, v, dweight, stream, form, _takes_three(v))
     else:
         torch.addmm(v.new_empty(()), dz.t(), v, beta=0, alpha=form.scale, out=dweight)
-        mask_launch(dweight, dweight, 0, stream, form).run(v.device)
-    return dweight
+        mask_launches.run(dweight, dweight, 0, stream, form)
 
 
-def _run_forward(v, weight, bias, activation, stream, form, keep=False):
-    v, weight = v.contiguous(), weight.contiguous()
-    return _run_product(v, weight, bias, activation, stream, form, transposed=False, keep=keep)
+# --- operators --------------------------------------------------------------------------------------------
 
 
-def _run_backward(dz, v, weight, stream, form, needs_v: bool, needs_weight: bool):
-    dz, v, weight = dz.contiguous(), v.contiguous(), weight.contiguous()
-    dv = _run_product(dz, weight, None, None, stream, form, transposed=True)[0] if needs_v else None
-    return dv, _run_weight_gradient(dz, v, weight, stream, form) if needs_weight else None
+@operator("fastreg::drop_connect", writes=["z", "before"])
+def _forward(
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    before: Tensor | None,
+    stream: Stream,
+    form: _Form,
+) -> None:
+    """z, before: contiguous. before: what stands before the activation, if wanted."""
+    if form.in_aten:
+        _aten_forward(v, weight, bias, z, stream, form)
+    else:
+        _product(v.contiguous(), weight.contiguous(), bias, z, before, stream, form)
 
 
-def _on_kernels(*tensors: Tensor | None) -> bool:
-    return all(t is None or (backend.runs_kernels(t) and t.dtype != torch.float64) for t in tensors)
-
-
-def _forward(v, weight, bias, activation, stream: Stream, form: _Form, keep: bool):
-    """The result, and with ``keep`` what stands before the activation, else None. In ATen there is no activation."""
-    if _on_kernels(v, weight, bias):
-        return _run_forward(v, weight, bias, activation, stream, form, keep)
-    z = _aten_forward(v, weight, stream, form)
-    return z if bias is None else z + bias, None
-
-
-def _backward(dy, v, weight, kept, activation, stream, form, needs_v, needs_weight, needs_bias):
-    """The wanted of the gradients of v, weight and bias; None for the others."""
-    dz, dbias = dy, None
-    if activation is not None:
-        dz, dbias = activation_backward(dy, kept, activation, needs_bias)
-    if needs_bias:
-        dbias = (dz.sum(0) if dbias is None else dbias).to(v.dtype)
-    dv = dweight = None
-    if needs_v or needs_weight:
-        run = _run_backward if _on_kernels(dz, v, weight) else _aten_backward
-        dv, dweight = run(dz, v, weight, stream, form, needs_v, needs_weight)
-    return dv, dweight, dbias
+@operator("fastreg::drop_connect_backward", writes=["dv", "dweight", "dbias"])
+def _backward(
+    dy: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    y_or_before: Tensor | None,
+    dv: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    stream: Stream,
+    form: _Form,
+) -> None:
+    """dv, dweight, dbias: contiguous; None where they are not wanted. y_or_before: what the activation has kept."""
+    dz, sums = dy, None
+    if form.activation is not None:
+        dz, sums = activation_backward(dy, y_or_before, form.activation, dbias is not None)
+    if sums is not None:
+        dbias.copy_(sums)
+    elif dbias is not None:
+        torch.sum(dz, 0, out=dbias)
+    if form.in_aten:
+        _aten_backward(dz, v, weight, dv, dweight, stream, form)
+        return
+    dz = dz.contiguous()
+    if dv is not None:
+        _product(dz, weight.contiguous(), None, dv, None, stream, form, transposed=True)
+    if dweight is not None:
+        _weight_gradient(dz, v.contiguous(), dweight, stream, form)
 
 
 # --- autograd ---------------------------------------------------------------------------------------------
 
 
 class _DropConnect(torch.autograd.Function):
-    """activation(scale (M ∘ W) v + bias), and what stands before the activation, if its derivative needs that.
-
-    Saves what torch's linear saves, the stream, and for the activation one of its two results, by which second
-    derivatives come back to this function.
-    """
+    """activation(scale (M ∘ W) v + bias). Saves the inputs, the stream, and what the derivative of the activation
+    needs: the result, or its argument."""
 
     @staticmethod
-    def forward(ctx, v, weight, bias, seed, offset, form, activation):
-        ctx.set_materialize_grads(False)
-        seed_tensor = seed if isinstance(seed, Tensor) else None
-        ctx.seed = seed if seed_tensor is None else None
-        ctx.offset, ctx.form, ctx.activation = offset, form, activation
-        stream, keep = Stream(seed, offset), needs_argument(activation)
-        z, before = _forward(v, weight, bias, activation, stream, form, keep)
-        ctx.save_for_backward(v, weight, kept_of(z, before, activation), seed_tensor)
-        return z, before
+    def forward(ctx, v, weight, bias, seed, offset, form):
+        stream = Stream(seed, offset)
+        z = v.new_empty(v.shape[0], weight.shape[0])
+        before = (
+            torch.empty_like(z) if needs_argument(form.activation) and any(ctx.needs_input_grad) else None
+        )
+        _forward(v, weight, bias, z, before, stream, form)
+        ctx.form = form
+        keep(ctx, stream, v, weight, bias, kept_of(z, before, form.activation))
+        return z
 
     @staticmethod
-    def backward(ctx, dy, dbefore):
-        if dy is None and dbefore is None:
-            return (None,) * 7
-        v, weight, kept, seed = ctx.saved_tensors
-        stream = Stream(ctx.seed if seed is None else seed, ctx.offset)
-        needs = ctx.needs_input_grad[:3]
-        dy, activation = gradient_for_kernels(dy, dbefore, kept, ctx.activation)
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(dy):
-            found = _differentiable_backward(dy, v, weight, stream, ctx.form, *needs)
+    def backward(ctx, dy):
+        stream, v, weight, bias, y_or_before = kept(ctx)
+        inputs = v, weight, bias
+        if needs_definition(dy):
+            found = by_definition(lambda *given: _definition(*given, stream, ctx.form), inputs, dy)
         else:
-            found = _backward(dy, v, weight, kept, activation, stream, ctx.form, *needs)
-        return *found, None, None, None, None
+            found = empty_gradients(ctx, inputs)
+            _backward(dy, v, weight, y_or_before, *found, stream, ctx.form)
+        return *found, None, None, None
 
 
-# --- registered operators, for torch.compile --------------------------------------------------------------
-
-
-@torch.library.custom_op("fastreg::drop_connect", mutates_args=())
-def _drop_connect_op(
-    v: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    seed: Tensor,
-    offset: int,
-    keep: int,
-    digits: int,
-    group_size: int,
-    scale: float,
-    activation: str | None,
-    keep_before: bool,
-) -> tuple[Tensor, Tensor]:
-    """The result, and what stands before the activation if it is to be kept, else nothing."""
-    form = _Form(keep, digits, group_size, scale)
-    z, before = _forward(v, weight, bias, activation, Stream(seed, offset), form, keep_before)
-    return z, z.new_empty(0) if before is None else before
-
-
-@_drop_connect_op.register_fake
-def _(v, weight, bias, seed, offset, keep, digits, group_size, scale, activation, keep_before):
-    z = v.new_empty(v.shape[0], weight.shape[0])
-    return z, z.new_empty(z.shape if keep_before else (0,))
-
-
-@torch.library.custom_op("fastreg::drop_connect_backward", mutates_args=())
-def _drop_connect_backward_op(
-    dy: Tensor,
-    v: Tensor,
-    weight: Tensor,
-    kept: Tensor | None,
-    seed: Tensor,
-    offset: int,
-    keep: int,
-    digits: int,
-    group_size: int,
-    scale: float,
-    activation: str | None,
-    needs_v: bool,
-    needs_weight: bool,
-    needs_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The wanted gradients; the others are empty."""
-    form, stream = _Form(keep, digits, group_size, scale), Stream(seed, offset)
-    found = _backward(dy, v, weight, kept, activation, stream, form, needs_v, needs_weight, needs_bias)
-    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in found)
-
-
-@_drop_connect_backward_op.register_fake
-def _(dy, v, weight, kept, seed, offset, keep, digits, group_size, scale, activation, *needs):
-    return tuple(
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else dy.new_empty(0)
-        for t, needed in zip((v, weight, dy[0]), needs, strict=True)
-    )
-
-
-def _save_for_compiled_backward(ctx, inputs, output):
-    v, weight, _, seed, *ctx.rest, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(v, weight, kept_of(*output, ctx.rest[-1]), seed)
-
-
-def _compiled_backward(ctx, dy, _):
-    needs = ctx.needs_input_grad[:3]
-    found = _drop_connect_backward_op(dy, *ctx.saved_tensors, *ctx.rest, *needs)
-    found = (gradient if needed else None for gradient, needed in zip(found, needs, strict=True))
-    return *found, None, *[None] * len(ctx.rest), None
-
-
-_drop_connect_op.register_autograd(_compiled_backward, setup_context=_save_for_compiled_backward)
-
-
-def _masked_linear(v, weight, bias, activation: str | None, stream: Stream, form: _Form) -> Tensor:
+def _masked_linear(v: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream, form: _Form) -> Tensor:
     """activation(scale (M ∘ W) v + bias) for examples v [B, inputs]."""
-    tensors = v, weight, bias
-    if activation is not None and not _on_kernels(*tensors):
-        return activated(_masked_linear(*tensors, None, stream, form), activation)
-    if torch.compiler.is_compiling():
-        seed, keep = stream.seed_on(v.device), needs_argument(activation) and differentiated(*tensors)
-        return _drop_connect_op(*tensors, seed, stream.offset, *form, activation, keep)[0]
-    if backend.watched():
-        z = _definition(v, weight, stream, form)
-        return z if bias is None else z + bias
-    if _on_kernels(*tensors) and not differentiated(*tensors):
-        return _run_forward(*tensors, activation, stream, form)[0]
-    return _DropConnect.apply(*tensors, *stream, form, activation)[0]
+    if on_kernels(v, weight, bias):
+        return apply(_DropConnect, v, weight, bias, *stream, form)
+    if not torch.compiler.is_compiling() and backend.watched():
+        return _definition(v, weight, bias, stream, form)
+    z = apply(_DropConnect, v, weight, bias, *stream, form._replace(activation=None, in_aten=True))
+    return activated(z, form.activation)
 
 
 # --- the public function ----------------------------------------------------------------------------------
@@ -606,9 +544,9 @@ def drop_connect_linear(
         z = dual_linear.gaussian_linear(examples, weight, bias, scale, sigma, activation, seed, generator)
     else:
         scale = 1 / chance.probability if inverted else 1.0
-        form = _Form(*chance, BATCH if mask == "batch" else group_size or 1, scale)
+        form = _Form(*chance, BATCH if mask == "batch" else group_size or 1, scale, activation)
         stream = random.stream(input.device, seed, generator)
-        z = _masked_linear(examples, weight, bias, activation, stream, form)
+        z = _masked_linear(examples, weight, bias, stream, form)
     return z.view(*input.shape[:-1], weight.shape[0])
 
 
@@ -643,27 +581,6 @@ def checked_arguments(
             raise ValueError(f"{name} has to be at least 1, but got {value}")
     check_activation(activation)
     return p, group_size, samples
-
-
-def cast_by_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
-    """What autocast does to the arguments of torch's linear."""
-    device = tensors[0].device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):  # which refuses to answer for "meta"
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device)
-    return [
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    ]
-
-
-def torch_refuses(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    if weight.dim() != 2 or input.dim() == 0 or input.shape[-1] != weight.shape[1]:
-        return True
-    others = (weight,) if bias is None else (weight, bias)
-    return any(t.dtype != input.dtype or t.device != input.device for t in others) or (
-        bias is not None and bias.shape != weight.shape[:1]
-    )
 
 
 # --- inference --------------------------------------------------------------------------------------------

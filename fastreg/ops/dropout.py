@@ -268,6 +268,11 @@ def _backward(
         dx.copy_(result)
 
 
+def activation_forward(z: Tensor, y: Tensor, activation: str) -> None:
+    """y = f(z), in one pass: dropout that drops nothing. y may be z."""
+    _forward(z, None, None, y, Stream(0), _Form(0, 1.0, activation=activation))
+
+
 def activation_backward(
     dy: Tensor, kept: Tensor, activation: str, needs_bias: bool
 ) -> tuple[Tensor, Tensor | None]:

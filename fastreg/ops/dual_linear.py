@@ -20,15 +20,11 @@ from torch import Tensor
 from fastreg import random
 from fastreg.ops import backend
 from fastreg.ops.backend import Launch, number
-from fastreg.ops.fused import (
-    activated,
-    derivative,
-    differentiated,
-    gradient_for_kernels,
-    kept_of,
-    needs_argument,
-)
-from fastreg.ops.layout import ceil_div
+from fastreg.ops.fused import activated, derivative, kept_of, needs_argument
+from fastreg.ops.launch import planned
+from fastreg.ops.layout import ceil_div, row_blocks
+from fastreg.ops.linear import on_kernels
+from fastreg.ops.operator import apply, by_definition, empty_gradients, keep, kept, needs_definition, operator
 from fastreg.random import Stream
 
 if backend.HAS_TRITON:
@@ -42,7 +38,8 @@ IN, OUT = 1, 2
 class _Form(NamedTuple):
     kind: int
     scale: float = 1.0
-    sigma: float = 1.0  # where it is no tensor
+    fixed_sigma: float = 1.0  # where it is no tensor
+    activation: str | None = None
 
 
 def _further(stream: Stream, use: int) -> Stream:
@@ -91,7 +88,9 @@ def _definition(
     if form.kind == GAUSSIAN:
         b = root(squares(v, weight))
         noise = (
-            (form.sigma if sigma is None else sigma.to(b.dtype)) * b * _normals(examples, outputs, at(OUT), b)
+            (form.fixed_sigma if sigma is None else sigma.to(b.dtype))
+            * b
+            * _normals(examples, outputs, at(OUT), b)
         )
         z = (form.scale * F.linear(v, weight) + noise).to(v.dtype)
     elif form.kind == FLIPOUT:
@@ -101,16 +100,10 @@ def _definition(
     else:
         b = F.linear(v * _factors(*v.shape, at(IN), v), weight_sigma, bias_sigma)
         z = F.linear(v, weight) + b * _factors(examples, outputs, at(OUT), b)
-    return z if bias is None else z + bias
+    return activated(z if bias is None else z + bias, form.activation)
 
 
 # --- launches ---------------------------------------------------------------------------------------------
-
-
-def row_blocks(columns: int) -> tuple[int, int]:
-    """Of an elementwise pass over rows: columns of a program, and how many of these blocks a row has."""
-    block = min(1024, max(64, 1 << (columns - 1).bit_length()))
-    return block, ceil_div(columns, block)
 
 
 def _second_dtype(dtype: torch.dtype, kind: int) -> torch.dtype:
@@ -122,20 +115,29 @@ def _draw(stream: Stream) -> dict:
     return {**number("seed", stream.seed, 0), "offset": stream.offset}
 
 
-def _precision() -> str:
-    return "tf32" if backend.allows_tf32() else "tf32x3"
+def _precision(x: Tensor) -> str:
+    """Whether fp32 takes a product of TF32, or three."""
+    return "tf32" if x.dtype == torch.float32 and backend.allows_tf32() else "tf32x3"
 
 
-def second_launch(
-    x, y, stream, form: _Form, use: int, sigma=None, square_root=None, slope=None,
-    kept=None, dz=None, activation=None,
-) -> Launch:  # fmt: skip
-    """y = x ∘ x, the noise of ``use`` times x, or with ``square_root`` the q of dz.
+def _second(
+    x: Tensor,
+    y: Tensor,
+    stream: Stream,
+    form: _Form,
+    use: int,
+    sigma: Tensor | None = None,
+    root: Tensor | None = None,
+    slope: Tensor | None = None,
+    kept: Tensor | None = None,
+    dz: Tensor | None = None,
+) -> Launch:
+    """y = x ∘ x, the noise of ``use`` times x, or with ``root`` the q of dz.
 
-    With an activation x is dy, what is kept of the forward pass makes dz of it, and y is made of that.
+    With ``kept`` x is dy, what is kept for the activation makes dz of it, and y is made of that.
     """
     rows, columns = x.shape
-    kind = form.kind if square_root is None else SLOPE
+    kind = form.kind if root is None else SLOPE
     block, blocks = row_blocks(columns)
     return Launch(
         kernels.second_input,
@@ -144,39 +146,42 @@ def second_launch(
             "x_ptr": x,
             "kept_ptr": kept,
             "dz_ptr": dz,
-            "root_ptr": square_root,
+            "root_ptr": root,
             "y_ptr": y,
             "slope_ptr": slope,
             **_draw(stream),
-            **number("sigma", form.sigma if sigma is None else sigma, 0.0),
+            **number("sigma", form.fixed_sigma if sigma is None else sigma, 0.0),
             "columns": columns,
             "blocks": blocks,
             "KIND": kind,
             "USE": use,
-            "DERIVATIVE": derivative(activation),
+            "DERIVATIVE": None if kept is None else derivative(form.activation),
             "BLOCK": block,
             "num_warps": max(1, block // 256),
         },
     )
 
 
-def product_launch(
-    u,
-    u2,
-    weight,
-    weight_sigma,
-    v,
-    bias,
-    bias_sigma,
-    z,
-    before,
-    square_root,
-    stream,
-    form,
-    sigma,
-    activation,
-    transposed,
+def _product(
+    u: Tensor,
+    u2: Tensor,
+    weight: Tensor,
+    weight_sigma: Tensor | None,
+    z: Tensor,
+    stream: Stream,
+    form: _Form,
+    precision: str,
+    *,
+    bias: Tensor | None = None,
+    bias_sigma: Tensor | None = None,
+    sigma: Tensor | None = None,
+    before: Tensor | None = None,
+    root: Tensor | None = None,
+    v: Tensor | None = None,
+    transposed: bool = False,
 ) -> Launch:
+    """z from u and u2; before and root are given what ``_forward`` says. Transposed: dv from dz and its second input,
+    with the v of squares, and no activation."""
     (examples, columns), rows = u.shape, z.shape[1]
     block_rows, block_columns = 64, 128 // u.element_size()
     # fp32 has no registers for larger tiles: a product of it is three of TF32.
@@ -199,17 +204,17 @@ def product_launch(
             "bias_sigma_ptr": bias_sigma,
             "z_ptr": z,
             "before_ptr": before,
-            "root_ptr": square_root,
+            "root_ptr": root,
             **_draw(stream),
-            **number("sigma", form.sigma if sigma is None else sigma, 0.0),
+            **number("sigma", form.fixed_sigma if sigma is None else sigma, 0.0),
             "scale": form.scale,
             "examples": examples,
             "rows": rows,
             "columns": columns,
             "KIND": form.kind,
             "TRANSPOSED": transposed,
-            "ACTIVATION": activation,
-            "PRECISION": _precision(),
+            "ACTIVATION": None if transposed else form.activation,
+            "PRECISION": precision,
             "EVEN": rows % block_rows == 0 and columns % block_columns == 0,
             "BLOCK_ROWS": block_rows,
             "BLOCK_COLUMNS": block_columns,
@@ -219,7 +224,17 @@ def product_launch(
     )
 
 
-def weight_gradient_launch(dz, dz2, v, v2, weight, dweight, stream, form) -> Launch:
+def _weight_gradient(
+    dz: Tensor,
+    dz2: Tensor,
+    v: Tensor,
+    v2: Tensor,
+    weight: Tensor,
+    dweight: Tensor,
+    stream: Stream,
+    form: _Form,
+    precision: str,
+) -> Launch:
     (examples, outputs), inputs = dz.shape, v.shape[1]
     block = 64
     return Launch(
@@ -238,7 +253,7 @@ def weight_gradient_launch(dz, dz2, v, v2, weight, dweight, stream, form) -> Lau
             "outputs": outputs,
             "inputs": inputs,
             "KIND": form.kind,
-            "PRECISION": _precision(),
+            "PRECISION": precision,
             "BLOCK_OUTPUTS": block,
             "BLOCK_INPUTS": block,
             "BLOCK_EXAMPLES": 128 // dz.element_size(),
@@ -247,272 +262,186 @@ def weight_gradient_launch(dz, dz2, v, v2, weight, dweight, stream, form) -> Lau
     )
 
 
-def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
-    return [None if t is None else t.contiguous() for t in tensors]
-
-
-def _forward(v, weight, bias, sigma, weight_sigma, bias_sigma, stream, form, activation, keep, keep_root):
-    """The result; with ``keep`` what stands before the activation; with ``keep_root`` the fp32 square root of
-    (W ∘ W)(v ∘ v), for the gradients of the Gaussian. None where they are not wanted."""
-    v, weight, bias, weight_sigma, bias_sigma = _contiguous(v, weight, bias, weight_sigma, bias_sigma)
-    z = v.new_empty(len(v), len(weight))
-    before = torch.empty_like(z) if keep else None
-    square_root = torch.empty_like(z, dtype=torch.float32) if keep_root else None
-    v2 = torch.empty_like(v, dtype=_second_dtype(v.dtype, form.kind))
-    second_launch(v, v2, stream, form, IN).run(v.device)
-    product_launch(
-        v,
-        v2,
-        weight,
-        weight_sigma,
-        None,
-        bias,
-        bias_sigma,
-        z,
-        before,
-        square_root,
-        stream,
-        form,
-        sigma,
-        activation,
-        False,
-    ).run(v.device)
-    return z, before, square_root
-
-
-def _backward(dy, v, weight, sigma, weight_sigma, square_root, kept, activation, stream, form, needs):
-    """The wanted of the gradients of v, weight, bias, sigma, weight_sigma and bias_sigma; None for the others."""
-    needs_v, needs_weight, needs_bias, needs_sigma, needs_weight_sigma, needs_bias_sigma = needs
-    dy, v, weight, weight_sigma = _contiguous(dy, v, weight, weight_sigma)
-    second = _second_dtype(v.dtype, form.kind)
-    dv = dweight = dbias = dsigma = dweight_sigma = dbias_sigma = None
-    dz = dy if activation is None else torch.empty_like(dy)
-    if dz is not dy or any((needs_v, needs_weight, needs_sigma, needs_weight_sigma, needs_bias_sigma)):
-        dz2 = torch.empty_like(dz, dtype=second)
-        slope = None
-        if form.kind == GAUSSIAN and needs_sigma:
-            slope = dz.new_empty(len(dz) * row_blocks(dz.shape[1])[1], dtype=torch.float32)
-        second_launch(dy, dz2, stream, form, OUT, sigma, square_root, slope, kept, dz, activation).run(
-            dz.device
-        )
-    if needs_bias:
-        dbias = dz.sum(0)
-    if needs_sigma:
-        dsigma = slope.sum().view(sigma.shape).to(sigma.dtype)
-    if needs_v:
-        dv = torch.empty_like(v)
-        own = v if form.kind == GAUSSIAN else None
-        product_launch(
-            dz, dz2, weight, weight_sigma, own, None, None, dv, None, None, stream, form, None, None, True
-        ).run(dz.device)
-    if needs_bias_sigma:
-        dbias_sigma = dz2.sum(0)
-    if needs_weight and form.kind == FACTORISED:
-        dweight = dz.t() @ v  # with nothing in common, and no mask: a matrix library's
-    if (needs_weight and form.kind != FACTORISED) or needs_weight_sigma:
-        v2 = torch.empty_like(v, dtype=second)
-        second_launch(v, v2, stream, form, IN).run(dz.device)
-        if needs_weight_sigma:
-            dweight_sigma = dz2.t() @ v2
-        else:
-            dweight = torch.empty_like(weight)
-            weight_gradient_launch(dz, dz2, v, v2, weight, dweight, stream, form).run(dz.device)
-    return dv, dweight, dbias, dsigma, dweight_sigma, dbias_sigma
-
-
-# --- autograd ---------------------------------------------------------------------------------------------
-
-
-class _Dual(torch.autograd.Function):
-    """The result, and what stands before its activation, if the derivative of that needs it: one of the two is saved,
-    by which second derivatives come back to this function."""
-
-    @staticmethod
-    def forward(ctx, v, weight, bias, sigma, weight_sigma, bias_sigma, seed, offset, form, activation):
-        ctx.set_materialize_grads(False)
-        in_memory = isinstance(seed, Tensor)
-        z, before, square_root = _forward(
-            v,
-            weight,
-            bias,
-            sigma,
-            weight_sigma,
-            bias_sigma,
-            Stream(seed, offset),
-            form,
-            activation,
-            keep=needs_argument(activation),
-            keep_root=form.kind == GAUSSIAN,
-        )
-        ctx.seed, ctx.offset, ctx.form = None if in_memory else seed, offset, form
-        ctx.activation = activation
-        kept = kept_of(z, before, activation)
-        ctx.save_for_backward(
-            v, weight, sigma, weight_sigma, bias_sigma, square_root, kept, seed if in_memory else None
-        )
-        return z, before
-
-    @staticmethod
-    def backward(ctx, dy, dbefore):
-        if dy is None and dbefore is None:
-            return (None,) * 10
-        v, weight, sigma, weight_sigma, bias_sigma, square_root, kept, seed = ctx.saved_tensors
-        stream, form = Stream(ctx.seed if seed is None else seed, ctx.offset), ctx.form
-        needs = ctx.needs_input_grad[:6]
-        dy, activation = gradient_for_kernels(dy, dbefore, kept, ctx.activation)
-        if torch.is_grad_enabled() or not on_kernels(dy, v, weight):
-            inputs = (v, weight, sigma, weight_sigma, bias_sigma)
-            found = _differentiable_backward(dy, inputs, stream, form, needs)
-        else:
-            rest = (square_root, kept, activation, stream, form, needs)
-            found = _backward(dy, v, weight, sigma, weight_sigma, *rest)
-        return *found, None, None, None, None
-
-
-def _differentiable_backward(dz, inputs, stream, form, needs):
-    """For second derivatives and batched gradients: those of the definition."""
-    create = torch.is_grad_enabled()
-    needs_v, needs_weight, needs_bias, *others = needs
-    needs = (needs_v, needs_weight, *others)
-    with torch.enable_grad():
-        v, weight, sigma, weight_sigma, bias_sigma = all_ = [
-            t.detach().requires_grad_() if needed and not t.requires_grad else t
-            for t, needed in zip(inputs, needs, strict=True)
-        ]
-        z = _definition(v, weight, None, sigma, weight_sigma, bias_sigma, stream, form)
-    wanted = [t for t, needed in zip(all_, needs, strict=True) if needed]
-    found = iter(())
-    if wanted:
-        found = iter(torch.autograd.grad(z, wanted, dz, create_graph=create, allow_unused=True))
-    dv, dweight, *rest = (next(found) if needed else None for needed in needs)
-    return dv, dweight, dz.sum(0) if needs_bias else None, *rest
-
-
-# --- registered operators, for torch.compile --------------------------------------------------------------
-
-
-@torch.library.custom_op("fastreg::dual_linear", mutates_args=())
-def _dual_op(
+@planned
+def forward_launches(
     v: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     sigma: Tensor | None,
     weight_sigma: Tensor | None,
     bias_sigma: Tensor | None,
-    seed: Tensor,
-    offset: int,
-    kind: int,
-    scale: float,
-    sigma_number: float,
-    activation: str | None,
-    keep: bool,
-    keep_root: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As ``_forward``, with empty tensors for None."""
-    form, stream = _Form(kind, scale, sigma_number), Stream(seed, offset)
-    z, before, square_root = _forward(
-        v, weight, bias, sigma, weight_sigma, bias_sigma, stream, form, activation, keep, keep_root
-    )
-    if before is None:
-        before = z.new_empty(0)
-    if square_root is None:
-        square_root = z.new_empty(0, dtype=torch.float32)
-    return z, before, square_root
+    z: Tensor,
+    before: Tensor | None,
+    root: Tensor | None,
+    stream: Stream,
+    form: _Form,
+    precision: str,
+) -> list[Launch]:
+    """All contiguous. Workspace: the second input."""
+    v2 = torch.empty_like(v, dtype=_second_dtype(v.dtype, form.kind))
+    more = {"bias": bias, "bias_sigma": bias_sigma, "sigma": sigma, "before": before, "root": root}
+    product = _product(v, v2, weight, weight_sigma, z, stream, form, precision, **more)
+    return [_second(v, v2, stream, form, IN), product]
 
 
-@_dual_op.register_fake
-def _(
-    v, weight, bias, sigma, weight_sigma, bias_sigma, seed, offset, kind, scale, sigma_number,
-    activation, keep, keep_root,
-):  # fmt: skip
-    z = v.new_empty(v.shape[0], weight.shape[0])
-    root = z.new_empty(z.shape if keep_root else (0,), dtype=torch.float32)
-    return z, z.new_empty(z.shape if keep else (0,)), root
-
-
-@torch.library.custom_op("fastreg::dual_linear_backward", mutates_args=())
-def _dual_backward_op(
+@planned
+def backward_launches(
     dy: Tensor,
     v: Tensor,
     weight: Tensor,
     sigma: Tensor | None,
     weight_sigma: Tensor | None,
-    square_root: Tensor,
+    root: Tensor | None,
     kept: Tensor | None,
-    seed: Tensor,
-    offset: int,
-    kind: int,
-    scale: float,
-    sigma_number: float,
-    activation: str | None,
-    needs: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The wanted gradients; the others are empty."""
-    form, stream = _Form(kind, scale, sigma_number), Stream(seed, offset)
-    square_root = square_root if kind == GAUSSIAN else None
-    found = _backward(dy, v, weight, sigma, weight_sigma, square_root, kept, activation, stream, form, needs)
-    return tuple(dy.new_empty(0) if gradient is None else gradient for gradient in found)
+    dz: Tensor,
+    dz2: Tensor,
+    slope: Tensor | None,
+    dv: Tensor | None,
+    v2: Tensor | None,
+    dweight: Tensor | None,
+    stream: Stream,
+    form: _Form,
+    precision: str,
+) -> list[Launch]:
+    """All contiguous. Writes dz (which is dy where there is no activation), dz2, and what is given of those behind."""
+    behind = None if kept is None else dz
+    launches = [_second(dy, dz2, stream, form, OUT, sigma, root, slope, kept, behind)]
+    if dv is not None:
+        squared = v if form.kind == GAUSSIAN else None
+        launches.append(
+            _product(dz, dz2, weight, weight_sigma, dv, stream, form, precision, v=squared, transposed=True)
+        )
+    if v2 is not None:
+        launches.append(_second(v, v2, stream, form, IN))
+    if dweight is not None:
+        launches.append(_weight_gradient(dz, dz2, v, v2, weight, dweight, stream, form, precision))
+    return launches
 
 
-@_dual_backward_op.register_fake
-def _(dy, v, weight, sigma, weight_sigma, square_root, kept, seed, offset, kind, scale, number, name, needs):
-    like = (v, weight, dy[0], sigma, weight_sigma, dy[0])
-    return tuple(
-        torch.empty(t.shape, dtype=t.dtype, device=t.device) if needed else dy.new_empty(0)
-        for t, needed in zip(like, needs, strict=True)
+# --- operators --------------------------------------------------------------------------------------------
+
+
+def _contiguous(*tensors: Tensor | None) -> list[Tensor | None]:
+    return [None if t is None else t.contiguous() for t in tensors]
+
+
+@operator("fastreg::dual_linear", writes=["z", "before", "root"])
+def _forward(
+    v: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sigma: Tensor | None,
+    weight_sigma: Tensor | None,
+    bias_sigma: Tensor | None,
+    z: Tensor,
+    before: Tensor | None,
+    root: Tensor | None,
+    stream: Stream,
+    form: _Form,
+) -> None:
+    """z, and where they are wanted before, which stands before the activation, and root, the square root of
+    (W ∘ W)(v ∘ v) in fp32, for the gradients of the Gaussian: contiguous."""
+    v, weight, bias, weight_sigma, bias_sigma = _contiguous(v, weight, bias, weight_sigma, bias_sigma)
+    forward_launches.run(
+        v, weight, bias, sigma, weight_sigma, bias_sigma, z, before, root, stream, form, _precision(v)
     )
 
 
-def _save_for_compiled_backward(ctx, inputs, output):
-    v, weight, _, sigma, weight_sigma, _, seed, *ctx.rest, _, _ = inputs
-    z, before, square_root = output
-    ctx.mark_non_differentiable(before, square_root)
-    kept = kept_of(z, before, ctx.rest[-1])
-    ctx.save_for_backward(v, weight, sigma, weight_sigma, square_root, kept, seed)
+@operator(
+    "fastreg::dual_linear_backward",
+    writes=["dv", "dweight", "dbias", "dsigma", "dweight_sigma", "dbias_sigma"],
+)
+def _backward(
+    dy: Tensor,
+    v: Tensor,
+    weight: Tensor,
+    sigma: Tensor | None,
+    weight_sigma: Tensor | None,
+    root: Tensor | None,
+    y_or_before: Tensor | None,
+    dv: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+    dsigma: Tensor | None,
+    dweight_sigma: Tensor | None,
+    dbias_sigma: Tensor | None,
+    stream: Stream,
+    form: _Form,
+) -> None:
+    """The gradients: contiguous; None where they are not wanted. y_or_before: what the activation has kept."""
+    dy, v, weight, weight_sigma = _contiguous(dy, v, weight, weight_sigma)
+    factorised = form.kind == FACTORISED
+    dz = dy if y_or_before is None else torch.empty_like(dy)
+    second = _second_dtype(v.dtype, form.kind)
+    dz2 = torch.empty_like(dz, dtype=second)
+    of_kernel = None if factorised else dweight
+    v2 = slope = None
+    if of_kernel is not None or dweight_sigma is not None:
+        v2 = torch.empty_like(v, dtype=second)
+    if dsigma is not None:
+        slope = dz.new_empty(len(dz) * row_blocks(dz.shape[1])[1], dtype=torch.float32)
+    if dz is not dy or any(t is not None for t in (dv, dweight, dsigma, dweight_sigma, dbias_sigma)):
+        backward_launches.run(
+            dy, v, weight, sigma, weight_sigma, root, y_or_before, dz, dz2, slope, dv, v2, of_kernel,
+            stream, form, _precision(v),
+        )  # fmt: skip
+    if dbias is not None:
+        torch.sum(dz, 0, out=dbias)
+    if dsigma is not None:
+        dsigma.copy_(slope.sum())
+    if dbias_sigma is not None:
+        torch.sum(dz2, 0, out=dbias_sigma)
+    # Behind the factors these have no noise in common, and so are a matrix library's.
+    if factorised and dweight is not None:
+        torch.mm(dz.t(), v, out=dweight)
+    if dweight_sigma is not None:
+        torch.mm(dz2.t(), v2, out=dweight_sigma)
 
 
-def _compiled_backward(ctx, dy, *_):
-    needs = ctx.needs_input_grad[:6]
-    found = _dual_backward_op(dy, *ctx.saved_tensors, *ctx.rest, list(needs))
-    found = (t if needed else None for t, needed in zip(found, needs, strict=True))
-    return *found, None, *[None] * len(ctx.rest), None, None
+# --- autograd ---------------------------------------------------------------------------------------------
 
 
-_dual_op.register_autograd(_compiled_backward, setup_context=_save_for_compiled_backward)
+class _Dual(torch.autograd.Function):
+    """Saves the inputs, the stream, the root of the Gaussian, and what the derivative of the activation needs: the
+    result, or its argument."""
+
+    @staticmethod
+    def forward(ctx, v, weight, bias, sigma, weight_sigma, bias_sigma, seed, offset, form):
+        inputs, stream = (v, weight, bias, sigma, weight_sigma, bias_sigma), Stream(seed, offset)
+        recorded = any(ctx.needs_input_grad)
+        z = v.new_empty(v.shape[0], weight.shape[0])
+        before = torch.empty_like(z) if recorded and needs_argument(form.activation) else None
+        root = torch.empty_like(z, dtype=torch.float32) if recorded and form.kind == GAUSSIAN else None
+        _forward(*inputs, z, before, root, stream, form)
+        ctx.form = form
+        keep(ctx, stream, *inputs, root, kept_of(z, before, form.activation))
+        return z
+
+    @staticmethod
+    def backward(ctx, dy):
+        stream, *inputs, root, y_or_before = kept(ctx)
+        if needs_definition(dy):
+            found = by_definition(lambda *given: _definition(*given, stream, ctx.form), inputs, dy)
+        else:
+            v, weight, _, sigma, weight_sigma, _ = inputs
+            found = empty_gradients(ctx, inputs)
+            _backward(dy, v, weight, sigma, weight_sigma, root, y_or_before, *found, stream, ctx.form)
+        return *found, None, None, None
 
 
 # --- the functions ----------------------------------------------------------------------------------------
 
 
-def on_kernels(*tensors: Tensor | None) -> bool:
-    """A row is a program at least."""
-    return all(
-        t is None
-        or (
-            backend.runs_kernels(t)
-            and t.dtype != torch.float64
-            and t.shape[:1].numel() <= backend.MOST_PROGRAMS
-        )
-        for t in tensors
-    )
-
-
-def _dual(v, weight, bias, sigma, weight_sigma, bias_sigma, form, activation, seed, generator) -> Tensor:
-    tensors = (v, weight, bias, sigma, weight_sigma, bias_sigma)
-    if not on_kernels(*tensors) or v.numel() == 0 or weight.numel() == 0:
-        # What no seed has to agree with takes torch's own random numbers.
-        drawn = random.is_wanted(seed, generator)
-        stream = random.stream(v.device, seed, generator) if drawn else None
-        return activated(_definition(*tensors, stream, form), activation)
-    stream = random.stream(v.device, seed, generator)
-    recorded = differentiated(*tensors)
-    if torch.compiler.is_compiling():
-        seed, keep = stream.seed_on(v.device), recorded and needs_argument(activation)
-        root = recorded and form.kind == GAUSSIAN
-        return _dual_op(*tensors, seed, stream.offset, *form, activation, keep, root)[0]
-    if recorded:
-        return _Dual.apply(*tensors, *stream, form, activation)[0]
-    return _forward(*tensors, stream, form, activation, keep=False, keep_root=False)[0]
+def _dual(v, weight, bias, sigma, weight_sigma, bias_sigma, form: _Form, seed, generator) -> Tensor:
+    tensors = v, weight, bias, sigma, weight_sigma, bias_sigma
+    # A row is a program at least.
+    ours = on_kernels(*tensors) and v.shape[0] <= backend.MOST_PROGRAMS
+    if ours and v.numel() != 0 and weight.numel() != 0:
+        return apply(_Dual, *tensors, *random.stream(v.device, seed, generator), form)
+    # What no seed has to agree with takes torch's own random numbers.
+    drawn = random.is_wanted(seed, generator)
+    stream = random.stream(v.device, seed, generator) if drawn else None
+    return _definition(*tensors, stream, form)
 
 
 def gaussian_linear(
@@ -528,8 +457,8 @@ def gaussian_linear(
     """activation(scale Wv + sigma sqrt((W ∘ W)(v ∘ v)) eps + bias). v: ``[examples, inputs]``; sigma: a number, or a
     tensor of one element, which has a gradient."""
     tensor = sigma if isinstance(sigma, Tensor) else None
-    form = _Form(GAUSSIAN, scale, 1.0 if tensor is not None else float(sigma))
-    return _dual(v, weight, bias, tensor, None, None, form, activation, seed, generator)
+    form = _Form(GAUSSIAN, scale, 1.0 if tensor is not None else float(sigma), activation)
+    return _dual(v, weight, bias, tensor, None, None, form, seed, generator)
 
 
 def flipout_linear(
@@ -542,7 +471,8 @@ def flipout_linear(
     generator=None,
 ) -> Tensor:
     """activation(scale (Wv + r ∘ (S ∘ W)(s ∘ v)) + bias). v: ``[examples, inputs]``."""
-    return _dual(v, weight, bias, None, None, None, _Form(FLIPOUT, scale), activation, seed, generator)
+    form = _Form(FLIPOUT, scale, activation=activation)
+    return _dual(v, weight, bias, None, None, None, form, seed, generator)
 
 
 def factorised_linear(
@@ -556,6 +486,5 @@ def factorised_linear(
     generator=None,
 ) -> Tensor:
     """activation(Wv + e_out ∘ (Sigma (e_in ∘ v)) + bias + bias_sigma ∘ e_out). v: ``[examples, inputs]``."""
-    return _dual(
-        v, weight, bias, None, weight_sigma, bias_sigma, _Form(FACTORISED), activation, seed, generator
-    )
+    form = _Form(FACTORISED, activation=activation)
+    return _dual(v, weight, bias, None, weight_sigma, bias_sigma, form, seed, generator)

@@ -13,7 +13,10 @@ from fastreg import random
 from fastreg.ops import backend
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import activated
+from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div
+from fastreg.ops.linear import on_kernels
+from fastreg.ops.operator import apply, by_definition, keep, kept, needs_definition, operator
 from fastreg.random import DRAWS, Stream
 
 if backend.HAS_TRITON:
@@ -147,110 +150,79 @@ def _launch(
     return Launch(kernels_[samples > 0], (ceil_div(elements, block),), arguments)
 
 
-def average_launch(
+@planned
+def average_launches(
     mean: Tensor, deviation: Tensor, y: Tensor, stream: Stream, activation: str, samples: int
-) -> Launch:
+) -> list[Launch]:
     """All contiguous, of one shape."""
     tensors = {"mean_ptr": mean, "deviation_ptr": deviation, "y_ptr": y}
-    return _launch((kernels.integrate, kernels.average), mean, tensors, stream, activation, samples)
+    return [_launch((kernels.integrate, kernels.average), mean, tensors, stream, activation, samples)]
 
 
-def gradient_launch(dy, mean, deviation, dmean, ddeviation, stream, activation: str, samples: int) -> Launch:
-    tensors = {"dy_ptr": dy, "mean_ptr": mean, "deviation_ptr": deviation}
-    tensors |= {"dmean_ptr": dmean, "ddeviation_ptr": ddeviation}
-    both = kernels.integrate_backward, kernels.average_backward
-    return _launch(both, mean, tensors, stream, activation, samples)
-
-
-@torch.library.custom_op("fastreg::expected_activation", mutates_args=())
-def _average_op(
-    mean: Tensor, deviation: Tensor, seed: Tensor, offset: int, activation: str, samples: int
-) -> Tensor:
-    return _average(mean, deviation, Stream(seed, offset), activation, samples)
-
-
-@_average_op.register_fake
-def _(mean, deviation, seed, offset, activation, samples):
-    return deviation.new_empty(deviation.shape)
-
-
-@torch.library.custom_op("fastreg::expected_activation_backward", mutates_args=())
-def _gradient_op(
+@planned
+def gradient_launches(
     dy: Tensor,
     mean: Tensor,
     deviation: Tensor,
-    seed: Tensor,
-    offset: int,
+    dmean: Tensor | None,
+    ddeviation: Tensor | None,
+    stream: Stream,
     activation: str,
     samples: int,
-) -> tuple[Tensor, Tensor]:
-    return _gradient(dy, mean, deviation, Stream(seed, offset), activation, samples)
+) -> list[Launch]:
+    tensors = {"dy_ptr": dy, "mean_ptr": mean, "deviation_ptr": deviation}
+    tensors |= {"dmean_ptr": dmean, "ddeviation_ptr": ddeviation}
+    both = kernels.integrate_backward, kernels.average_backward
+    return [_launch(both, mean, tensors, stream, activation, samples)]
 
 
-@_gradient_op.register_fake
-def _(dy, mean, deviation, seed, offset, activation, samples):
-    return mean.new_empty(mean.shape), deviation.new_empty(deviation.shape)
-
-
-def _save(ctx, inputs, output):
-    mean, deviation, seed, *ctx.rest = inputs
-    ctx.save_for_backward(mean, deviation, seed)
-
-
-def _compiled_backward(ctx, dy):
-    return (*_gradient_op(dy, *ctx.saved_tensors, *ctx.rest), None, None, None, None)
-
-
-_average_op.register_autograd(_compiled_backward, setup_context=_save)
-
-
-def _average(mean, deviation, stream: Stream, activation: str, samples: int) -> Tensor:
-    mean, deviation = mean.contiguous(), deviation.contiguous()
-    y = torch.empty_like(deviation)
+@operator("fastreg::expected_activation", writes=["y"])
+def _forward(
+    mean: Tensor, deviation: Tensor, y: Tensor, stream: Stream, activation: str, samples: int
+) -> None:
+    """y: contiguous."""
     if y.numel():
-        average_launch(mean, deviation, y, stream, activation, samples).run(y.device)
-    return y
+        average_launches.run(mean.contiguous(), deviation.contiguous(), y, stream, activation, samples)
 
 
-def _gradient(dy, mean, deviation, stream: Stream, activation: str, samples: int) -> tuple[Tensor, Tensor]:
-    dy, mean, deviation = dy.contiguous(), mean.contiguous(), deviation.contiguous()
-    results = torch.empty_like(mean), torch.empty_like(deviation)
+@operator("fastreg::expected_activation_backward", writes=["dmean", "ddeviation"])
+def _backward(
+    dy: Tensor,
+    mean: Tensor,
+    deviation: Tensor,
+    dmean: Tensor,
+    ddeviation: Tensor,
+    stream: Stream,
+    activation: str,
+    samples: int,
+) -> None:
+    """dmean, ddeviation: contiguous."""
     if dy.numel():
-        gradient_launch(dy, mean, deviation, *results, stream, activation, samples).run(dy.device)
-    return results
-
-
-def _differentiable_gradient(dy, mean, deviation, stream, activation, samples) -> tuple[Tensor, Tensor]:
-    create = torch.is_grad_enabled()
-    with torch.enable_grad():
-        inputs = [t if t.requires_grad else t.detach().requires_grad_() for t in (mean, deviation)]
-        y = _definition(*inputs, stream, activation, samples)
-        return torch.autograd.grad(y, inputs, dy, create_graph=create)
+        given = dy.contiguous(), mean.contiguous(), deviation.contiguous()
+        gradient_launches.run(*given, dmean, ddeviation, stream, activation, samples)
 
 
 class _Average(torch.autograd.Function):
-    """The eager path to the kernel. Saves mean, deviation and the stream, and no draw."""
+    """Saves mean, deviation and the stream, and no draw."""
 
     @staticmethod
     def forward(ctx, mean, deviation, seed, offset, activation, samples):
-        in_memory = isinstance(seed, Tensor)
-        ctx.seed, ctx.rest = None if in_memory else seed, (offset, activation, samples)
-        ctx.save_for_backward(mean, deviation, seed if in_memory else None)
-        return _average(mean, deviation, Stream(seed, offset), activation, samples)
+        stream = Stream(seed, offset)
+        y = torch.empty_like(deviation, memory_format=torch.contiguous_format)
+        _forward(mean, deviation, y, stream, activation, samples)
+        ctx.options = activation, samples
+        keep(ctx, stream, mean, deviation)
+        return y
 
     @staticmethod
     def backward(ctx, dy):
-        mean, deviation, seed = ctx.saved_tensors
-        offset, *rest = ctx.rest
-        stream = Stream(ctx.seed if seed is None else seed, offset)
-        run = _gradient
-        if torch.is_grad_enabled() or not _on_kernels(dy, mean, deviation):
-            run = _differentiable_gradient
-        return (*run(dy, mean, deviation, stream, *rest), None, None, None, None)
-
-
-def _on_kernels(*tensors: Tensor) -> bool:
-    return all(backend.runs_kernels(t) and t.dtype != torch.float64 for t in tensors)
+        stream, *inputs = kept(ctx)
+        if needs_definition(dy):
+            found = by_definition(lambda *given: _definition(*given, stream, *ctx.options), inputs, dy)
+        else:
+            found = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
+            _backward(dy, *inputs, *found, stream, *ctx.options)
+        return *found, None, None, None, None
 
 
 def average(
@@ -263,12 +235,9 @@ def average(
     seed, generator: as in :func:`fastreg.functional.dropout`; with them, and on the kernels, draw d of element i is
         that of ``fastreg.random.draws``.
     """
-    ours = _on_kernels(mean, deviation)
+    ours = on_kernels(mean, deviation)
     drawn = samples > 0 and (ours or random.is_wanted(seed, generator))
     stream = random.stream(mean.device, seed, generator) if drawn else None
     if not ours:
         return _definition(mean, deviation, stream, activation, samples)
-    stream = stream or Stream(0)
-    if torch.compiler.is_compiling():
-        return _average_op(mean, deviation, stream.seed_on(mean.device), stream.offset, activation, samples)
-    return _Average.apply(mean, deviation, *stream, activation, samples)
+    return apply(_Average, mean, deviation, *(stream or Stream(0)), activation, samples)

@@ -50,11 +50,6 @@ def kept_of(y: Tensor, v: Tensor | None, activation: str | None) -> Tensor | Non
     return v if needs_argument(activation) else y
 
 
-def differentiated(*tensors: Tensor | None) -> bool:
-    """Whether autograd records what is done with any of them."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
 def activation_gradient(dy: Tensor | None, kept: Tensor, activation: str, dv: Tensor | None = None) -> Tensor:
     """dy f'(v) + dv, in ATen, differentiable. kept: v, or y = f(v) where that is enough; None is no gradient."""
     if dy is None:
@@ -68,19 +63,6 @@ def activation_gradient(dy: Tensor | None, kept: Tensor, activation: str, dv: Te
             y = ACTIVATIONS[activation](v)
         (found,) = torch.autograd.grad(y, v, dy, create_graph=create_graph)
     return found if dv is None else found + dv
-
-
-def gradient_for_kernels(dy: Tensor | None, dv: Tensor | None, kept: Tensor | None, activation: str | None):
-    """What a backward pass hands to kernels that multiply by f': dy, and the activation.
-
-    Or dy f'(v) + dv and no activation, where there is more to it than the kernels do: second derivatives, which alone
-    have a dv, and batched gradients.
-    """
-    if activation is None:
-        return dy, None
-    if torch.is_grad_enabled() or dv is not None or not backend.runs_kernels(dy):
-        return activation_gradient(dy, kept, activation, dv), None
-    return dy, activation
 
 
 def check_activation(activation: str | None) -> None:

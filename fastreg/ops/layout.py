@@ -93,6 +93,12 @@ def ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
+def row_blocks(columns: int) -> tuple[int, int]:
+    """Of an elementwise pass over rows: columns of a program, and how many of these blocks a row has."""
+    block = min(1024, max(64, 1 << (columns - 1).bit_length()))
+    return block, ceil_div(columns, block)
+
+
 class Tiling(NamedTuple):
     """A dense tensor as ``rows`` x ``columns`` in memory order, and what its mask and its bias vary along."""
 

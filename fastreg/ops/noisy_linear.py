@@ -13,17 +13,18 @@ from torch import Generator, Tensor
 from fastreg import random
 from fastreg.ops import arguments, backend, dual_linear
 from fastreg.ops.backend import Launch, number
-from fastreg.ops.drop_connect import cast_by_autocast, torch_refuses
-from fastreg.ops.dual_linear import on_kernels, row_blocks
 from fastreg.ops.fused import (
     activated,
+    activation_gradient,
     check_activation,
     derivative,
-    differentiated,
-    gradient_for_kernels,
     kept_of,
     needs_argument,
 )
+from fastreg.ops.launch import planned
+from fastreg.ops.layout import row_blocks
+from fastreg.ops.linear import cast_by_autocast, on_kernels, torch_refuses
+from fastreg.ops.operator import apply, keep, kept, needs_definition, operator
 from fastreg.random import Stream
 
 if backend.HAS_TRITON:
@@ -49,36 +50,61 @@ def _arguments(columns: int, stream: Stream) -> dict:
     return draw | {"columns": columns, "BLOCK": block, "num_warps": max(1, block // 256)}
 
 
-def forward_launch(x, deviation, y, before, stream: Stream, activation) -> Launch:
+@planned
+def forward_launches(
+    x: Tensor,
+    deviation: Tensor,
+    y: Tensor,
+    before: Tensor | None,
+    stream: Stream,
+    activation: str | None,
+) -> list[Launch]:
+    """x, y, before: contiguous."""
     blocks = row_blocks(x.shape[1])[1]
     tensors = {"x_ptr": x, "deviation_ptr": deviation, "y_ptr": y, "before_ptr": before}
     arguments = tensors | {"blocks": blocks, "ACTIVATION": activation} | _arguments(x.shape[1], stream)
-    return Launch(kernels.row_noise, (len(x) * blocks,), arguments)
+    return [Launch(kernels.row_noise, (len(x) * blocks,), arguments)]
 
 
-def backward_launch(dy, kept, dx, ddeviation, stream: Stream, activation) -> Launch:
-    tensors = {"dy_ptr": dy, "kept_ptr": kept, "dx_ptr": dx, "ddeviation_ptr": ddeviation}
+@planned
+def backward_launches(
+    dy: Tensor,
+    y_or_before: Tensor | None,
+    dx: Tensor | None,
+    ddeviation: Tensor | None,
+    stream: Stream,
+    activation: str | None,
+) -> list[Launch]:
+    """dy, y_or_before, dx: contiguous. Without an activation dx is dy, and not written."""
+    tensors = {"dy_ptr": dy, "kept_ptr": y_or_before, "dx_ptr": dx, "ddeviation_ptr": ddeviation}
     arguments = tensors | {"DERIVATIVE": derivative(activation)} | _arguments(dy.shape[1], stream)
-    return Launch(kernels.row_noise_backward, (len(dy),), arguments)
+    return [Launch(kernels.row_noise_backward, (len(dy),), arguments)]
 
 
-def _forward(x, deviation, stream: Stream, activation, keep: bool) -> tuple[Tensor, Tensor | None]:
-    """The result, and with ``keep`` what stands before the activation, else None."""
-    x, deviation = x.contiguous(), deviation.contiguous()
-    y = torch.empty_like(x)
-    before = torch.empty_like(x) if keep else None
-    forward_launch(x, deviation, y, before, stream, activation).run(x.device)
-    return y, before
+@operator("fastreg::row_noise", writes=["y", "before"])
+def _forward(
+    x: Tensor,
+    deviation: Tensor,
+    y: Tensor,
+    before: Tensor | None,
+    stream: Stream,
+    activation: str | None,
+) -> None:
+    """y, before: contiguous. before: what stands before the activation, if wanted."""
+    forward_launches.run(x.contiguous(), deviation.contiguous(), y, before, stream, activation)
 
 
-def _backward(dy, kept, activation, stream: Stream, needs_x: bool, needs_deviation: bool):
-    """The wanted of the gradients of x and of the deviation; None for the others."""
-    dy = dy.contiguous()
-    dx = dy if activation is None else torch.empty_like(dy)
-    ddeviation = torch.empty(len(dy), dtype=torch.float32, device=dy.device) if needs_deviation else None
-    if needs_deviation or activation is not None:
-        backward_launch(dy, kept, dx, ddeviation, stream, activation).run(dy.device)
-    return dx if needs_x else None, ddeviation
+@operator("fastreg::row_noise_backward", writes=["dx", "ddeviation"])
+def _backward(
+    dy: Tensor,
+    y_or_before: Tensor | None,
+    dx: Tensor | None,
+    ddeviation: Tensor | None,
+    stream: Stream,
+    activation: str | None,
+) -> None:
+    """dx: contiguous; None without an activation, as it is dy. ddeviation: if wanted."""
+    backward_launches.run(dy.contiguous(), y_or_before, dx, ddeviation, stream, activation)
 
 
 class _RowNoise(torch.autograd.Function):
@@ -88,99 +114,45 @@ class _RowNoise(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, deviation, seed, offset, activation):
         ctx.set_materialize_grads(False)
-        in_memory = isinstance(seed, Tensor)
-        ctx.seed, ctx.offset, ctx.activation = None if in_memory else seed, offset, activation
-        y, before = _forward(x, deviation, Stream(seed, offset), activation, needs_argument(activation))
-        ctx.save_for_backward(kept_of(y, before, activation), seed if in_memory else None)
+        stream = Stream(seed, offset)
+        y = torch.empty_like(x, memory_format=torch.contiguous_format)
+        before = torch.empty_like(y) if needs_argument(activation) and any(ctx.needs_input_grad) else None
+        _forward(x, deviation, y, before, stream, activation)
+        ctx.activation = activation
+        keep(ctx, stream, kept_of(y, before, activation))
         return y, before
 
     @staticmethod
     def backward(ctx, dy, dbefore):
+        if torch.compiler.is_compiling():
+            dbefore = None  # nothing else takes it there
         if dy is None and dbefore is None:
             return (None,) * 5
-        kept, seed = ctx.saved_tensors
-        stream = Stream(ctx.seed if seed is None else seed, ctx.offset)
+        stream, y_or_before = kept(ctx)
         needs_x, needs_deviation = ctx.needs_input_grad[:2]
-        dy, activation = gradient_for_kernels(dy, dbefore, kept, ctx.activation)
-        if not torch.is_grad_enabled() and on_kernels(dy):
-            found = _backward(dy, kept, activation, stream, needs_x, needs_deviation)
-            return *found, None, None, None
+        by_definition, activation = needs_definition(dy, dbefore), ctx.activation
+        if activation is not None and (by_definition or dbefore is not None):
+            dy, activation = activation_gradient(dy, y_or_before, activation, dbefore), None
+        dx = None if activation is None else torch.empty_like(dy, memory_format=torch.contiguous_format)
         ddeviation = None
         if needs_deviation:
+            ddeviation = torch.empty(dy.shape[0], dtype=torch.float32, device=dy.device)
+        if needs_deviation and by_definition:
             eps = random.row_normals(*dy.shape, stream, device=dy.device)
             ddeviation = (dy * eps).sum(1).to(torch.float32)
-        return dy if needs_x else None, ddeviation, None, None, None
-
-
-@torch.library.custom_op("fastreg::row_noise", mutates_args=())
-def _row_noise_op(
-    x: Tensor, deviation: Tensor, seed: Tensor, offset: int, activation: str | None, keep: bool
-) -> tuple[Tensor, Tensor]:
-    y, before = _forward(x, deviation, Stream(seed, offset), activation, keep)
-    return y, y.new_empty(0) if before is None else before
-
-
-@_row_noise_op.register_fake
-def _(x, deviation, seed, offset, activation, keep):
-    return x.new_empty(x.shape), x.new_empty(x.shape if keep else (0,))
-
-
-@torch.library.custom_op("fastreg::row_noise_backward", mutates_args=())
-def _row_noise_backward_op(
-    dy: Tensor,
-    kept: Tensor | None,
-    seed: Tensor,
-    offset: int,
-    activation: str | None,
-    needs_x: bool,
-    needs_deviation: bool,
-) -> tuple[Tensor, Tensor]:
-    """The wanted gradients of the kernel; the others are empty. Without an activation that of x is dy."""
-    dx, ddeviation = _backward(dy, kept, activation, Stream(seed, offset), needs_x, needs_deviation)
-    if dx is None or activation is None:
-        dx = dy.new_empty(0)
-    return dx, dy.new_empty(0, dtype=torch.float32) if ddeviation is None else ddeviation
-
-
-@_row_noise_backward_op.register_fake
-def _(dy, kept, seed, offset, activation, needs_x, needs_deviation):
-    dx = dy.new_empty(dy.shape if needs_x and activation is not None else (0,))
-    return dx, dy.new_empty(dy.shape[0] if needs_deviation else 0, dtype=torch.float32)
-
-
-def _save(ctx, inputs, output):
-    _, _, seed, ctx.offset, ctx.activation, _ = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(kept_of(*output, ctx.activation), seed)
-
-
-def _compiled_backward(ctx, dy, _):
-    needs_x, needs_deviation = ctx.needs_input_grad[:2]
-    dx, ddeviation = dy, None
-    if needs_deviation or ctx.activation is not None:
-        rest = ctx.offset, ctx.activation, needs_x, needs_deviation
-        found, ddeviation = _row_noise_backward_op(dy, *ctx.saved_tensors, *rest)
-        dx = dy if ctx.activation is None else found
-    return dx if needs_x else None, ddeviation if needs_deviation else None, None, None, None, None
-
-
-_row_noise_op.register_autograd(_compiled_backward, setup_context=_save)
+        elif needs_deviation or activation is not None:
+            _backward(dy, y_or_before, dx, ddeviation, stream, activation)
+        return (dy if dx is None else dx) if needs_x else None, ddeviation, None, None, None
 
 
 def row_noise(x: Tensor, deviation: Tensor, activation=None, seed=None, generator=None) -> Tensor:
     """activation(x + deviation eps) for x ``[rows, columns]`` and a deviation ``[rows]`` (fp32; fp64 for fp64)."""
-    if not on_kernels(x, deviation) or x.numel() == 0:
-        drawn = random.is_wanted(seed, generator)
-        stream = random.stream(x.device, seed, generator) if drawn else None
-        return activated(_definition(x, deviation, stream), activation)
-    stream = random.stream(x.device, seed, generator)
-    recorded = differentiated(x, deviation)
-    if torch.compiler.is_compiling():
-        keep = recorded and needs_argument(activation)
-        return _row_noise_op(x, deviation, stream.seed_on(x.device), stream.offset, activation, keep)[0]
-    if recorded:
-        return _RowNoise.apply(x, deviation, *stream, activation)[0]
-    return _forward(x, deviation, stream, activation, keep=False)[0]
+    if on_kernels(x, deviation) and x.numel() != 0 and x.shape[0] <= backend.MOST_PROGRAMS:
+        stream = random.stream(x.device, seed, generator)
+        return apply(_RowNoise, x, deviation, *stream, activation)[0]
+    drawn = random.is_wanted(seed, generator)
+    stream = random.stream(x.device, seed, generator) if drawn else None
+    return activated(_definition(x, deviation, stream), activation)
 
 
 # --- the public function ----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 
 from fastreg.ops import backend
 from fastreg.random import Stream
@@ -153,10 +154,21 @@ def kept(ctx) -> tuple[Any, ...]:
 
 
 def needs_definition(*gradients: Tensor | None) -> bool:
-    """Whether a backward pass goes through the definition: for second derivatives and batched gradients (vmap)."""
+    """Whether a backward pass goes through the definition: for second derivatives, batched gradients (vmap), and
+    gradients of other types. Their dtype and device are those of the forward pass."""
     if torch.compiler.is_compiling():
         return False
-    return torch.is_grad_enabled() or not all(g is None or backend.runs_kernels(g) for g in gradients)
+    if torch.is_grad_enabled() or backend.watched():
+        return True
+    return any(g is not None and (not backend.is_plain(g) or is_legacy_batchedtensor(g)) for g in gradients)
+
+
+def empty_gradients(ctx, inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Contiguous tensors for the gradients of the first inputs, None for those that are not needed."""
+    return [
+        torch.empty_like(t, memory_format=torch.contiguous_format) if needed else None
+        for t, needed in zip(inputs, ctx.needs_input_grad, strict=False)
+    ]
 
 
 def by_definition(
