@@ -233,9 +233,7 @@ def variants(
         budget=budget or budget_of(dtype, tiles, form, seed_in_memory, max_instructions),
         headline=headline,
     )
-    (backward,) = ops.backward_launches(
-        x, kept, bias if kept is not None else None, x, stream, form, bias is not None
-    )
+    backward, *_ = ops.backward_launches(x, kept, bias if kept is not None else None, x, stream, form, bias)
     looped = backward.arguments["partial_ptr"] is not None and tiles.bias == "columns"
     yield Kernel.of(
         f"backward {label} {name}",

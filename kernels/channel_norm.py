@@ -925,7 +925,7 @@ def whole_backward(
     var_ptr,
     weight_ptr,
     bias_ptr,
-    dweight_ptr,  # fp32 (fp64) [batches x lines]: sum g xhat of each line; REPEATED: of each unit
+    dweight_ptr,  # any float dtype [batches x lines]: sum g xhat of each line; REPEATED: of each unit
     dbias_ptr,  # as dweight: sum g
     count: tl.float64,  # elements of a unit
     eps: tl.float64,

@@ -473,31 +473,3 @@ def backward_columns(
         tl.store(dweight_ptr + partial, tl.sum(dweight, 0), mask=column < shape[1])
     if dbias_ptr is not None:
         tl.store(dbias_ptr + partial, tl.sum(dbias, 0), mask=column < shape[1])
-
-
-@triton.jit(do_not_specialize=["programs", "columns"])
-def sum_partials(
-    partial_ptr,  # fp32 (fp64) [1 or 2, programs, columns]
-    first_ptr,  # [columns]: the sum of partial[0] over the programs
-    second_ptr,  # [columns]: that of partial[1], or None
-    programs,
-    columns,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,
-    WIDE: tl.constexpr,  # 64-bit indices, for 2^31 partial sums and more
-):
-    """In a fixed order, and written in the dtype of the parameter. Grid: (column blocks, 1 or 2)."""
-    column = _index(tl.program_id(0), WIDE) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)[None, :]
-    row = _index(tl.arange(0, BLOCK_ROWS)[:, None], WIDE)
-    partial_ptr += tl.program_id(1).to(tl.int64) * programs * columns
-    total = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], partial_ptr.dtype.element_ty)
-    first_row = tl.full([], 0, tl.int32)
-    while first_row < programs:
-        inside = (first_row + row < programs) & (column < columns)
-        total += tl.load(partial_ptr + (first_row + row) * columns + column, mask=inside, other=0.0)
-        first_row += BLOCK_ROWS
-    total = tl.sum(total, 0, keep_dims=True)
-    if tl.program_id(1) == 0:
-        tl.store(first_ptr + column, total.to(first_ptr.dtype.element_ty), mask=column < columns)
-    elif second_ptr is not None:
-        tl.store(second_ptr + column, total.to(second_ptr.dtype.element_ty), mask=column < columns)

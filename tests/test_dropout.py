@@ -360,7 +360,7 @@ def test_wide_indices_give_the_same_result(device):
         for wide in (False, True):
             y, dx = torch.empty_like(x), torch.empty_like(x)
             (launch,) = ops.forward_launches(x, bias, None, y, Stream(3), form)
-            (back,) = ops.backward_launches(x, None, None, dx, Stream(3), form, bias is not None)
+            back, *_ = ops.backward_launches(x, None, None, dx, Stream(3), form, bias)
             for each in (launch, back):
                 each.arguments["WIDE"] = wide
                 each.run(device)

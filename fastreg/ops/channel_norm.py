@@ -18,6 +18,7 @@ from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div, dense_strides, with_strides
 from fastreg.ops.lines import Plan, View, indexable, laid_out, merge_plan, split_plan, view, whole_plan
 from fastreg.ops.operator import apply, by_definition, needs_definition, operator
+from fastreg.ops.partial_sums import sum_launch
 
 if backend.HAS_TRITON:
     from fastreg.kernels import channel_norm as kernels
@@ -290,7 +291,7 @@ class Gradients(NamedTuple):
     """Where the backward pass writes."""
 
     dx: Tensor  # laid out as x
-    dweight: Tensor  # [batches, lines], or [channels] where several lines are of one: still to be summed over samples
+    dweight: Tensor  # of each line, or of each channel where several lines are of one
     dbias: Tensor
     dv: Tensor | None  # the residual's gradient, where an activation makes it another than dy
 
@@ -312,8 +313,32 @@ def backward_launches(
     training: bool,
     form: Form,
 ) -> list[Launch]:
-    """From ``dy`` to the four gradients, as in ``Gradients``: one launch, or three (two in evaluation)."""
-    seen, out = view(x, form.groups), Gradients(dx, dweight, dbias, dv)
+    """From ``dy`` to the four gradients: one launch, or three (two in evaluation), and one that sums over samples."""
+    seen = view(x, form.groups)
+    if form.groups and len(x) > 1:
+        sums = torch.empty(2, len(x), seen.channels, dtype=sum_dtype(x.dtype), device=x.device)
+        launches = _gradient_launches(
+            dy, x, weight, bias, residual, signs, mean, var, Gradients(dx, *sums, dv), training, form, seen
+        )
+        return [*launches, sum_launch(sums, dweight, dbias)]
+    out = Gradients(dx, dweight, dbias, dv)
+    return _gradient_launches(dy, x, weight, bias, residual, signs, mean, var, out, training, form, seen)
+
+
+def _gradient_launches(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    signs: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    out: Gradients,
+    training: bool,
+    form: Form,
+    seen: View,
+) -> list[Launch]:
     forward = forward_arguments(x, weight, bias, mean, var, form, seen)
     kept = {"dy_ptr": dy, "residual_ptr": residual, "signs_ptr": signs}
     sizes = x.element_size(), dy.element_size()
@@ -541,21 +566,16 @@ def backward(
     training: bool,
     form: Form,
 ) -> None:
-    """dx, dv: laid out as ``dense(x)``. dweight, dbias: fp32 (fp64) [channels]."""
+    """dx, dv: laid out as ``dense(x)``. dweight, dbias: [channels]."""
     x, weight, bias, residual = _laid_out(x, weight, bias, residual, form)
     dy = with_strides(dy, x.stride())
     mean, var = (t.to(sum_dtype(x.dtype)).contiguous() for t in (mean, var))
     aside = dx.stride() != x.stride()
     of_input = torch.empty_like(x) if aside else dx
     of_residual = torch.empty_like(x, dtype=dv.dtype) if aside and dv is not None else dv
-    samples = x.shape[0] if form.groups else 1
-    sums = (dweight, dbias) if samples == 1 else mean.new_empty(2, samples * dweight.numel())
     backward_launches.run(
-        dy, x, weight, bias, residual, signs, mean, var, of_input, *sums, of_residual, training, form
+        dy, x, weight, bias, residual, signs, mean, var, of_input, dweight, dbias, of_residual, training, form
     )
-    if samples > 1:
-        torch.sum(sums[0].view(samples, -1), 0, out=dweight)
-        torch.sum(sums[1].view(samples, -1), 0, out=dbias)
     if aside:
         dx.copy_(of_input)
         if dv is not None:
@@ -604,17 +624,15 @@ class _ChannelNorm(torch.autograd.Function):
             )
         elif needs_x or needs_weight or needs_bias or own:
             dx = torch.empty_like(x)
-            dweight, dbias = (
-                torch.empty(x.shape[1], dtype=sum_dtype(x.dtype), device=x.device) for _ in range(2)
-            )
+            dweight, dbias = (_of_parameter(t, x) for t in (weight, bias))
             dv = torch.empty_like(x, dtype=ctx.residual_dtype) if own else None
             backward(
                 dy, x, weight, bias, residual, signs, mean, var, dx, dweight, dbias, dv, ctx.training, form
             )
         return (
             dx if needs_x else None,
-            dweight.to(weight.dtype) if needs_weight else None,
-            dbias.to(bias.dtype) if needs_bias else None,
+            dweight if needs_weight else None,
+            dbias if needs_bias else None,
             (dv if own else dy).to(ctx.residual_dtype) if needs_residual else None,
             *[None] * 5,
         )
@@ -635,6 +653,12 @@ def _normalized(x, weight, bias, residual, y, signs, running, form) -> tuple[Ten
     if running is not None and kept is not running:
         update_running(running, *_of_channels(mean, var, x, form.groups))
     return mean, var
+
+
+def _of_parameter(parameter: Tensor | None, x: Tensor) -> Tensor:
+    """Where the gradient of a parameter goes; the kernels write it even if there is none."""
+    dtype = sum_dtype(x.dtype) if parameter is None else parameter.dtype
+    return torch.empty(x.shape[1], dtype=dtype, device=x.device)
 
 
 def _gradients_by_definition(dy, x, weight, bias, residual, signs, given, form):

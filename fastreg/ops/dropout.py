@@ -30,6 +30,7 @@ from fastreg.ops.fused import (
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import Tiling, ceil_div, dense, dense_strides, empty_dense, tiling, with_strides
 from fastreg.ops.operator import apply, by_definition, keep, kept, needs_definition, operator
+from fastreg.ops.partial_sums import sum_launch
 from fastreg.random import LANE_VALUES, Stream
 
 if backend.HAS_TRITON:
@@ -181,16 +182,17 @@ def backward_launches(
     dx: Tensor,
     stream: Stream,
     form: _Form,
-    needs_bias: bool,
+    dbias: Tensor | None,
 ) -> list[Launch]:
-    """dy, x, dx: dense, with one layout that can be tiled. Workspace: partial sums for the bias."""
+    """dy, x, dx: dense, with one layout that can be tiled. dbias: [bias size]; where the bias varies along the rows,
+    the workspace has partial sums for it."""
     tiles = tiling(dx, form.mask_dims, form.bias_dim)
     blocks = _blocks(dx, tiles)
     row_blocks, column_blocks = _block_counts(tiles, blocks)
     tensors = {"dy_ptr": dy, "x_ptr": x, "bias_ptr": bias, "dx_ptr": dx, "partial_ptr": None}
     sums = {"dtype": sum_dtype(dx.dtype), "device": dx.device}
-    if not (needs_bias and tiles.bias == "columns"):
-        if needs_bias:
+    if dbias is None or tiles.bias == "rows":
+        if dbias is not None:
             tensors["partial_ptr"] = torch.empty(tiles.rows, column_blocks, **sums)
         arguments = _arguments(tiles, blocks, stream, form)
         return [Launch(kernels.backward, (row_blocks * column_blocks,), tensors | arguments)]
@@ -204,12 +206,14 @@ def backward_launches(
     # than 32 warps on each multiprocessor.
     most = 32 // warps * backend.multiprocessors(dx.device) // column_blocks
     programs = min(ceil_div(row_blocks, 8), max(1, most))
-    tensors["partial_ptr"] = torch.empty(programs, tiles.columns, **sums)
+    partial = torch.empty(1, programs, tiles.columns, **sums)
+    tensors["partial_ptr"] = partial[0]
     arguments = _arguments(tiles, blocks, stream, form)
     for name in ("tail", "RAGGED", "BIAS", "bias_repeat"):
         del arguments[name]  # rows of whole vectors, and the bias along the columns
     arguments["num_warps"] = warps
-    return [Launch(kernels.backward_bias_columns, (column_blocks, programs), tensors | arguments)]
+    launch = Launch(kernels.backward_bias_columns, (column_blocks, programs), tensors | arguments)
+    return [launch, sum_launch(partial, dbias)]
 
 
 # --- operators, on tensors of any layout ------------------------------------------------------------------
@@ -254,16 +258,12 @@ def _backward(
     dy = with_strides(dy, result.stride())
     x = None if x is None else with_strides(x, result.stride())
     bias = None if bias is None else bias.contiguous()
-    workspace = backward_launches.run(dy, x, bias, result, stream, form, dbias is not None)
+    workspace = backward_launches.run(dy, x, bias, result, stream, form, dbias)
     if dbias is not None:
         tiles = tiling(result, form.mask_dims, form.bias_dim)
-        if tiles.bias == "columns":
-            partial = workspace[0].view(-1, tiles.bias_size, 1)
-        else:
-            partial = workspace[0].view(
-                tiles.rows // (tiles.bias_size * tiles.bias_repeat), tiles.bias_size, -1
-            )
-        torch.sum(partial, (0, 2), out=dbias)
+        if tiles.bias == "rows":
+            batches = tiles.rows // (tiles.bias_size * tiles.bias_repeat)
+            torch.sum(workspace[0].view(batches, tiles.bias_size, -1), (0, 2), out=dbias)
     if result is not dx:
         dx.copy_(result)
 

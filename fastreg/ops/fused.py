@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastreg.ops import backend
-
 ACTIVATIONS = {
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,

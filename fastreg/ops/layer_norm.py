@@ -37,6 +37,7 @@ from fastreg.ops.operator import (
     needs_definition,
     operator,
 )
+from fastreg.ops.partial_sums import sum_launch
 from fastreg.random import LANE_VALUES, Stream
 
 if backend.HAS_TRITON:
@@ -250,19 +251,8 @@ def _sum_launch(partials: dict, sums: _Sums) -> Launch:
     """partials: what ``_partial`` made, among other arguments."""
     first = next(partials[name] for name in ("dweight_ptr", "dbias_ptr") if partials[name] is not None)
     results = [t for t in sums if t is not None]
-    programs, columns = first.shape
-    arguments = {
-        "partial_ptr": first.as_strided((len(results), *first.shape), (first.numel(), *first.stride())),
-        "first_ptr": results[0],
-        "second_ptr": results[1] if len(results) > 1 else None,
-        "programs": programs,
-        "columns": columns,
-        "BLOCK_ROWS": 64,
-        "BLOCK_COLUMNS": 32,
-        "WIDE": programs * columns >= 1 << 31,
-        "num_warps": 8,
-    }
-    return Launch(kernels.sum_partials, (ceil_div(columns, 32), len(results)), arguments)
+    both = first.as_strided((len(results), *first.shape), (first.numel(), *first.stride()))
+    return sum_launch(both, *results)
 
 
 # --- operators --------------------------------------------------------------------------------------------
