@@ -318,9 +318,9 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, skip, weight, bias, residual, shape, seed, offset, form, prenorm):
-        y, h = torch.empty(x.shape, dtype=form.dtype, device=x.device), None
+        y, h = _empty_like(x, form.dtype), None
         if skip is not None or form.threshold:
-            h = torch.empty(x.shape, dtype=result_dtype(x.dtype, skip), device=x.device)
+            h = _empty_like(x, result_dtype(x.dtype, skip))
         statistics = torch.empty(2, x.numel() // form.columns, dtype=sum_dtype(x.dtype), device=x.device)
         stream = Stream(seed, offset)
         _forward(x, skip, weight, bias, residual, y, h, statistics, stream, form)
@@ -345,6 +345,10 @@ class _LayerNorm(torch.autograd.Function):
         return *_gradients(ctx, dy, dh, *tensors, statistics, stream), *nothing
 
 
+def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
 def _gradients(ctx, dy, dh, h, weight, bias, residual, statistics, stream):
     """Of x, skip, weight, bias and residual. What equals another tensor is that tensor."""
     form = ctx.form
@@ -355,10 +359,10 @@ def _gradients(ctx, dy, dh, h, weight, bias, residual, statistics, stream):
         wanted[1] = None
     if form.activation is None:
         wanted[4] = None
-    shapes = (h.shape, h.shape, ctx.shape, ctx.shape, h.shape)
+    parameter = bias if weight is None else weight
     gradients = [
-        None if dtype is None else torch.empty(shape, dtype=dtype, device=h.device)
-        for shape, dtype in zip(shapes, wanted, strict=True)
+        None if dtype is None else _empty_like(t, dtype)
+        for t, dtype in zip((h, h, parameter, parameter, h), wanted, strict=True)
     ]
     if any(g is not None for g in gradients):
         _backward(dy, dh, h, weight, bias, residual, statistics, *gradients, stream, form)
@@ -409,15 +413,14 @@ def _runs_kernels(
         return False
     if input.shape[-len(shape) :] != shape or input.numel() == 0:
         return False
-    if other is not None and not _goes_with(other, input):
-        return False
-    return all(t is None or (t.shape == shape and _goes_with(t, input)) for t in (weight, bias))
-
-
-def _goes_with(t: Tensor, input: Tensor) -> bool:
-    """Beside ``input``, which the kernels take."""
-    double = torch.float64
-    return backend.goes_with(t, input) and (t.dtype == double) == (input.dtype == double)
+    for t in (weight, bias):
+        if t is not None and t.shape != shape:
+            return False
+    double = input.dtype == torch.float64
+    for t in (other, weight, bias):
+        if t is not None and not (backend.goes_with(t, input) and (t.dtype == torch.float64) == double):
+            return False
+    return True
 
 
 def layer_norm(
