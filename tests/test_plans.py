@@ -29,6 +29,7 @@ import fastreg.optim
 from fastreg.ops import averages as averages_of_lists
 from fastreg.ops import backend, channel_norm, lines
 from fastreg.ops.dropout import activation_backward
+from fastreg.ops.launch import forget
 
 pytestmark = pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
 
@@ -522,12 +523,14 @@ def test_every_kernel_has_its_promises():
 def recorded(multiprocessors: int = 132):
     """Calls on meta tensors go to the kernels, and come as far as their launches, of which this is the list."""
     launches: list[backend.Launch] = []
+    forget()
     with (
         mock.patch.object(backend, "runs_kernels", return_value=True),
         mock.patch.object(backend, "multiprocessors", return_value=multiprocessors),
         mock.patch.object(backend.Launch, "run", lambda launch, device: launches.append(launch)),
     ):
         yield launches
+    forget()
 
 
 def check(launches: list[backend.Launch]) -> None:
