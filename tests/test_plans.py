@@ -531,6 +531,7 @@ def recorded(multiprocessors: int = 132):
         mock.patch.object(backend.Launch, "run", lambda launch, device: launches.append(launch)),
     ):
         yield launches
+    forget()
 
 
 def check(launches: list[backend.Launch]) -> None:
