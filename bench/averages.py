@@ -4,8 +4,8 @@ import torch
 from torch.optim import swa_utils
 
 from fastreg.averages import get_ema_multi_avg_fn
-from fastreg.ops import averages as ops
-from fastreg.ops.multi_tensor import table_of
+from fastreg.ops.multi_tensor import averages as ops
+from fastreg.ops.multi_tensor.tables import table_of
 
 from .cases import Case
 from .optimizers import Stepped, large, stepped, tiny

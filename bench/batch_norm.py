@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as torch_functional
 
 import fastreg.functional as fast
-from fastreg.ops import channel_norm as ops
+from fastreg.ops.norms import channel_norm as ops
 
 from .cases import Case, close_to, images
 from .sass import Budget, Kernel, short_name

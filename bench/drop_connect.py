@@ -5,9 +5,9 @@ import torch.nn.functional as F
 
 import fastreg.functional as fast
 from fastreg import random as streams
-from fastreg.ops import drop_connect as ops
-from fastreg.ops import expectation
 from fastreg.ops.fused import needs_argument
+from fastreg.ops.linear import drop_connect as ops
+from fastreg.ops.linear import expectation
 from fastreg.random import Stream
 
 from .cases import TOLERANCE, Case, rows

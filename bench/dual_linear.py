@@ -3,8 +3,8 @@ factorised noise. What is timed stands with the functions that use them, in drop
 
 import torch
 
-from fastreg.ops import dual_linear as ops
 from fastreg.ops.fused import needs_argument
+from fastreg.ops.linear import dual_linear as ops
 from fastreg.random import Stream
 
 from .sass import Budget, Kernel, short_name

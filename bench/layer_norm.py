@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as torch_functional
 
 import fastreg.functional as fast
-from fastreg.ops import layer_norm as ops
+from fastreg.ops.norms import layer_norm as ops
 from fastreg.ops.partial_sums import sum_launch
 from fastreg.random import Stream
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as torch_functional
 
 import fastreg.functional as fast
-from fastreg.ops import local_response_norm as ops
+from fastreg.ops.norms import local_response_norm as ops
 
 from .cases import Case, close_to, images, random
 from .sass import Budget, Kernel, short_name

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 
 import fastreg.functional as fast
-from fastreg.ops import noisy_linear as ops
+from fastreg.ops.linear import noisy_linear as ops
 from fastreg.random import Stream
 
 from .cases import TOLERANCE, Case

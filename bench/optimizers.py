@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastreg import optim
-from fastreg.ops import optimizers as ops
-from fastreg.ops.optimizers import Batch, Member, Rule
+from fastreg.ops.multi_tensor import optimizers as ops
+from fastreg.ops.multi_tensor.optimizers import Batch, Member, Rule
 
 from .cases import TOLERANCE, Case
 from .sass import Budget, Kernel, short_name

@@ -3,9 +3,9 @@
 import torch
 
 from fastreg import penalties
-from fastreg.ops import penalties as ops
-from fastreg.ops.multi_tensor import table_of
-from fastreg.ops.penalties import Form
+from fastreg.ops.multi_tensor import penalties as ops
+from fastreg.ops.multi_tensor.penalties import Form
+from fastreg.ops.multi_tensor.tables import table_of
 
 from .cases import TOLERANCE, Case, random, rows
 from .sass import Budget, Kernel, short_name

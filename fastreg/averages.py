@@ -28,10 +28,10 @@ import torch
 from torch import Tensor
 
 from fastreg.ops.arguments import integer, real
-from fastreg.ops.averages import copy_, copy_if_, follow_
-from fastreg.ops.bulk import Watch
 from fastreg.ops.layout import check_written
-from fastreg.ops.optimizers import compute_dtype
+from fastreg.ops.multi_tensor.averages import copy_, copy_if_, follow_
+from fastreg.ops.multi_tensor.bulk import Watch
+from fastreg.ops.multi_tensor.optimizers import compute_dtype
 from fastreg.optim.distributed import local, local_pairs
 
 __all__ = ["BestWeights", "ExponentialMovingAverage", "get_ema_multi_avg_fn"]

@@ -1,7 +1,5 @@
 """Functions, drop-in for ``torch.nn.functional``: a list of names, the logic is in ``fastreg.ops``."""
 
-from fastreg.ops.batch_norm import batch_norm
-from fastreg.ops.drop_connect import drop_connect_linear
 from fastreg.ops.dropout import (
     alpha_dropout,
     drop_path,
@@ -11,11 +9,13 @@ from fastreg.ops.dropout import (
     dropout3d,
     feature_alpha_dropout,
 )
-from fastreg.ops.group_norm import group_norm, instance_norm
-from fastreg.ops.layer_norm import dropout_add_layer_norm, layer_norm
-from fastreg.ops.local_response_norm import local_response_norm
+from fastreg.ops.linear.drop_connect import drop_connect_linear
+from fastreg.ops.linear.noisy_linear import noisy_linear
 from fastreg.ops.noise import gaussian_noise
-from fastreg.ops.noisy_linear import noisy_linear
+from fastreg.ops.norms.batch_norm import batch_norm
+from fastreg.ops.norms.group_norm import group_norm, instance_norm
+from fastreg.ops.norms.layer_norm import dropout_add_layer_norm, layer_norm
+from fastreg.ops.norms.local_response_norm import local_response_norm
 
 __all__ = [
     "alpha_dropout",

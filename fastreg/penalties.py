@@ -32,11 +32,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastreg.ops import penalties as ops
 from fastreg.ops.arguments import plain, real
 from fastreg.ops.layout import check_inference, check_written
-from fastreg.ops.optimizers import check_beside
-from fastreg.ops.penalties import Form
+from fastreg.ops.multi_tensor import penalties as ops
+from fastreg.ops.multi_tensor.optimizers import check_beside
+from fastreg.ops.multi_tensor.penalties import Form
 from fastreg.optim.distributed import Shards, by_shards, check_max_norm, is_distributed, local, shards
 
 __all__ = ["GaussianPrior", "LaplacePrior", "elastic_net", "l1", "l2", "max_norm_"]

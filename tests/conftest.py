@@ -17,8 +17,9 @@ if not torch.cuda.is_available():
 from pretended_gpu import gpu, needs_compiler  # noqa: F401
 
 from fastreg.ops import backend as _backend
-from fastreg.ops import bulk, launch
+from fastreg.ops import launch
 from fastreg.ops.fused import ACTIVATIONS
+from fastreg.ops.multi_tensor import bulk
 
 if _backend.INTERPRETED:
     import interpreter

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 import fastreg.functional as F
 import fastreg.nn as fnn
-from fastreg.ops import sync_batch_norm
+from fastreg.ops.norms import sync_batch_norm
 
 X = torch.randn(4, 6, 8, generator=torch.Generator().manual_seed(0))
 PARAMETERS = torch.rand(2, 6, generator=torch.Generator().manual_seed(1))

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 import fastreg
 from fastreg import BestWeights, ExponentialMovingAverage
 from fastreg.averages import get_ema_multi_avg_fn
-from fastreg.ops.averages import copy_if_, copy_where_, follow_
+from fastreg.ops.multi_tensor.averages import copy_if_, copy_where_, follow_
 
 # One rounding of each update; the interpreter truncates to bf16, which is one unit in the last place more.
 ROUNDING = {torch.float64: 1e-15, torch.float32: 3e-7, torch.float16: 1e-3, torch.bfloat16: bf16(1e-2)}

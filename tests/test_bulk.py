@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastreg.ops import bulk
+from fastreg.ops.multi_tensor import bulk
 
 
 @pytest.fixture(params=["c", "python"])

@@ -10,9 +10,10 @@ from machine_option import bf16
 
 import fastreg.functional as F
 import fastreg.nn as fnn
-from fastreg.ops import backend, lines
-from fastreg.ops import channel_norm as ops
+from fastreg.ops import backend
 from fastreg.ops.fused import ACTIVATIONS, activated
+from fastreg.ops.norms import channel_norm as ops
+from fastreg.ops.norms import lines
 
 SLOW = pytest.mark.slow  # on the interpreter
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

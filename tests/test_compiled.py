@@ -229,7 +229,7 @@ def read() -> dict[str, dict[str, list[str]]]:
 def kernels() -> set[str]:
     """Those that ``fastreg.ops`` launches, as file.function."""
     found = set()
-    for file in Path(ops.__file__).parent.glob("*.py"):
+    for file in Path(ops.__file__).parent.rglob("*.py"):
         names = re.findall(r"kernels\.(\w+)", file.read_text())
         kernels = re.search(r"from fastreg\.kernels import (\w+) as kernels", file.read_text())
         module = import_module(f"fastreg.kernels.{kernels[1]}") if kernels else None

@@ -18,7 +18,7 @@ import fastreg
 import fastreg.functional as F
 import fastreg.optim
 from fastreg.ops import backend, fused
-from fastreg.ops.averages import copy_if_, follow_
+from fastreg.ops.multi_tensor.averages import copy_if_, follow_
 
 pytestmark = pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
 

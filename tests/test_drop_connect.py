@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastreg.functional as F
 import fastreg.nn as fnn
 from fastreg import random
-from fastreg.ops import drop_connect as ops
 from fastreg.ops.fused import ACTIVATIONS, OF_OUTPUT
 from fastreg.ops.launch import forget
+from fastreg.ops.linear import drop_connect as ops
 from fastreg.random import Stream
 
 SEED = 0x123456789ABCDEF

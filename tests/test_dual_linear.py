@@ -7,8 +7,8 @@ import torch
 from torch.testing import assert_close
 
 from fastreg import random
-from fastreg.ops import dual_linear as ops
 from fastreg.ops.fused import ACTIVATIONS
+from fastreg.ops.linear import dual_linear as ops
 from fastreg.random import Stream
 
 SEED = 0x123456789ABCDEF

@@ -8,8 +8,8 @@ from torch.testing import assert_close
 
 import fastreg.functional as F
 from fastreg import random
-from fastreg.ops import expectation as ops
 from fastreg.ops.fused import ACTIVATIONS
+from fastreg.ops.linear import expectation as ops
 from fastreg.random import Stream
 
 SEED = 0x123456789ABCDEF

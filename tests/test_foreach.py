@@ -12,9 +12,9 @@ from torch.testing import assert_close
 
 from fastreg import ExponentialMovingAverage, optim, penalties
 from fastreg.averages import get_ema_multi_avg_fn
-from fastreg.ops import foreach
-from fastreg.ops.optimizers import Member, Numbers, Rule, define
-from fastreg.ops.penalties import project_by_definition_
+from fastreg.ops.multi_tensor import foreach
+from fastreg.ops.multi_tensor.optimizers import Member, Numbers, Rule, define
+from fastreg.ops.multi_tensor.penalties import project_by_definition_
 
 pytestmark = pytest.mark.usefixtures("aten")
 

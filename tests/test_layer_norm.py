@@ -15,8 +15,8 @@ import fastreg.functional as F
 import fastreg.nn as fnn
 from fastreg import random
 from fastreg.ops import backend, launch
-from fastreg.ops import layer_norm as ops
 from fastreg.ops.fused import ACTIVATIONS
+from fastreg.ops.norms import layer_norm as ops
 from fastreg.random import Stream
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")

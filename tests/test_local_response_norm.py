@@ -15,8 +15,8 @@ from torch.testing._internal.common_modules import module_db
 
 import fastreg.functional as F
 import fastreg.nn as fnn
-from fastreg.ops import local_response_norm as ops
 from fastreg.ops.fused import ACTIVATIONS, activated
+from fastreg.ops.norms import local_response_norm as ops
 
 # Relative and absolute. fp32 is computed in fp32: 5 roundings, and 3e-7 of the power of d. 16-bit results are rounded
 # once on the kernels, after every operation on ATen, and truncated to bf16 by the interpreter.

@@ -11,8 +11,8 @@ import fastreg
 import fastreg.functional as F
 import fastreg.nn as fnn
 from fastreg import random
-from fastreg.ops import noisy_linear as ops
 from fastreg.ops.fused import ACTIVATIONS
+from fastreg.ops.linear import noisy_linear as ops
 from fastreg.random import Stream
 
 SEED = 0x123456789ABCDEF

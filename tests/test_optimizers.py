@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from fastreg import optim, random
-from fastreg.ops import backend, multi_tensor
-from fastreg.ops import optimizers as ops
+from fastreg.ops import backend
 from fastreg.ops.backend import Launch
+from fastreg.ops.multi_tensor import optimizers as ops
+from fastreg.ops.multi_tensor import tables
 from fastreg.random import Stream
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -454,10 +455,10 @@ def test_a_differentiable_step_has_no_options():
 
 def test_chunks_cover_units_once():
     lengths = np.array([5, 0, 4096, 1, 4097])
-    unit, start = multi_tensor.deal(lengths, 2048)
+    unit, start = tables.deal(lengths, 2048)
     assert unit.tolist() == [0, 2, 2, 3, 4, 4, 4]
     assert start.tolist() == [0, 0, 2048, 0, 0, 2048, 4096]
-    unit, start = multi_tensor.deal(np.array([6, 9]), np.array([4, 3]))
+    unit, start = tables.deal(np.array([6, 9]), np.array([4, 3]))
     assert list(zip(unit.tolist(), start.tolist(), strict=True)) == [(0, 0), (0, 4), (1, 0), (1, 3), (1, 6)]
 
 

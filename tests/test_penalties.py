@@ -16,7 +16,7 @@ from torch.testing import assert_close
 import fastreg.optim
 from fastreg import penalties
 from fastreg.ops import backend
-from fastreg.ops import penalties as ops
+from fastreg.ops.multi_tensor import penalties as ops
 from fastreg.penalties import GaussianPrior, LaplacePrior, elastic_net, l1, l2, max_norm_
 
 needs_triton = pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")

@@ -26,10 +26,11 @@ from hypothesis import strategies as st
 import fastreg
 import fastreg.functional as F
 import fastreg.optim
-from fastreg.ops import averages as averages_of_lists
-from fastreg.ops import backend, channel_norm, lines
+from fastreg.ops import backend
 from fastreg.ops.dropout import activation_backward
 from fastreg.ops.launch import forget
+from fastreg.ops.multi_tensor import averages as averages_of_lists
+from fastreg.ops.norms import channel_norm, lines
 
 pytestmark = pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
 

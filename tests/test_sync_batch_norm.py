@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 import fastreg
 import fastreg.nn as fnn
 from fastreg.ops import backend
-from fastreg.ops import sync_batch_norm as ops
 from fastreg.ops.fused import ACTIVATIONS
+from fastreg.ops.norms import sync_batch_norm as ops
 
 pytestmark = pytest.mark.xdist_group("processes")  # one set of them is enough for two cores
 

@@ -8,7 +8,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastreg import functional as F
 from fastreg.nn.fused import FusedNorm
-from fastreg.ops.sync_batch_norm import sync_batch_norm
+from fastreg.ops.norms.sync_batch_norm import sync_batch_norm
 
 
 class _BatchNorm(FusedNorm):

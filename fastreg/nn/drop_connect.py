@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from fastreg.nn.layer import Layer
-from fastreg.ops import drop_connect as ops
 from fastreg.ops.dropout import dropout
 from fastreg.ops.fused import activated
+from fastreg.ops.linear import drop_connect as ops
 
 
 class DropConnectLinear(Layer, torch.nn.Linear):

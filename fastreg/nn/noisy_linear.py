@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastreg.nn.layer import Layer
-from fastreg.ops import noisy_linear as ops
+from fastreg.ops.linear import noisy_linear as ops
 
 
 class NoisyLinear(Layer, torch.nn.Linear):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.optim.adam import adam
 
-from fastreg.ops.optimizers import Numbers, Rule
+from fastreg.ops.multi_tensor.optimizers import Numbers, Rule
 from fastreg.optim.base import Regularized
 from fastreg.optim.distributed import local
 from fastreg.optim.options import OPTIONS_DOC, numbers_of, rule_of

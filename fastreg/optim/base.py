@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fastreg.ops.backend import recording
-from fastreg.ops.bulk import gradients
-from fastreg.ops.foreach import Lists, squares, step_, walks
 from fastreg.ops.layout import dense
-from fastreg.ops.optimizers import (
+from fastreg.ops.multi_tensor.bulk import gradients
+from fastreg.ops.multi_tensor.foreach import Lists, squares, step_, walks
+from fastreg.ops.multi_tensor.optimizers import (
     Member,
     Numbers,
     Rule,

@@ -5,7 +5,7 @@ from operator import itemgetter
 from typing import Any
 
 from fastreg.ops.arguments import plain, real
-from fastreg.ops.optimizers import Numbers, Rule
+from fastreg.ops.multi_tensor.optimizers import Numbers, Rule
 
 OPTIONS: dict[str, Any] = {
     "l1": 0.0,

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastreg.ops import backend
-from fastreg.ops.bulk import Watch, addresses, equal, kinds_of
-from fastreg.ops.multi_tensor import upload
-from fastreg.ops.optimizers import NUMBERS, WIDTH, Batch, Numbers, Rule, same_strides
+from fastreg.ops.multi_tensor.bulk import Watch, addresses, equal, kinds_of
+from fastreg.ops.multi_tensor.optimizers import NUMBERS, WIDTH, Batch, Numbers, Rule, same_strides
+from fastreg.ops.multi_tensor.tables import upload
 from fastreg.optim.distributed import is_distributed
 
 

@@ -19,8 +19,8 @@ from torch.utils.checkpoint import checkpoint
 import fastreg.functional as FF
 import fastreg.nn as fnn
 from fastreg.ops import backend
-from fastreg.ops import layer_norm as ops
 from fastreg.ops.fused import ACTIVATIONS
+from fastreg.ops.norms import layer_norm as ops
 
 SEED = 20
 needs_triton = pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")

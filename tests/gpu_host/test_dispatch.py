@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import fastreg.functional as F
-from fastreg.ops import channel_norm, dropout, layer_norm
+from fastreg.ops import dropout
+from fastreg.ops.norms import channel_norm, layer_norm
 
 PLAIN = {
     "dropout": (F.dropout, dropout.ATEN_BELOW),

@@ -16,7 +16,7 @@ from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import activated, result_dtype, sum_dtype
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div, dense_strides, with_strides
-from fastreg.ops.lines import Plan, View, indexable, laid_out, merge_plan, split_plan, view, whole_plan
+from fastreg.ops.norms.lines import Plan, View, indexable, laid_out, merge_plan, split_plan, view, whole_plan
 from fastreg.ops.operator import apply, by_definition, needs_definition, operator
 from fastreg.ops.partial_sums import sum_launch
 

@@ -1,7 +1,7 @@
 """Linear layers with Gaussian noise on their weights, for every example its own: none of it in memory.
 
 The noise of a sum is normal too, so it is drawn for the sum (local reparameterization): behind a dense product where it
-is isotropic (``kernels/noisy_linear.py``), and beside it otherwise (``fastreg/ops/dual_linear.py``).
+is isotropic (``kernels/noisy_linear.py``), and beside it otherwise (``fastreg/ops/linear/dual_linear.py``).
 """
 
 import math
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from fastreg import random
-from fastreg.ops import arguments, backend, dual_linear
+from fastreg.ops import arguments, backend
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import (
     activated,
@@ -23,7 +23,8 @@ from fastreg.ops.fused import (
 )
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import row_blocks
-from fastreg.ops.linear import cast_by_autocast, on_kernels, torch_refuses
+from fastreg.ops.linear import dual_linear
+from fastreg.ops.linear.checks import cast_by_autocast, on_kernels, torch_refuses
 from fastreg.ops.operator import apply, keep, kept, needs_definition, operator
 from fastreg.random import Stream
 

@@ -16,10 +16,10 @@ from torch import Tensor
 from fastreg import random
 from fastreg.ops import backend
 from fastreg.ops.backend import Launch
-from fastreg.ops.bulk import addresses
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div, is_dense
-from fastreg.ops.multi_tensor import Table, deal, deal_rows, type_of, upload
+from fastreg.ops.multi_tensor.bulk import addresses
+from fastreg.ops.multi_tensor.tables import Table, deal, deal_rows, type_of, upload
 from fastreg.random import Stream
 
 if backend.HAS_TRITON:

@@ -6,12 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastreg.ops import backend, foreach
+from fastreg.ops import backend
 from fastreg.ops.backend import Launch
-from fastreg.ops.bulk import addresses, by_kind, remembered
 from fastreg.ops.layout import can_be_written, check_inference, check_written
-from fastreg.ops.multi_tensor import Table, table_of, taken, type_of
-from fastreg.ops.optimizers import compute_dtype, same_layout
+from fastreg.ops.multi_tensor import foreach
+from fastreg.ops.multi_tensor.bulk import addresses, by_kind, remembered
+from fastreg.ops.multi_tensor.optimizers import compute_dtype, same_layout
+from fastreg.ops.multi_tensor.tables import Table, table_of, taken, type_of
 
 if backend.HAS_TRITON:
     from fastreg.kernels import averages as kernels

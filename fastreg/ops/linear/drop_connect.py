@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from fastreg import random
-from fastreg.ops import arguments, backend, dual_linear, expectation
+from fastreg.ops import arguments, backend
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.dropout import activation_backward, activation_forward
 from fastreg.ops.fused import activated, check_activation, kept_of, needs_argument
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div
-from fastreg.ops.linear import cast_by_autocast, on_kernels, torch_refuses
+from fastreg.ops.linear import dual_linear, expectation
+from fastreg.ops.linear.checks import cast_by_autocast, on_kernels, torch_refuses
 from fastreg.ops.operator import apply, by_definition, empty_gradients, keep, kept, needs_definition, operator
 from fastreg.random import EXAMPLES_PER_LANE, Chance, Stream
 
@@ -507,7 +508,7 @@ def drop_connect_linear(
             mean), relu, leaky_relu, gelu, elu and hardswish, else by quadrature. "mean" is the activation of
             the mean. "probit" is, for sigmoid alone, an approximation in closed form, off by less than 0.02.
         samples: so many draws in place of the quadrature, as in the paper, which takes 1000. The error of these is
-            larger than that of the quadrature, see ``fastreg.ops.expectation.nodes``.
+            larger than that of the quadrature, see ``fastreg.ops.linear.expectation.nodes``.
         activation: a name of ``fastreg.ops.fused.ACTIVATIONS``.
         seed, generator: as in :func:`fastreg.functional.dropout`.
 

@@ -16,8 +16,10 @@ from torch import distributed as dist
 
 from fastreg.ops import backend
 from fastreg.ops.arguments import number
-from fastreg.ops.batch_norm import batch_norm
-from fastreg.ops.channel_norm import (
+from fastreg.ops.fused import activated, check_activation, check_residual, result_dtype, sum_dtype
+from fastreg.ops.layout import dense_strides, with_strides
+from fastreg.ops.norms.batch_norm import batch_norm
+from fastreg.ops.norms.channel_norm import (
     Form,
     Gradients,
     Running,
@@ -33,9 +35,7 @@ from fastreg.ops.channel_norm import (
     takes,
     unpacked_signs,
 )
-from fastreg.ops.fused import activated, check_activation, check_residual, result_dtype, sum_dtype
-from fastreg.ops.layout import dense_strides, with_strides
-from fastreg.ops.lines import View, viewed
+from fastreg.ops.norms.lines import View, viewed
 
 SLOPES = {"relu": 0.0, "leaky_relu": 0.01}
 """Derivative of the activations whose signs are kept, where those are not positive."""

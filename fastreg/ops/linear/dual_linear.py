@@ -23,7 +23,7 @@ from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import activated, derivative, kept_of, needs_argument
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div, row_blocks
-from fastreg.ops.linear import on_kernels
+from fastreg.ops.linear.checks import on_kernels
 from fastreg.ops.operator import apply, by_definition, empty_gradients, keep, kept, needs_definition, operator
 from fastreg.random import Stream
 

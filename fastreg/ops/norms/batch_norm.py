@@ -6,8 +6,16 @@ from torch import Tensor
 
 from fastreg.ops import backend
 from fastreg.ops.arguments import is_number, plain
-from fastreg.ops.channel_norm import Form, Running, by_torch, normalize, plain_momentum, takes, update_running
 from fastreg.ops.fused import activated, check_activation, check_residual
+from fastreg.ops.norms.channel_norm import (
+    Form,
+    Running,
+    by_torch,
+    normalize,
+    plain_momentum,
+    takes,
+    update_running,
+)
 
 
 def batch_norm(

@@ -15,7 +15,7 @@ from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import activated
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div
-from fastreg.ops.linear import on_kernels
+from fastreg.ops.linear.checks import on_kernels
 from fastreg.ops.operator import apply, by_definition, keep, kept, needs_definition, operator
 from fastreg.random import DRAWS, Stream
 

@@ -23,7 +23,7 @@ from torch.nn.functional import softshrink
 
 from fastreg.ops.backend import PLAIN
 from fastreg.ops.layout import is_dense
-from fastreg.ops.optimizers import (
+from fastreg.ops.multi_tensor.optimizers import (
     DTYPES,
     Member,
     Numbers,

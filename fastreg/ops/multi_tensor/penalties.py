@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastreg.ops import backend, foreach
+from fastreg.ops import backend
 from fastreg.ops.backend import Launch
-from fastreg.ops.bulk import addresses, by_kind, remembered
-from fastreg.ops.multi_tensor import (
+from fastreg.ops.multi_tensor import foreach
+from fastreg.ops.multi_tensor.bulk import addresses, by_kind, remembered
+from fastreg.ops.multi_tensor.optimizers import ROW_MOST, compute_dtype, fold_launches, same_layout
+from fastreg.ops.multi_tensor.tables import (
     Table,
     deal_rows,
     kept_by_stream,
@@ -24,7 +26,6 @@ from fastreg.ops.multi_tensor import (
     type_of,
     upload,
 )
-from fastreg.ops.optimizers import ROW_MOST, compute_dtype, fold_launches, same_layout
 
 if backend.HAS_TRITON:
     from fastreg.kernels import penalties as kernels
