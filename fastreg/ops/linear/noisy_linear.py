@@ -136,12 +136,12 @@ class _RowNoise(torch.autograd.Function):
             dy, activation = activation_gradient(dy, y_or_before, activation, dbefore), None
         dx = None if activation is None else torch.empty_like(dy, memory_format=torch.contiguous_format)
         ddeviation = None
-        if needs_deviation:
-            ddeviation = torch.empty(dy.shape[0], dtype=torch.float32, device=dy.device)
         if needs_deviation and by_definition:
             eps = random.row_normals(*dy.shape, stream, device=dy.device)
             ddeviation = (dy * eps).sum(1).to(torch.float32)
-        elif needs_deviation or activation is not None:
+        elif needs_deviation:
+            ddeviation = torch.empty(dy.shape[0], dtype=torch.float32, device=dy.device)
+        if not by_definition and (needs_deviation or activation is not None):
             _backward(dy, y_or_before, dx, ddeviation, stream, activation)
         return (dy if dx is None else dx) if needs_x else None, ddeviation, None, None, None
 
