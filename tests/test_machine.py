@@ -7,6 +7,7 @@ same, after the words of the PTX ISA. In the end all pieces of PTX go to Triton'
 # ruff: noqa: E501 (a piece of PTX is one line)
 
 import itertools
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -1158,7 +1159,16 @@ def test_a_write_over_what_others_still_read():
 
 def test_two_values_for_one_shared_address():
     planted("st.shared.b32 [memory], %r39;", threads=64, shared=16, says="writes what another thread write")
-    run("st.shared.b32 [memory], 5; st.shared.b32 [memory], 5;", threads=64, shared=16)
+    says = "writes what another thread wrote"
+    planted(
+        "st.shared.b32 [memory], %r39; st.shared.b32 [memory], 5;", threads=64, shared=16, says="what another"
+    )
+    # Copies of one element, which Triton's layouts hold, are written by one instruction; two of them are a race.
+    run("st.shared.b32 [memory], 5;", threads=64, shared=16)
+    twice = "setp.lt.u32 %p1, %r39, 32; @%p1 st.shared.b32 [memory], 5; {} @!%p1 st.shared.b32 [memory], 5;"
+    planted(twice.format(""), threads=64, shared=16, says=says)
+    planted(twice.format("bar.warp.sync -1;"), threads=64, shared=16, says=says)
+    run(twice.format("bar.sync 0;"), threads=64, shared=16)
 
 
 def test_programs_that_write_one_address():
@@ -1197,6 +1207,42 @@ def test_a_copy_that_nobody_waited_for():
     planted(body.format(""), x, shared=512, says="is shared memory that a copy still writes")
     planted(body.format("cp.async.commit_group; cp.async.wait_group 2;"), x, shared=512, says="still writes")
     run(body.format("cp.async.wait_group 0;"), x, shared=512)
+
+
+def warpgroup(then: str, *arrays: np.ndarray, **more) -> None:
+    """A product of zeros in %r2 to %r5, and what comes then."""
+    product = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%r2, %r3, %r4, %r5}, %d20, %d20, %p1, 1, 1, 0, 0;"
+    zeros = "st.shared.v4.b32 [%r20], {%r1, %r1, %r1, %r1};"
+    start = f"""mov.u32 %r1, 0; mad.lo.s32 %r20, %r39, 16, %r38; {zeros} bar.sync 0; fence.proxy.async.shared::cta;
+    cvt.u64.u32 %d20, %r38; shr.u64 %d20, %d20, 4; or.b64 %d20, %d20, {8 << 16 | 16 << 32}; setp.ne.u32 %p1, %r1, 0;
+    wgmma.fence.sync.aligned;"""
+    run(f"{start} {then.format(product)}", *arrays, threads=128, shared=2048, **more)
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        "add.f32 %r6, %r2, %r2;",
+        "cvt.rn.bf16x2.f32 %r6, %r2, %r3;",
+        "mov.b32 %r6, %r4; setp.lt.f32 %p2, %r6, %r1;",
+        "selp.b32 %r6, %r5, %r1, %p1; xor.b32 %r6, %r6, 1;",
+        "st.global.b32 [%d30], %r2;",
+        "mov.b32 %r6, %r2; bra over; over: neg.f32 %r6, %r6;",
+        "shfl.sync.bfly.b32 %r6, %r2, 1, 31, -1;",
+    ],
+)
+def test_accumulators_that_nobody_waited_for(reads):
+    x = np.zeros(4, "u4")
+    end, wait = "wgmma.commit_group.sync.aligned;", "wgmma.wait_group.sync.aligned"
+    for order in (f"{{}} {reads}", f"{{}} {end} {reads}", f"{{}} {end} {wait} 1; {reads} {wait} 0;"):
+        with pytest.raises(Fault, match="reads what a product still writes") as error:
+            warpgroup(order, x)
+        assert re.sub(".*[;:] ", "", reads).rstrip(";") in str(error.value)
+    warpgroup(f"{{}} {end} {wait} 0; {reads}", x)
+    warpgroup(f"{{0}} {end} {{0}} {end} {wait} 0; {reads}", x)
+    early = reads.replace("%r2", "%r12").replace("%r3", "%r13").replace("%r4", "%r14").replace("%r5", "%r15")
+    moved = "mov.b32 %r12, %r2; mov.b32 %r13, %r3; mov.b32 %r14, %r4; mov.b32 %r15, %r5;"
+    warpgroup(f"{{}} {end} {moved} {wait} 0; {early}", x)
 
 
 def test_a_loop_without_end():

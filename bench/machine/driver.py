@@ -51,6 +51,7 @@ class Machine:
     keeps: bool = False  # launched
     launches: int = 0
     programs: dict[str, Program] = field(default_factory=dict)
+    ran: set[Program] = field(default_factory=set)
     detach: Callable[[], None] = lambda: None
 
     def run(
@@ -67,6 +68,7 @@ class Machine:
         program = self.programs.get(ptx)
         if program is None:
             program = self.programs[ptx] = Program(ptx)
+        self.ran.add(program)
         regions = [Region(*extent(x), label) for label, x in tensors]
         launch = Launch(program, grid, threads, parameters, regions, shared, self.options, _freed())
         launch.run()

@@ -18,7 +18,7 @@ from .memory import UNWRITTEN, Fault, Global, Region
 from .parse import Kernel, Unknown, parse
 from .races import WARP
 from .translate import NUMPY, TYPES, Translator, also, kept
-from .warpgroups import Warpgroups
+from .warpgroups import Early, Flight, Warpgroups
 
 _VECTORS = {"v2": 2, "v4": 4, "v8": 8}
 
@@ -116,6 +116,7 @@ class Run(Warpgroups):
 
     def run(self) -> None:
         self.gone: ndarray = np.zeros((1, 1), bool)
+        self.flights = [Flight()]
         self.waiting: dict[int, ndarray] = {}
         turns = self._turns()
         pending = [{0: turn} for turn in turns]
@@ -155,7 +156,10 @@ class Run(Warpgroups):
                 )
             if self.options.counting:
                 self.counters.ran(block, number, self._warps_of(q))
-            taken = block.function(self, self.R, q)
+            try:
+                taken = block.function(self, self.R, q)
+            except Early as error:
+                self._fail(block.site_of(error.__traceback__.tb_next.tb_lineno), str(error))
             rest = q
             if block.ends_with == "bar":
                 _join(self.waiting, number + 1, q)
