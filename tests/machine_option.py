@@ -45,6 +45,13 @@ def bf16(tolerance: float) -> float:
     return tolerance if TARGET is None else tolerance / 2
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """The largest relative error of storing a number in this dtype: half a unit in the last place. The interpreter
+    truncates to bf16: a whole one."""
+    unit = torch.finfo(dtype).eps
+    return unit if dtype == torch.bfloat16 and TRUNCATES else unit / 2
+
+
 if TARGET is not None:
     os.environ[_VARIABLE] = TARGET
     os.environ["TRITON_INTERPRET"] = "0"

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from machine_option import bf16
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,7 +16,7 @@ from fastreg.ops.fused import ACTIVATIONS, OF_OUTPUT
 from fastreg.random import Stream
 
 SEED = 0x123456789ABCDEF
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: bf16(1.6e-2)}
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from machine_option import bf16
 from torch.testing import assert_close
 
 import fastreg.functional as F
@@ -303,7 +304,7 @@ def test_inference_in_16_bits(path, device, dtype):
     assert y.dtype == dtype
     exact = F.drop_connect_linear(v.double(), weight.double(), **options)
     # The mean is rounded to the dtype, of values up to 8: half a unit in the last place there.
-    assert_close(y.double(), exact, rtol=0, atol={torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype])
+    assert_close(y.double(), exact, rtol=0, atol={torch.float16: 4e-3, torch.bfloat16: bf16(4e-2)}[dtype])
 
 
 def test_empty(path, device):

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from machine_option import bf16
 from torch.testing import assert_close
 
 import fastreg
@@ -18,7 +19,7 @@ from fastreg.random import Stream
 SEED = 0x123456789ABCDEF
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 # A rounding of the operands and of the sum, before and after the noise. fp32: the normals.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: bf16(3e-2)}
 ROOTS = 3e-4  # what the root in a factor makes of an error of 1e-7 in a normal close to 0
 DOUBLE = torch.float64
 
