@@ -76,23 +76,29 @@ def add_options(parser) -> None:
     parser.addoption(
         "--machine-seed", type=int, default=0, help="The order of warps and programs; 0: all in step."
     )
+    parser.addoption(
+        "--machine-errors",
+        type=int,
+        default=0,
+        help="A seed: approximate functions are as wrong as the ISA allows; 0: they are rounded correctly.",
+    )
 
 
 def configure(config) -> None:
     if config.getoption("--machine") not in (None, TARGET):
         raise pytest.UsageError("--machine has to stand on the command line")
     if TARGET is not None:
-        attach(config.getoption("--machine-seed"))
+        attach(config.getoption("--machine-seed"), config.getoption("--machine-errors"))
         config.pluginmanager.register(sys.modules[__name__])
 
 
-def attach(seed: int = 0) -> None:
+def attach(seed: int = 0, errors: int = 0) -> None:
     """From here on this process runs kernels on the machine."""
     global MACHINE
     from fastreg.bench import machine
     from fastreg.ops import backend
 
-    MACHINE = machine.attach(TARGET, machine.Options(seed=seed))
+    MACHINE = machine.attach(TARGET, machine.Options(seed=seed, errors=errors))
     backend.INTERPRETED = True  # tensors of the CPU go to the kernels
 
 

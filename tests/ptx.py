@@ -59,7 +59,7 @@ def run(
 _LETTER = {2: "h", 4: "r", 8: "d"}
 
 
-def evaluate(code: str, *operands: np.ndarray, result: str, target: str = "sm_100a") -> np.ndarray:
+def evaluate(code: str, *operands: np.ndarray, result: str, target: str = "sm_100a", **more) -> np.ndarray:
     """``code`` for every row of these operands: %0 is the result, %1, %2, ... are the operands. ``result``: a dtype of
     numpy."""
     operands = [np.ascontiguousarray(x) for x in operands]
@@ -74,7 +74,7 @@ def evaluate(code: str, *operands: np.ndarray, result: str, target: str = "sm_10
             lines.append(f"ld.global.b{8 * x.itemsize} {register}, [%d{20 + i}];")
     lines.append(re.sub(r"%(\d)", lambda found: registers[int(found[1])], code))
     lines.append(f"st.global.b{8 * arrays[0].itemsize} [%d20], {registers[0]};")
-    run("\n".join(lines), *arrays, threads=threads, target=target)
+    run("\n".join(lines), *arrays, threads=threads, target=target, **more)
     return arrays[0][:count]
 
 

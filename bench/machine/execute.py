@@ -26,6 +26,7 @@ _VECTORS = {"v2": 2, "v4": 4, "v8": 8}
 @dataclass(frozen=True)
 class Options:
     seed: int = 0  # of the order of warps and programs; 0: all in step
+    errors: int = 0  # seed of the errors of approximate functions; 0: none
     ordered: bool = True  # whether races are looked for
     counting: bool = False  # instructions, bytes and sectors
     lanes: int = 1 << 14  # threads that run at once, at most
