@@ -2,22 +2,27 @@
 
 What an instruction should give is computed with Python's integers and exact fractions, or numpy where it computes the
 same, after the words of the PTX ISA. In the end all pieces of PTX go to Triton's assembler: they are the real language.
+Where there is a GPU, each test runs once more with its results.
 """
 
 # ruff: noqa: E501 (a piece of PTX is one line)
 
+import ctypes
 import itertools
 import re
 from fractions import Fraction
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
+import ptx
 from ptx import assemble, assembled, evaluate, run
 
-from fastreg.bench.machine import Fault, Options, Unknown
+from fastreg.bench.machine import Fault, Launch, Options, Program, Region, Unknown
 from fastreg.bench.machine.arithmetic import ERRORS, fma_f64
 from fastreg.bench.machine.parse import parse
 
@@ -29,6 +34,69 @@ def _all_is_ptx():
     """Triton's assembler takes every kernel of this file that ran."""
     yield
     assemble(assembled)
+
+
+GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True, **({"params": ["machine", "gpu"]} if GPU else {}))
+def _executor(request, monkeypatch):
+    """Where there is a GPU, every test of this file also asks it."""
+    monkeypatch.setattr(ptx, "executor", getattr(request, "param", "machine"))
+
+
+def test_what_runs_natively_is_what_the_test_sees(monkeypatch):
+    """CUDA's driver, played by the machine: arguments, grid and results take their way."""
+    driver = PlayedDriver()
+    monkeypatch.setattr(ptx, "executor", "gpu")
+    monkeypatch.setattr(ptx.ctypes, "CDLL", lambda name: driver)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    to = torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda x, *kind: x.clone() if kind == ("cuda",) else to(x, *kind))
+    monkeypatch.setattr(ptx, "binary_of", lambda text, target: text.encode())
+    x, y = np.arange(64, dtype="u4"), np.zeros(64, "u4")
+    body = f"{ELEMENT} mad.lo.u64 %d21, %d39, 4, %d31; ld.global.b32 %r1, [%d20]; not.b32 %r1, %r1; st.global.b32 [%d21], %r1;"
+    run(body, x, y, threads=64)
+    assert driver.calls == ["cuModuleLoadData", "cuModuleGetFunction", "cuLaunchKernel", "cuModuleUnload"]
+    same(y, ~x)
+    driver.wrong = True
+    run(body, x, y, threads=64)
+    same(y, ~x + 1)  # the results are the driver's
+
+
+class PlayedDriver:
+    """The four functions of CUDA's driver that are called."""
+
+    def __init__(self):
+        self.calls, self.wrong = [], False
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append(name)
+            getattr(self, f"_{name}")(*arguments)
+            return 0
+
+        return call
+
+    def _cuModuleLoadData(self, module, binary):
+        self.program = Program(binary.decode())
+
+    def _cuModuleGetFunction(self, function, module, name):
+        assert name == b"test" == self.program.kernel.name.encode()
+
+    def _cuLaunchKernel(self, function, x, y, z, threads, y_, z_, shared, stream, parameters, extra):
+        pointers = [ctypes.c_uint64.from_address(at).value for at in parameters]
+        regions = [Region(at, at + 256, "memory") for at in pointers]
+        raw = [at.to_bytes(8, "little") for at in pointers]
+        Launch(self.program, (x, y, z), threads, raw, regions, shared).run()
+        if self.wrong:
+            found = np.ctypeslib.as_array((ctypes.c_uint32 * 64).from_address(pointers[1]))
+            found += np.uint32(1)
+
+    def _cuModuleUnload(self, module):
+        pass
 
 
 @pytest.fixture(autouse=True)
