@@ -146,6 +146,7 @@ def _variant(program) -> str:
     return f"{stem}.{kernel.name}:{hashlib.sha1(code.encode()).hexdigest()[:8]}"
 
 
+@functools.cache
 def all_kernels() -> set[str]:
     """layer_norm.forward and its like: public functions of Triton's in ``kernels/`` that no other one calls."""
     defined, called = set(), set()

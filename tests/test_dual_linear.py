@@ -69,12 +69,14 @@ def agree(device, kind, dtype=torch.float32, activation=None, **sizes):
         near(actual, target, dtype, kind)
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_values_and_gradients(path, device, kind, dtype):
     agree(device, kind, dtype)
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize(
     ("kind", "activation"),
     [*(("gaussian", name) for name in ACTIVATIONS), *((k, n) for k in KINDS[1:] for n in ("relu", "gelu"))],

@@ -138,6 +138,7 @@ def test_nodes_are_as_good_as_they_say(path, device, activation):
         assert_close(single.cpu().double(), found, rtol=1e-3, atol=5e-4 * max(1.0, deviation))
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("activation", WITHOUT_CLOSED_FORM)
 def test_nodes_on_kernels_are_those_of_the_definition(path, device, activation):
     mean, deviation = (t.float().to(device) for t in grid())
@@ -192,6 +193,7 @@ def by_hand(mean, deviation, activation, samples):
     return ACTIVATIONS[activation](v).mean(-1)
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "mish"])
 @pytest.mark.parametrize("samples", [1, 2, 3, 4, 11])
 def test_draws(path, device, activation, samples):
@@ -284,6 +286,7 @@ def test_compiled(device):
             assert_close(*(torch.autograd.grad(z.square().sum(), leaves) for z in (y, expected)))
 
 
+@pytest.mark.executed
 @needs_triton
 def test_opcheck(device):
     mean, deviation, dy = (torch.rand(2, 3, device=device) for _ in range(3))

@@ -41,6 +41,7 @@ def additive(v, weight, bias, sigma, bias_sigma=None):
     return v @ weight.t() + bias + variance.sqrt()[:, None] * eps
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("noisy_bias", [False, True])
 def test_additive_is_the_formula(path, device, dtype, noisy_bias):
@@ -91,6 +92,7 @@ def test_activations(path, device, activation, activation_passes):
     check_activation(device, activation, torch.float32, True)
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ["sigmoid", "gelu"])
 def test_activations_of_the_first_layer(device, activation, dtype):

@@ -133,6 +133,7 @@ CASES = [
 ]
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize(("name", "option"), CASES)
 def test_options_alone_and_together(name, option, path, device):
     """Three steps from a state that is not zero, with a decay so large that the wrong kind of it shows."""
@@ -146,6 +147,18 @@ def test_options_alone_and_together(name, option, path, device):
             assert_close(optimizer.state[p]["ema"].double(), want["ema"], **FP32)
     if option == "l1":
         assert sum(int((p == 0).sum()) for p in params) > 100  # exact zeros
+
+
+@pytest.mark.executed
+def test_the_max_norm_of_a_tensor_that_is_longer_than_a_tile(path, device):
+    """Its sum of squares is put together from tiles, and a second kernel shortens it."""
+    group = {**ADAM, "max_norm": 1.5, "ema_decay": 0.7}
+    params = parameters_of(device, shapes=((2, 2050), (4, 3)))
+    expected = reference(params, "AdamW", 2, **group)
+    optimizer = run(params, "AdamW", 2, **group)
+    for p, want in zip(params, expected, strict=True):
+        assert_close(p.double(), want["value"], **FP32)
+        assert_close(optimizer.state[p]["ema"].double(), want["ema"], **FP32)
 
 
 @pytest.mark.parametrize("name", ["SGDW", "AdamW"])
@@ -240,6 +253,7 @@ def test_max_norm_of_channels_last_weights_and_of_transposed_ones(path, device):
         assert_close(p.double(), expected[0]["value"], **FP32)
 
 
+@pytest.mark.executed
 def test_the_norm_of_all_gradients(path, device):
     """Of all groups that clip, of any dtype; a group without the option is neither counted nor scaled."""
     a, b, c = parameters_of(device, shapes=((7, 3), (2100,), (4,)))
