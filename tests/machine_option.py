@@ -201,8 +201,9 @@ def pytest_terminal_summary(terminalreporter, config) -> None:
         return
     path = Path(path)
     record = json.loads(path.read_text()) if path.exists() else {}
-    record[f"{TARGET}, Triton {triton.__version__}"] = {
-        "command": " ".join(["pytest", *config.invocation_params.args]),
+    options = [f"{name} {config.getoption(name)}" for name in ("--cases", "--seed")]
+    record[f"{TARGET}, {triton.__version__}"] = {
+        "selection": ", ".join([f"-m '{config.getoption('markexpr')}'", *options]),
         "torch": torch.__version__,
         "tests": Counter(test.partition("::")[0] for test in sorted(_ran)),
         "failed": [report.nodeid for report in terminalreporter.stats.get("failed", [])],

@@ -476,6 +476,7 @@ def test_no_mask_is_saved_and_the_input_only_for_an_activation(device):
     assert saved_bytes(lambda: F.dropout(x, 0.5, seed=torch.tensor([1], device=device))) == 8
 
 
+@pytest.mark.executed
 def test_input_is_freed_when_nothing_needs_it(device):
     x = torch.randn(64, 64, device=device, requires_grad=True) * 1
     alive = weakref.ref(x)
