@@ -434,20 +434,26 @@ def executed_table(content: dict) -> str:
 
 def tests_table(content: dict) -> str:
     """What ``pytest --machine TARGET --machine-record FILE`` has recorded, by target and Triton."""
-    lines = [
-        [
-            name,
-            run["selection"],
-            f"{sum(run['tests'].values())}",
-            f"{len(run['failed'])}",
-            f"{len(run['variants'])}",
-            f"{sum(run['variants'].values())}",
-            f"{run['launches']}",
-        ]
-        for name, run in content.items()
-    ]
-    header = ["target, Triton", "options", "tests passed", "failed", "kernels", "variants", "launches"]
-    return f"Tests that ran a kernel (`pytest --machine TARGET`).\n\n{markdown(header, lines, left=2)}"
+    lines = []
+    for name, files in content.items():
+        runs = files.values()
+        variants = {variant for run in runs for variant in run["variants"]}
+        failed, tests, launches = (sum(x) for x in zip(*map(_counts, runs), strict=True))
+        numbers = (
+            len(files),
+            tests,
+            failed,
+            len({v.partition(":")[0] for v in variants}),
+            len(variants),
+            launches,
+        )
+        lines.append([name, *map(str, numbers)])
+    header = ["target, Triton", "files", "tests passed", "failed", "kernels", "variants", "launches"]
+    return f"Tests that ran a kernel (`pytest --machine TARGET`).\n\n{markdown(header, lines)}"
+
+
+def _counts(run: dict) -> tuple[int, int, int]:
+    return len(run["failed"]), run["tests"], run["launches"]
 
 
 def family_table(content: dict, gpu: str = "H100") -> str:

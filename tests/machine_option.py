@@ -116,8 +116,7 @@ def pytest_collection_modifyitems(config, items) -> None:
     items[:] = [item for item in items if item in taken]
 
 
-_ran: dict[str, list[str]] = {}  # by test that passed: the variants of kernels that it launched
-_launches = 0
+_ran: dict[str, tuple[int, list[str]]] = {}  # by test that passed: launches, and the variants of kernels
 
 
 @pytest.hookimpl(wrapper=True)
@@ -126,6 +125,7 @@ def pytest_runtest_call(item):
     from fastreg.bench.machine import Unknown
 
     MACHINE.ran.clear()
+    before = MACHINE.launches
     try:
         result = yield
     except Unknown as error:
@@ -133,7 +133,7 @@ def pytest_runtest_call(item):
             pytest.skip("has a product of matrices, which the machine does not have for sm_100")
         raise
     if MACHINE.ran:
-        _ran[item.nodeid] = sorted(map(_variant, MACHINE.ran))
+        _ran[item.nodeid] = MACHINE.launches - before, sorted(map(_variant, MACHINE.ran))
     return result
 
 
@@ -169,7 +169,7 @@ def all_kernels() -> set[str]:
 
 def pytest_sessionfinish(session) -> None:
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["machine"] = _ran, MACHINE.launches
+        session.config.workeroutput["machine"] = _ran
     elif session.config.getoption("--every-kernel") and (missing := all_kernels() - {*_kernels()}):
         print(f"\nnever executed: {', '.join(sorted(missing))}")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -177,38 +177,39 @@ def pytest_sessionfinish(session) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node) -> None:
-    global _launches
-    ran, launches = getattr(node, "workeroutput", {}).get("machine", ({}, 0))
-    _ran.update(ran)
-    _launches += launches
+    _ran.update(getattr(node, "workeroutput", {}).get("machine", {}))
 
 
 def _kernels() -> Counter[str]:
     """The number of variants of each kernel."""
-    variants = {variant for variants in _ran.values() for variant in variants}
+    variants = {variant for _, variants in _ran.values() for variant in variants}
     return Counter(variant.partition(":")[0] for variant in sorted(variants))
 
 
 def pytest_terminal_summary(terminalreporter, config) -> None:
-    import triton
-
-    found, launches = _kernels(), _launches + MACHINE.launches
+    found = _kernels()
     terminalreporter.write_line(
         f"{len(_ran)} tests passed on executed PTX for {TARGET}: {found.total()} variants of {len(found)} kernels "
-        f"({', '.join(found)}) in {launches} launches"
+        f"({', '.join(found)}) in {sum(launches for launches, _ in _ran.values())} launches"
     )
-    if (path := config.getoption("--machine-record")) is None:
-        return
-    path = Path(path)
-    record = json.loads(path.read_text()) if path.exists() else {}
-    options = [f"{name} {config.getoption(name)}" for name in ("--cases", "--seed")]
-    record[f"{TARGET}, {triton.__version__}"] = {
-        "selection": ", ".join([f"-m '{config.getoption('markexpr')}'", *options]),
-        "torch": torch.__version__,
-        "tests": Counter(test.partition("::")[0] for test in sorted(_ran)),
-        "failed": [report.nodeid for report in terminalreporter.stats.get("failed", [])],
-        "skipped": len(terminalreporter.stats.get("skipped", [])),
-        "variants": found,
-        "launches": launches,
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    if (path := config.getoption("--machine-record")) is not None:
+        _record(Path(path), terminalreporter.stats, config)
+
+
+def _record(path: Path, stats: dict, config) -> None:
+    """Adds what ran of each file to a JSON file, in the place of an older run of the file."""
+    import triton
+
+    content = json.loads(path.read_text()) if path.exists() else {}
+    files = content.setdefault(f"{TARGET}, {triton.__version__}", {})
+    bad = [report.nodeid for kind in ("failed", "error") for report in stats.get(kind, [])]
+    for file in sorted({test.partition("::")[0] for test in [*_ran, *bad]}):
+        ran = [its for test, its in _ran.items() if test.startswith(f"{file}::")]
+        files[file] = {
+            "options": f"-m '{config.getoption('markexpr')}' --cases {config.getoption('--cases')}",
+            "tests": len(ran),
+            "failed": [test for test in bad if test.startswith(f"{file}::")],
+            "launches": sum(launches for launches, _ in ran),
+            "variants": sorted({variant for _, variants in ran for variant in variants}),
+        }
+    path.write_text(json.dumps(content, indent=1) + "\n")

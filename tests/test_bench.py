@@ -963,8 +963,14 @@ def test_check_fails_when_a_stage_fails_and_runs_the_others(tmp_path, monkeypatc
 
 
 def test_tests_on_executed_ptx_have_a_table(tmp_path):
-    run = {"selection": "-m 'not slow'", "tests": {"a.py": 3, "b.py": 4}, "failed": ["b.py::c"], "skipped": 0}
-    run |= {"variants": {"dropout.forward": 5, "noise.add_noise": 6}, "launches": 70, "torch": "2.13.0"}
-    (tmp_path / "machine_tests.json").write_text(json.dumps({"sm_90, 3.9.0": run}))
+    run = {
+        "options": "",
+        "tests": 3,
+        "failed": [],
+        "launches": 70,
+        "variants": ["noise.add_noise:1", "x.y:2"],
+    }
+    files = {"a.py": run, "b.py": run | {"failed": ["b.py::c"], "variants": ["x.y:2", "x.y:3"]}}
+    (tmp_path / "machine_tests.json").write_text(json.dumps({"sm_90, 3.9.0": files}))
     report.report(tmp_path, tmp_path / "page.md")
-    assert "| sm_90, 3.9.0 | -m 'not slow' | 7 | 1 | 2 | 11 | 70 |" in (tmp_path / "page.md").read_text()
+    assert "| sm_90, 3.9.0 | 2 | 6 | 1 | 2 | 3 | 140 |" in (tmp_path / "page.md").read_text()
