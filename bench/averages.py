@@ -69,7 +69,12 @@ def kernels() -> list[Kernel]:
                 2 * average.itemsize + dtype.itemsize,
                 trips=0,
                 # Accesses of 16 bytes are four elements a thread to one type and eight to the other.
-                budget=Budget(**SCALARS, shared_bytes=16384 if average != dtype else 0),
+                # Lanes are then 32 bytes apart in fp32: two requests for the same sectors, of which L1 keeps the second half.
+                budget=Budget(
+                    **SCALARS,
+                    shared_bytes=16384 if average != dtype else 0,
+                    sectors=1.39 if average != dtype else 1,
+                ),
                 headline=average == dtype == fp32,
                 real=partial(launch, zeros),
             )
