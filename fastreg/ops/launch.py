@@ -106,7 +106,7 @@ class _Plan:
         # Objects of their own, so that a tensor which is passed twice is found twice.
         arguments = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
         self._workspaces: list[_Workspace] = []
-        storages: dict[int, int] = {}
+        storages: dict[int, int] = {a.untyped_storage()._cdata: -1 for a in arguments if isinstance(a, Tensor)}
         self._device: torch.device = next(a.device for a in arguments if isinstance(a, Tensor))
         launches = build(*arguments)
         self._steps = [
@@ -135,9 +135,11 @@ class _View(NamedTuple):
 
 
 def _view_of(x: Tensor, workspaces: list[_Workspace], storages: dict[int, int]) -> _View:
-    """storages: the place in ``workspaces`` of each storage, by its address."""
+    """storages: the place in ``workspaces`` of each storage, by its address; -1: it is an argument's."""
     storage = x.untyped_storage()
     place = storages.setdefault(storage._cdata, len(workspaces))
+    if place < 0:
+        raise AssertionError("a launch has a view of an argument, which the next call will not pass")
     if place == len(workspaces):
         workspaces.append(_Workspace(storage.nbytes() // x.element_size(), x.dtype, x.device))
     return _View(place, x.shape, x.stride(), x.storage_offset())
