@@ -64,11 +64,10 @@ def goes_with(x: Tensor, first: Tensor) -> bool:
 ATEN_BELOW = {"dropout": 1 << 18, "noise": 1 << 18, "layer_norm": 1 << 18, "channel_norm": 1 << 16}
 """Plain operations of fewer elements, which ATen has too, go to ATen on a GPU.
 
-Our launches take more of the host than torch's: a call of dropout 11 us more, one of a norm 18 us (bench/RESULTS.md,
-"On the host"; four times less than before launches were planned). So a GPU must have that much to do before it waits for
-us, and something to gain. 2^18 elements of fp32, read and written once, are 0.7 us of an H100's memory: about the least
-that any kernel takes, so with fewer there is nothing to gain. ATen's batch norm reads its input more often and in more
-launches: a quarter of the elements. (Estimates, until they are timed on a GPU.)
+Our launches take more of the host than torch's: a call of dropout 11 us more, one of a norm 18 us (bench/RESULTS.md, on
+the host). So a GPU must have that much to do before it waits for us, and something to gain: 2^18 elements of fp32, read
+and written once, are 0.7 us of an H100's memory, about the least that any kernel takes. ATen's batch norm reads its
+input more often, in more launches: a quarter of the elements. (Estimates, until they are timed on a GPU.)
 """
 
 
