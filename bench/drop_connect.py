@@ -109,12 +109,12 @@ def of_weights(name: str, features: int, ours, plain, check) -> Case:
     )
 
 
-def case(features: int, p: float, plain, mask: str = "example") -> Case:
-    form = "" if mask == "example" else f' mask="{mask}"'
+def case(features: int, p: float, plain, mode: str = "example") -> Case:
+    form = "" if mode == "example" else f' mode="{mode}"'
     return of_weights(
         f"drop_connect_linear{form} p={p:g}",
         features,
-        lambda v, weight, bias: fast.drop_connect_linear(v, weight, bias, p, mask=mask),
+        lambda v, weight, bias: fast.drop_connect_linear(v, weight, bias, p, mode=mode),
         plain,
         has_the_moments(p),
     )

@@ -119,7 +119,7 @@ def narrow(dtype: torch.dtype) -> Iterator[Operation]:
         yield lambda: optim.SGD(_parameters(dtype, (9, 13), (3, 5001)), lr=0.1, **options).step()  # noqa: B023
         yield lambda: penalties.max_norm_(_parameters(dtype, (9, 13)), 1.0, dim)  # noqa: B023
     yield lambda: penalties.l2(_parameters(dtype, (9, 13)), 0.1).backward()
-    yield call(lambda x, w, s: F.noisy_linear(x, w, None, s, kind="multiplicative"), (5, 12), (7, 12), ())
+    yield call(lambda x, w, s: F.noisy_linear(x, w, None, s, mode="multiplicative"), (5, 12), (7, 12), ())
     yield call(lambda x, w: F.drop_connect_linear(x, w), (5, 12), (7, 12))
 
 

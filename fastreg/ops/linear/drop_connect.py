@@ -30,7 +30,7 @@ from fastreg.random import EXAMPLES_PER_LANE, Chance, Stream
 if backend.HAS_TRITON:
     from fastreg.kernels import drop_connect as kernels
 
-MASKS = ("example", "group", "batch", "flipout", "gaussian")
+MODES = ("example", "group", "batch", "flipout", "gaussian")
 INFERENCE = ("gaussian", "mean", "probit")
 INFINITE = "with p = 1 and inverted scaling the variance of the sum is infinite"
 
@@ -470,7 +470,7 @@ def drop_connect_linear(
     p: float = 0.5,
     training: bool = True,
     *,
-    mask: str = "example",
+    mode: str = "example",
     group_size: int | None = None,
     inverted: bool = True,
     inference: str = "gaussian",
@@ -491,7 +491,7 @@ def drop_connect_linear(
         bias: ``[outputs]`` or None. Never dropped.
         p: probability of dropping a connection. It is applied to 8 binary digits (more for p near 0 or 1), and the
             scale is that of the probability applied: see ``fastreg.random.chance``.
-        mask: what a mask belongs to. "example": every example has its own, as in the paper. "group": ``group_size``
+        mode: what a mask belongs to. "example": every example has its own, as in the paper. "group": ``group_size``
             neighbouring examples share one. "batch": all share one, that of a group as large as the batch.
             Two that need dense products only: "flipout" (p = 1/2) gives every example a mask with the right
             distribution, the connections of any two examples pairwise independent, but not four and more: where two
@@ -501,7 +501,7 @@ def drop_connect_linear(
             On the CPU (64 examples, 1,024 x 1,024 weights, p = 1/2) "example" takes 50 to 70 times as long as the dense
             product, half of it to draw its bits, and three times that with p = 0.1; "batch" takes 6 to 10 times as
             long as the product, "flipout" 5 times, "gaussian" 3 times.
-        group_size: of mask="group".
+        group_size: of mode="group".
         inverted: scale in training, not in evaluation.
         inference: in evaluation, "gaussian" is the paper's: the expectation of ``activation`` over a Gaussian with the
             mean and the variance that the sum has over the masks. In closed form for no activation (where it is the
@@ -515,19 +515,19 @@ def drop_connect_linear(
     Returns: ``[*, outputs]``.
 
     Raises:
-        ValueError: p outside [0, 1]; mask="flipout" with another p than 1/2; inference="probit" without the sigmoid; an
-            unknown mask, inference or activation; a group_size without mask="group", or below 1; samples below 1.
+        ValueError: p outside [0, 1]; mode="flipout" with another p than 1/2; inference="probit" without the sigmoid; an
+            unknown mode, inference or activation; a group_size without mode="group", or below 1; samples below 1.
         RuntimeError: torch's own of ``linear``, for shapes, dtypes and devices that do not fit.
 
     Source: Wan, Zeiler, Zhang, LeCun, Fergus 2013 (Regularization of neural networks using DropConnect, ICML).
     """
-    p, group_size, samples = checked_arguments(p, mask, group_size, inference, samples, activation)
+    p, group_size, samples = checked_arguments(p, mode, group_size, inference, samples, activation)
     if not training:
         return _inference(input, weight, bias, p, inverted, inference, samples, activation, seed, generator)
-    if mask == "gaussian" and p == 1 and inverted:
+    if mode == "gaussian" and p == 1 and inverted:
         raise ValueError(INFINITE)
     chance = random.chance(p)
-    if mask != "gaussian" and not chance.digits:  # all connections, or none
+    if mode != "gaussian" and not chance.digits:  # all connections, or none
         weight = weight if chance.keep else weight * 0
         return activated(F.linear(input, weight, bias), activation)
     input, weight, bias = cast_by_autocast(input, weight, bias)
@@ -536,16 +536,16 @@ def drop_connect_linear(
     examples = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     if examples.numel() == 0 or weight.numel() == 0:
         return activated(F.linear(input, weight, bias), activation)
-    if mask == "flipout":
+    if mode == "flipout":
         scale = 1.0 if inverted else 0.5
         z = dual_linear.flipout_linear(examples, weight, bias, scale, activation, seed, generator)
-    elif mask == "gaussian":
+    elif mode == "gaussian":
         scale = 1.0 if inverted else 1 - p
         sigma = math.sqrt(_variance(p, inverted))
         z = dual_linear.gaussian_linear(examples, weight, bias, scale, sigma, activation, seed, generator)
     else:
         scale = 1 / chance.probability if inverted else 1.0
-        form = _Form(*chance, BATCH if mask == "batch" else group_size or 1, scale, activation)
+        form = _Form(*chance, BATCH if mode == "batch" else group_size or 1, scale, activation)
         stream = random.stream(input.device, seed, generator)
         z = _masked_linear(examples, weight, bias, stream, form)
     return z.view(*input.shape[:-1], weight.shape[0])
@@ -553,7 +553,7 @@ def drop_connect_linear(
 
 def checked_arguments(
     p: float,
-    mask: str = "example",
+    mode: str = "example",
     group_size: int | None = None,
     inference: str = "gaussian",
     samples: int | None = None,
@@ -566,13 +566,13 @@ def checked_arguments(
     samples = None if samples is None else arguments.integer("samples", samples)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    for name, value, choices in (("mask", mask, MASKS), ("inference", inference, INFERENCE)):
+    for name, value, choices in (("mode", mode, MODES), ("inference", inference, INFERENCE)):
         if value not in choices:
             raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
-    if (mask == "group") != (group_size is not None):
-        raise ValueError('mask="group" needs a group_size, and no other mask has one')
-    if mask == "flipout" and p != 0.5:
-        raise ValueError(f'mask="flipout" is exact for p = 0.5 alone, but got p = {p}')
+    if (mode == "group") != (group_size is not None):
+        raise ValueError('mode="group" needs a group_size, and no other mode has one')
+    if mode == "flipout" and p != 0.5:
+        raise ValueError(f'mode="flipout" is exact for p = 0.5 alone, but got p = {p}')
     if inference == "probit" and activation != "sigmoid":
         raise ValueError(
             f'inference="probit" approximates the sigmoid alone, but got activation = {activation!r}'
