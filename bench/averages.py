@@ -59,7 +59,7 @@ def kernels() -> list[Kernel]:
     numbers = (0,), (SIZE,), (0,)
     found = []
     for average, dtype in ((fp32, fp32), (fp32, bf16), (bf16, bf16), (fp64, fp64)):
-        launch = ops._follow(table_of(META, numbers, ops.TILE), 0.001, (average, dtype))
+        launch = ops.follow_launch(table_of(META, numbers, ops.TILE), 0.001, (average, dtype))
         found += [
             Kernel.of(
                 f"moving average {short_name(average)} of {short_name(dtype)}",
@@ -74,7 +74,7 @@ def kernels() -> list[Kernel]:
         ]
     table = table_of(META, numbers, ops.BYTES)
     for name, flag in (("copy", None), ("copy if improved", torch.empty((), dtype=torch.bool, device=META))):
-        launch = ops._copy_if(table, flag)
+        launch = ops.copy_if_launch(table, flag)
         budget = Budget(**SCALARS)
         found += [Kernel.of(f"{name}, a byte", launch, SIZE, 2, trips=0, budget=budget)]
     return found

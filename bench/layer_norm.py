@@ -199,7 +199,7 @@ def variants(
     **show,
 ):
     """Forward and backward kernels of one form."""
-    form = ops._Form(size[1], EPS, dtype, activation, round(p * 2**16), 1 / (1 - p))
+    form = ops.Form(size[1], EPS, dtype, activation, round(p * 2**16), 1 / (1 - p))
     add = add or p > 0
     x = torch.empty(size, dtype=dtype, device="meta")
     parameter = x.new_empty(form.columns)

@@ -75,12 +75,14 @@ def kernels() -> list[Kernel]:
     for dtype, width in ((fp32, 512), (fp32, 4096), (bf16, 4096), (fp32, 16)):
         table = table_of(META, ((0,), (SIZE,), (width,)), (width * (ops.TILE // width),))
         name = f"max-norm of rows of {width}"
-        launch = ops._project_rows(table, 1.0, dtype, width)
+        launch = ops.project_rows_launch(table, 1.0, dtype, width)
         headline = (dtype, width) == (fp32, 512)
         found += [kernel(name, launch, dtype, 2, shared_bytes=EXCHANGED, headline=headline)]
-    long = ops._long_rows(META, ((0,), (SIZE,), (SIZE,)))
+    long = ops.long_rows(META, ((0,), (SIZE,), (SIZE,)))
     squared = torch.empty(1, dtype=fp64, device=META)
-    found += [kernel("max-norm of the tensor, second half", ops._shorten(long, squared, 1.0, fp32), fp32, 2)]
+    found += [
+        kernel("max-norm of the tensor, second half", ops.shorten_launch(long, squared, 1.0, fp32), fp32, 2)
+    ]
     return found
 
 
@@ -89,7 +91,7 @@ def variant(name, dtype, form, accesses, *, how="none", **show) -> Kernel:
     table = table_of(META, numbers, ops.TILE)
     partials = None if how == "write" else torch.empty(table.programs, dtype=torch.float64, device=META)
     gain = torch.empty((), dtype=torch.float32, device=META) if how == "write" else None
-    launch = ops._launch(table, form, (dtype, dtype), partials=partials, gain=gain, how=how)
+    launch = ops.penalty_launch(table, form, (dtype, dtype), partials=partials, gain=gain, how=how)
     return kernel(name, launch, dtype, accesses, shared_bytes=SUM, **show)
 
 

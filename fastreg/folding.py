@@ -24,7 +24,8 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastreg.nn import batch_norm
+from fastreg.nn.batch_norm import BatchNorm1d
+from fastreg.nn.fused import FusedNorm
 from fastreg.ops.fused import activated, check_residual
 from fastreg.population import unwrapped
 
@@ -277,7 +278,7 @@ _CONVOLUTIONS = {
 }
 
 # Subclasses with a forward of their own may do anything.
-_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, batch_norm._BatchNorm.forward)
+_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm1d.forward)
 
 
 class _Replacement(NamedTuple):
@@ -354,7 +355,7 @@ def _plan(
         ):
             continue
         (place,), (region,) = places[norm], caller[norm]
-        activation = norm.activation if isinstance(norm, batch_norm._BatchNorm) else None
+        activation = norm.activation if isinstance(norm, FusedNorm) else None
         layer, weights, rank = source(norm), None, None
         if layer is not None:
             proved = all(_is_matrix(_input(node), modules) for node in nodes)

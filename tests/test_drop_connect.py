@@ -114,7 +114,7 @@ def test_groups_share_a_mask(path, device, examples, group_size):
 def masked_in(request, monkeypatch) -> str:
     """Where the kernels mask what examples share: it goes by their number, and not by hundreds of them here."""
     registers = request.param == "in registers"
-    monkeypatch.setattr(ops._Form, "masks_in_registers", lambda form, examples: registers)
+    monkeypatch.setattr(ops.Form, "masks_in_registers", lambda form, examples: registers)
     return request.param
 
 
@@ -164,7 +164,7 @@ def test_an_activation_behind_a_shared_mask(path, device, masked_in):
 )
 def test_small_groups_mask_weights_in_registers(group_size, p, registers):
     """Up to four tiles of 128 examples at one binary digit, as two digits draw twice the numbers; one tile always."""
-    form = ops._Form(*random.chance(p), group_size, 2.0)
+    form = ops.Form(*random.chance(p), group_size, 2.0)
     assert form.masks_in_registers(4096) is registers
     assert form.masks_in_registers(100)  # of which no group is larger
 
@@ -179,7 +179,7 @@ def test_groups_that_fill_a_tile_have_it_for_themselves():
         (40, True, 64),
         (300, True, 128),
     ):
-        form = ops._Form(1, 1, group_size, 2.0)
+        form = ops.Form(1, 1, group_size, 2.0)
         arguments = ops.product_launches(v, weight, None, z, None, Stream(1), form, False, True)[0].arguments
         assert (arguments["SHARED"], arguments["BLOCK_EXAMPLES"]) == (shared, tile)
         gradient = ops.weight_gradient_launches(z, v, weight, Stream(1), form, True)[0].kernel
@@ -342,7 +342,7 @@ def test_any_one_gradient(path, device, needed):
 def test_grids_of_large_batches_and_groups(examples, group_size):
     """A GPU takes 2^31 programs along the first axis and 65,535 along the others, and none should be idle."""
     v, weight, z = (torch.empty(*s, device="meta") for s in ((examples, 64), (96, 64), (examples, 96)))
-    form = ops._Form(1, 1, group_size, 2.0)
+    form = ops.Form(1, 1, group_size, 2.0)
     for transposed, u, out in ((False, v, z), (True, z, v)):
         launches = ops.product_launches(u, weight, None, out, None, Stream(1), form, transposed, True)
         for launch in launches:
@@ -379,7 +379,7 @@ SHARING = {
 def sharing(request, monkeypatch) -> dict:
     """What examples share a mask; in memory as a large batch has it."""
     registers = not request.param.endswith("in memory")
-    monkeypatch.setattr(ops._Form, "masks_in_registers", lambda form, examples: registers)
+    monkeypatch.setattr(ops.Form, "masks_in_registers", lambda form, examples: registers)
     return SHARING[request.param]
 
 
@@ -541,7 +541,7 @@ def test_opcheck(path, device):
     for activation in (None, "relu", "gelu"):
         if activation is not None and path == "aten":
             continue  # there it is ATen's, behind the operator
-        form = ops._Form(*random.chance(0.5), 1, 2.0, activation, path == "aten")
+        form = ops.Form(*random.chance(0.5), 1, 2.0, activation, path == "aten")
         before = torch.empty_like(dz) if activation == "gelu" else None
         given = v, weight, bias, torch.empty_like(dz), before, seed, *form
         torch.library.opcheck(torch.ops.fastreg.drop_connect.default, given)

@@ -171,7 +171,7 @@ def backward_launches(x, given, wanted, activation=None):
     names = "dy", "dh", "h", "weight", "bias", "residual", "statistics"
     names += "dx", "dskip", "dweight", "dbias", "dresidual"
     tensors = [like.get(name, x) if name in {"dy", "h", *given, *wanted} else None for name in names]
-    return ops.backward_launches(*tensors, Stream(0), ops._Form(x.shape[1], 1e-5, x.dtype, activation))
+    return ops.backward_launches(*tensors, Stream(0), ops.Form(x.shape[1], 1e-5, x.dtype, activation))
 
 
 @pytest.mark.usefixtures("one_multiprocessor")
@@ -189,7 +189,7 @@ def test_a_program_walks_down_many_blocks_of_rows(device, columns):
 @pytest.mark.parametrize("columns", [17, 32, 57])
 def test_long_rows(device, columns):
     x, residual = normal((5, columns), device), normal((5, columns), device)
-    form = ops._Form(columns, 1e-5, x.dtype)
+    form = ops.Form(columns, 1e-5, x.dtype)
     (forward,) = ops.forward_launches(x, None, None, None, None, x, None, x, Stream(0), form)
     assert forward.kernel is ops.kernels.forward_long
     check_layer_norm(x, (columns,), *parameters((columns,), device), residual, "gelu")

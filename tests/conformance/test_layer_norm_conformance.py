@@ -569,4 +569,4 @@ def test_operators_are_the_definition(device):
     )  # fmt: skip
     assert_close((y, h), (expected, expected_h), rtol=0, atol=0)
     assert_close(statistics[0], h.flatten(0, 1).mean(1), rtol=1e-5, atol=1e-6)
-    assert ops._Form(**{name: arguments[name] for name in ops._Form._fields}).threshold == 1 << 15
+    assert ops.Form(**{name: arguments[name] for name in ops.Form._fields}).threshold == 1 << 15

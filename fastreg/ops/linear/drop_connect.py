@@ -47,7 +47,7 @@ numbers and the AND take about 9 instructions a weight and tile, 5.5 us at 4096 
 takes 22 us. To be replaced by a measurement."""
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     """What distinguishes one masked product from another."""
 
     keep: int
@@ -61,7 +61,7 @@ class _Form(NamedTuple):
     def chance(self) -> Chance:
         return Chance(self.keep, self.digits)
 
-    def for_batch(self, examples: int) -> "_Form":
+    def for_batch(self, examples: int) -> "Form":
         """With groups no larger than the batch, which changes no mask and leaves no program idle."""
         return self._replace(group_size=min(self.group_size, examples))
 
@@ -96,7 +96,7 @@ PORTION = 1 << 18
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # integers by their bytes
 
 
-def _masks(v: Tensor, weight: Tensor, stream: Stream, form: _Form, whole: bool):
+def _masks(v: Tensor, weight: Tensor, stream: Stream, form: Form, whole: bool):
     """Yields (slice of examples that share a mask, slice of outputs, their mask): all bits set, or none.
 
     whole: masks are of all outputs. Others are cut, unless there is but one.
@@ -122,7 +122,7 @@ def _kept(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _aten_forward(
-    v: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, stream: Stream, form: _Form
+    v: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, stream: Stream, form: Form
 ) -> None:
     for examples, outputs, mask in _masks(v, weight, stream, form, whole=False):
         z[examples, outputs] = v[examples] @ _kept(weight[outputs], mask).t()
@@ -138,7 +138,7 @@ def _aten_backward(
     dv: Tensor | None,
     dweight: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
 ) -> None:
     wide = None if dv is None else torch.zeros_like(dv, dtype=torch.promote_types(v.dtype, torch.float32))
     if dweight is not None:
@@ -154,7 +154,7 @@ def _aten_backward(
         dweight *= form.scale
 
 
-def _definition(v: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream, form: _Form) -> Tensor:
+def _definition(v: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream, form: Form) -> Tensor:
     """Differentiable any number of times, for which every group's masked weights stay in memory."""
     z = form.scale * torch.cat(
         [
@@ -168,7 +168,7 @@ def _definition(v: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream, 
 # --- launches ---------------------------------------------------------------------------------------------
 
 
-def _stream_arguments(stream: Stream, form: _Form) -> dict:
+def _stream_arguments(stream: Stream, form: Form) -> dict:
     return {
         **number("seed", stream.seed, 0),
         "offset": stream.offset,
@@ -197,7 +197,7 @@ def product_launches(
     z: Tensor,
     before: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
     transposed: bool,
     three: bool,
 ) -> list[Launch]:
@@ -277,7 +277,7 @@ def _takes_three(x: Tensor) -> bool:
 
 @planned
 def weight_gradient_launches(
-    dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: _Form, three: bool
+    dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: Form, three: bool
 ) -> list[Launch]:
     (examples, outputs), inputs = dz.shape, v.shape[1]
     form = form.for_batch(examples)
@@ -308,7 +308,7 @@ def weight_gradient_launches(
 
 
 @planned
-def mask_launches(weight: Tensor, masked: Tensor, group: int, stream: Stream, form: _Form) -> list[Launch]:
+def mask_launches(weight: Tensor, masked: Tensor, group: int, stream: Stream, form: Form) -> list[Launch]:
     """masked = the weights that a group keeps, unscaled. ``masked`` may be ``weight``."""
     outputs, inputs = weight.shape
     arguments = {
@@ -327,7 +327,7 @@ def mask_launches(weight: Tensor, masked: Tensor, group: int, stream: Stream, fo
     return [Launch(kernels.mask_weights, grid, arguments)]
 
 
-def _masked_products(u, weight, bias, z, stream: Stream, form: _Form, transposed: bool) -> None:
+def _masked_products(u, weight, bias, z, stream: Stream, form: Form, transposed: bool) -> None:
     """As ``product_launches``, with a copy of W that is masked for one group after the other, and dense products."""
     masked = torch.empty_like(weight)
     for group in range(form.groups(len(u))):
@@ -345,7 +345,7 @@ def _product(
     z: Tensor,
     before: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
     transposed: bool = False,
 ) -> None:
     """As ``product_launches``, wherever the weights are masked."""
@@ -359,7 +359,7 @@ def _product(
         activation_forward(product, z, form.activation)
 
 
-def _weight_gradient(dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: _Form) -> None:
+def _weight_gradient(dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: Form) -> None:
     form = form.for_batch(len(v))
     # fp32 alone would be better off with a dense product: the tensor cores take TF32 only along the examples.
     if form.groups(len(v)) > 1 or (v.itemsize == 2 and form.masks_in_registers(len(v))):
@@ -380,7 +380,7 @@ def _forward(
     z: Tensor,
     before: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
 ) -> None:
     """z, before: contiguous. before: what stands before the activation, if wanted."""
     if form.in_aten:
@@ -399,7 +399,7 @@ def _backward(
     dweight: Tensor | None,
     dbias: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
 ) -> None:
     """dv, dweight, dbias: contiguous; None where they are not wanted. y_or_before: what the activation has kept."""
     dz, sums = dy, None
@@ -450,7 +450,7 @@ class _DropConnect(torch.autograd.Function):
         return *found, None, None, None
 
 
-def _masked_linear(v: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream, form: _Form) -> Tensor:
+def _masked_linear(v: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream, form: Form) -> Tensor:
     """activation(scale (M ∘ W) v + bias) for examples v [B, inputs]."""
     if on_kernels(v, weight, bias):
         return apply(_DropConnect, v, weight, bias, *stream, form)
@@ -545,7 +545,7 @@ def drop_connect_linear(
         z = dual_linear.gaussian_linear(examples, weight, bias, scale, sigma, activation, seed, generator)
     else:
         scale = 1 / chance.probability if inverted else 1.0
-        form = _Form(*chance, BATCH if mode == "batch" else group_size or 1, scale, activation)
+        form = Form(*chance, BATCH if mode == "batch" else group_size or 1, scale, activation)
         stream = random.stream(input.device, seed, generator)
         z = _masked_linear(examples, weight, bias, stream, form)
     return z.view(*input.shape[:-1], weight.shape[0])

@@ -52,7 +52,7 @@ SUMMED_COLUMNS = 8192  # with its sums for the parameters beside it, up to this 
 LONG_BLOCK = 8192  # columns of a chunk of a longer row
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     """What distinguishes one layer normalization from another."""
 
     columns: int  # of a row: what is normalized together
@@ -108,7 +108,7 @@ def _long_blocks(x: Tensor, columns: int, rows: int, block: int) -> _Blocks:
     )
 
 
-def _arguments(rows: int, blocks: _Blocks, stream: Stream, form: _Form) -> dict:
+def _arguments(rows: int, blocks: _Blocks, stream: Stream, form: Form) -> dict:
     """The arguments that forward and backward kernels share."""
     return {
         **number("seed", stream.seed, 0),
@@ -146,7 +146,7 @@ def forward_launches(
     h: Tensor | None,
     statistics: Tensor,
     stream: Stream,
-    form: _Form,
+    form: Form,
 ) -> list[Launch]:
     """All contiguous."""
     tensors = {
@@ -181,7 +181,7 @@ def backward_launches(
     dbias: Tensor | None,
     dresidual: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
 ) -> list[Launch]:
     """All contiguous. Workspace: partial sums for the parameters."""
     if form.activation is None:
@@ -221,7 +221,7 @@ def backward_launches(
     return launches
 
 
-def _columns_launch(inputs: dict, sums: _Sums, stream: Stream, form: _Form) -> Launch:
+def _columns_launch(inputs: dict, sums: _Sums, stream: Stream, form: Form) -> Launch:
     """The partial sums alone."""
     h = inputs["h_ptr"]
     rows = h.numel() // form.columns
@@ -237,7 +237,7 @@ def _columns_launch(inputs: dict, sums: _Sums, stream: Stream, form: _Form) -> L
     return Launch(kernels.backward_columns, (column_blocks, programs), tensors | arguments)
 
 
-def _partial(h: Tensor, programs: int, form: _Form, sums: _Sums) -> dict:
+def _partial(h: Tensor, programs: int, form: Form, sums: _Sums) -> dict:
     """Where the programs leave their sums: one buffer, so that one kernel adds them up."""
     count = sum(t is not None for t in sums)
     parts = torch.empty(count, programs, form.columns, dtype=sum_dtype(h.dtype), device=h.device).unbind()
@@ -273,7 +273,7 @@ def _forward(
     h: Tensor | None,
     statistics: Tensor,
     stream: Stream,
-    form: _Form,
+    form: Form,
 ) -> None:
     """y, h, statistics: contiguous. h: None where that is x. statistics: mean and rstd, fp32 (fp64) [2, rows]."""
     if x.numel():
@@ -296,7 +296,7 @@ def _backward(
     dbias: Tensor | None,
     dresidual: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
 ) -> None:
     """h: forward's, or its x. bias, residual: forward's, where the activation needs them. What is written: contiguous,
     None where it is not wanted."""
@@ -463,7 +463,7 @@ def layer_norm(
         or any(t is not None and t.dtype != input.dtype for t in (weight, bias))
     ):
         dtype = result_dtype(autocast_dtype(input), residual)
-        form = _Form(math.prod(shape), float(epsilon), dtype, activation)
+        form = Form(math.prod(shape), float(epsilon), dtype, activation)
         return apply(_LayerNorm, input, None, weight, bias, residual, shape, *Stream(0), form, False)[0]
     return activated(F.layer_norm(input, normalized_shape, weight, bias, eps), activation, residual)
 
@@ -515,7 +515,7 @@ def dropout_add_layer_norm(
         and input.is_contiguous()  # the mask counts in memory order, the kernel in rows
     ):
         stream = random.stream(input.device, seed, generator) if threshold else Stream(0)
-        form = _Form(
+        form = Form(
             math.prod(shape),
             float(epsilon),
             input.dtype,
@@ -527,7 +527,7 @@ def dropout_add_layer_norm(
         return (y, h) if prenorm else y
     h = dropout(input, p, training, residual=residual, seed=seed, generator=generator)
     if _runs_kernels(h, shape, epsilon, None, weight, bias):
-        form = _Form(math.prod(shape), float(epsilon), input.dtype, activation)
+        form = Form(math.prod(shape), float(epsilon), input.dtype, activation)
         y, _ = apply(_LayerNorm, h, None, weight, bias, None, shape, *Stream(0), form, False)
     else:
         y = _definition(h, normalized_shape, weight, bias, eps, activation, None).to(input.dtype)

@@ -27,7 +27,7 @@ WIDEST = 16
 """Windows that reach over more channels go to ATen: a thread of the kernels holds a whole window in registers."""
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     """What distinguishes one normalization from another: y = f(x (k + alpha/size sum x^2)^-beta + residual)."""
 
     size: int
@@ -37,7 +37,7 @@ class _Form(NamedTuple):
     activation: str | None = None
 
 
-def _definition(x: Tensor, residual: Tensor | None, form: _Form) -> Tensor:
+def _definition(x: Tensor, residual: Tensor | None, form: Form) -> Tensor:
     return activated(F.local_response_norm(x, *form[:4]), form.activation, residual)
 
 
@@ -49,7 +49,7 @@ def _window(channels: int, size: int) -> tuple[int, int]:
     return min(size // 2, channels - 1), min((size - 1) // 2, channels - 1)
 
 
-def _runs_kernels(x: Tensor, residual: Tensor | None, form: _Form) -> bool:
+def _runs_kernels(x: Tensor, residual: Tensor | None, form: Form) -> bool:
     """Whether the kernels can do it. What they leave to ATen: all that torch refuses; windows wider than WIDEST; and
     parameters with which the denominator may be 0 or negative, or its power is of no use."""
     return (
@@ -67,7 +67,7 @@ def _runs_kernels(x: Tensor, residual: Tensor | None, form: _Form) -> bool:
     )
 
 
-def _launch(kernel, tensors: dict[str, Tensor | None], x: Tensor, form: _Form) -> Launch:
+def _launch(kernel, tensors: dict[str, Tensor | None], x: Tensor, form: Form) -> Launch:
     """x, tensors: dense, with one layout."""
     channels = x.shape[1]
     inner = x.stride(1) if channels > 1 else x.numel()
@@ -117,13 +117,13 @@ def _launch(kernel, tensors: dict[str, Tensor | None], x: Tensor, form: _Form) -
 
 
 @planned
-def forward_launches(x: Tensor, residual: Tensor | None, y: Tensor, form: _Form) -> list[Launch]:
+def forward_launches(x: Tensor, residual: Tensor | None, y: Tensor, form: Form) -> list[Launch]:
     return [_launch(kernels.forward, {"x_ptr": x, "residual_ptr": residual, "y_ptr": y}, x, form)]
 
 
 @planned
 def backward_launches(
-    dy: Tensor, x: Tensor, residual: Tensor | None, dx: Tensor, dresidual: Tensor | None, form: _Form
+    dy: Tensor, x: Tensor, residual: Tensor | None, dx: Tensor, dresidual: Tensor | None, form: Form
 ) -> list[Launch]:
     tensors = {"dy_ptr": dy, "x_ptr": x, "residual_ptr": residual, "dx_ptr": dx, "dresidual_ptr": dresidual}
     return [_launch(kernels.backward, tensors, x, form)]
@@ -133,7 +133,7 @@ def backward_launches(
 
 
 @operator("fastreg::local_response_norm", writes=["y"])
-def _forward(x: Tensor, residual: Tensor | None, y: Tensor, form: _Form) -> None:
+def _forward(x: Tensor, residual: Tensor | None, y: Tensor, form: Form) -> None:
     """y: laid out as ``dense(x)``."""
     if x.numel():
         x = dense(x)
@@ -143,7 +143,7 @@ def _forward(x: Tensor, residual: Tensor | None, y: Tensor, form: _Form) -> None
 
 @operator("fastreg::local_response_norm_backward", writes=["dx", "dresidual"])
 def _backward(
-    dy: Tensor, x: Tensor, residual: Tensor | None, dx: Tensor, dresidual: Tensor | None, form: _Form
+    dy: Tensor, x: Tensor, residual: Tensor | None, dx: Tensor, dresidual: Tensor | None, form: Form
 ) -> None:
     """residual: forward's, where the activation needs it. dx, dresidual: laid out as ``dense(x)``."""
     if x.numel():
@@ -228,7 +228,7 @@ def local_response_norm(
     check_activation(activation)
     check_residual(input, residual)
     whole = plain(size)
-    form = _Form(whole if is_integer(whole) else size, alpha, beta, k, activation)
+    form = Form(whole if is_integer(whole) else size, alpha, beta, k, activation)
     if not _runs_kernels(input, residual, form):
         return _definition(input, residual, form)
     return apply(_LocalResponseNorm, input, residual, form)
