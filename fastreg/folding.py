@@ -26,7 +26,8 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from fastreg.nn.batch_norm import BatchNorm1d
 from fastreg.nn.fused import FusedNorm
-from fastreg.ops.fused import activated, check_residual
+from fastreg.ops.checks import check_residual
+from fastreg.ops.fused import activated
 from fastreg.population import unwrapped
 
 

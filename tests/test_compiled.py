@@ -64,8 +64,8 @@ def layer_norm(x, weight, bias, **options):
     return F.layer_norm(x, x.shape[1:], weight, bias, **options)
 
 
-def dropout_add_layer_norm(x, residual, weight, bias, **options):
-    return F.dropout_add_layer_norm(x, residual, x.shape[1:], weight, bias, prenorm=True, **options)[0]
+def dropout_add_layer_norm(x, skip, weight, bias, **options):
+    return F.dropout_add_layer_norm(x, skip, x.shape[1:], weight, bias, prenorm=True, **options)[0]
 
 
 def batch_norm(x, weight, bias, residual=None, training=True, **options):

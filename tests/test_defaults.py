@@ -222,7 +222,7 @@ MODULES = {
     "Dropout1d": lambda: (fnn.Dropout1d(0.3), (5, 4, 2)),
     "Dropout2d": lambda: (fnn.Dropout2d(0.3), (5, 4, 2, 2)),
     "Dropout3d": lambda: (fnn.Dropout3d(0.3), (2, 4, 2, 2, 2)),
-    "DropoutAddLayerNorm": lambda: (fnn.DropoutAddLayerNorm(4, 0.3, **HERE), (5, 4)),
+    "DropoutAddLayerNorm": lambda: (fnn.DropoutAddLayerNorm(4, p=0.3, **HERE), (5, 4)),
     "FeatureAlphaDropout": lambda: (fnn.FeatureAlphaDropout(0.3), (5, 4, 2)),
     "GaussianNoise": lambda: (fnn.GaussianNoise(0.3), (5, 4)),
     "GroupNorm": lambda: (fnn.GroupNorm(2, 4, **HERE), (5, 4, 3)),

@@ -150,9 +150,9 @@ def test_layer_norm(data):
     weight, bias = (parameter(data, *normalized, dtype=x.dtype) for _ in range(2))
     if data.draw(st.booleans(), label="dropout"):
 
-        def run(x, residual, weight, bias):
+        def run(x, skip, weight, bias):
             return F.dropout_add_layer_norm(
-                x, residual, normalized, weight, bias, 0.3, activation=activation, seed=1
+                x, skip, normalized, weight, bias, p=0.3, activation=activation, seed=1
             )
     else:
 

@@ -43,6 +43,30 @@ def test_no_parameter_hides(name):
     assert [p for p in found if not re.search(rf"\b{p}\b", text)] == []
 
 
+WITH_P = [name for name in PUBLIC if "p" in parameters(PUBLIC[name])]
+OF_DROPOUT = ("input", "p", "training", "inplace")
+TORCHS = {  # torch's layers that have no p
+    fnn.DropConnectLinear: torch.nn.Linear,
+    fnn.DropConnectConv2d: torch.nn.Conv2d,
+    fnn.DropoutAddLayerNorm: torch.nn.LayerNorm,
+}
+
+
+@pytest.mark.parametrize("name", WITH_P)
+def test_p_is_behind_torchs_parameters(name):
+    """It comes first in dropout, as in torch, and else behind the rest: device and dtype are keywords then."""
+    function = PUBLIC[name]
+    found = parameters(function)
+    positional = [key for key, parameter in found.items() if parameter.kind is not parameter.KEYWORD_ONLY]
+    if function in TORCHS:
+        torchs = [key for key in parameters(TORCHS[function]) if key not in ("device", "dtype")]
+        assert positional == [*torchs, "p"]
+    elif inspect.isclass(function):
+        assert positional == ["p", "inplace"]
+    else:
+        assert tuple(positional) == OF_DROPOUT or positional[-2:] == ["p", "training"]
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_torchs_parameters_come_first(name):
     module, own = name.split(".")

@@ -122,11 +122,11 @@ class DropConnectConv2d(Layer, torch.nn.Conv2d):
         groups: int = 1,
         bias: bool = True,
         padding_mode: str = "zeros",
+        p: float = 0.5,
+        *,
+        activation: str | None = None,
         device=None,
         dtype=None,
-        *,
-        p: float = 0.5,
-        activation: str | None = None,
     ) -> None:
         p, _, _ = ops.checked_arguments(p, activation=activation)
         super().__init__(

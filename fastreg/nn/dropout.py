@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastreg.nn.layer import Layer
 from fastreg.ops import dropout as ops
-from fastreg.ops.fused import check_activation
+from fastreg.ops.checks import check_activation
 
 
 class _Fused(Layer):

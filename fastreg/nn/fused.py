@@ -6,7 +6,7 @@ the residual has the input's shape. Parameters, buffers, ``state_dict`` and erro
 """
 
 from fastreg.nn.layer import Layer
-from fastreg.ops.fused import check_activation
+from fastreg.ops.checks import check_activation
 
 
 class FusedNorm(Layer):

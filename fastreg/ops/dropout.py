@@ -12,21 +12,12 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.fx import Proxy
 
 from fastreg import random
 from fastreg.ops import backend
-from fastreg.ops.arguments import is_number, plain
 from fastreg.ops.backend import Launch, number
-from fastreg.ops.fused import (
-    ACTIVATIONS,
-    check_activation,
-    check_residual,
-    check_same_device,
-    derivative,
-    result_dtype,
-    sum_dtype,
-)
+from fastreg.ops.checks import check_activation, check_leaf, check_residual, check_same_device, checked_p
+from fastreg.ops.fused import ACTIVATIONS, derivative, result_dtype, sum_dtype
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import Tiling, ceil_div, dense, dense_strides, empty_dense, tiling, with_strides
 from fastreg.ops.operator import apply, by_definition, keep, kept, needs_definition, operator
@@ -414,14 +405,6 @@ def _dropout(
     return input.copy_(y) if inplace else y
 
 
-def checked_p(input: Tensor, p: float, training: bool, aten=F.dropout) -> float:
-    """``p`` as Python's number. ``aten``, torch's function, refuses what is none, or out of bounds."""
-    found = plain(p)
-    if not (is_number(found) and 0.0 <= found <= 1.0 and type(training) in (bool, Proxy)):
-        aten(input, p, training, False)
-    return found
-
-
 def _on_kernels(input, bias, residual, stream, form, inplace):
     if not torch.compiler.is_compiling():
         if inplace:
@@ -481,8 +464,7 @@ def _check_inplace(
     input: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
 ) -> None:
     if torch.is_grad_enabled():
-        if input.requires_grad and input.is_leaf:
-            raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+        check_leaf(input)
         if activation is not None and (input.requires_grad or (bias is not None and bias.requires_grad)):
             raise RuntimeError(
                 f"inplace=True is not possible with activation={activation!r}: "

@@ -15,6 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from fastreg import random
 from fastreg.ops import arguments, backend
 from fastreg.ops.backend import Launch, number
+from fastreg.ops.checks import check_leaf
 from fastreg.ops.dropout import ATEN_BELOW
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div, dense_strides, empty_dense, is_dense, with_strides
@@ -194,8 +195,8 @@ def gaussian_noise(
         raise TypeError(f"gaussian_noise needs a floating point input, but got {input.dtype}")
     if not training or std == 0:
         return input
-    if inplace and input.requires_grad and input.is_leaf and torch.is_grad_enabled():
-        raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+    if inplace:
+        check_leaf(input)
     form = Form(std, mode == "multiplicative")
     ours = backend.runs_kernels(input) and backend.worth_a_launch(input, ATEN_BELOW)
     if ours or random.is_wanted(seed, generator):

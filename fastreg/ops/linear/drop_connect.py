@@ -18,8 +18,9 @@ from torch import Generator, Tensor
 from fastreg import random
 from fastreg.ops import arguments, backend
 from fastreg.ops.backend import Launch, number
+from fastreg.ops.checks import check_activation, probability
 from fastreg.ops.dropout import activation_backward, activation_forward
-from fastreg.ops.fused import activated, check_activation, kept_of, needs_argument
+from fastreg.ops.fused import activated, kept_of, needs_argument
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div
 from fastreg.ops.linear import dual_linear, expectation
@@ -560,12 +561,9 @@ def checked_arguments(
     activation: str | None = None,
 ) -> tuple[float, int | None, int | None]:
     """p, group_size and samples as Python's numbers."""
-    if type(p) is not float:
-        p = arguments.number("p", p)
+    p = probability(p)
     group_size = None if group_size is None else arguments.integer("group_size", group_size)
     samples = None if samples is None else arguments.integer("samples", samples)
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
     for name, value, choices in (("mode", mode, MODES), ("inference", inference, INFERENCE)):
         if value not in choices:
             raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")

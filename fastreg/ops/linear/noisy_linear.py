@@ -13,14 +13,8 @@ from torch import Generator, Tensor
 from fastreg import random
 from fastreg.ops import arguments, backend
 from fastreg.ops.backend import Launch, number
-from fastreg.ops.fused import (
-    activated,
-    activation_gradient,
-    check_activation,
-    derivative,
-    kept_of,
-    needs_argument,
-)
+from fastreg.ops.checks import check_activation
+from fastreg.ops.fused import activated, activation_gradient, derivative, kept_of, needs_argument
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import row_blocks
 from fastreg.ops.linear import dual_linear

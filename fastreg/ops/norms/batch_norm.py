@@ -6,7 +6,8 @@ from torch import Tensor
 
 from fastreg.ops import backend
 from fastreg.ops.arguments import is_number, plain
-from fastreg.ops.fused import activated, check_activation, check_residual
+from fastreg.ops.checks import check_activation, check_residual
+from fastreg.ops.fused import activated
 from fastreg.ops.norms.channel_norm import (
     Form,
     Running,

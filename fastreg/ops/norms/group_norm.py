@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastreg.ops.arguments import is_integer, is_number, plain
-from fastreg.ops.fused import activated, autocast_dtype, check_activation, check_residual
+from fastreg.ops.checks import check_activation, check_residual
+from fastreg.ops.fused import activated, autocast_dtype
 from fastreg.ops.norms.channel_norm import Form, Running, by_torch, normalize, plain_momentum, takes
 
 

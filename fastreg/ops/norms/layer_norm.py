@@ -17,15 +17,9 @@ from fastreg import random
 from fastreg.ops import backend
 from fastreg.ops.arguments import is_number, plain, plain_shape
 from fastreg.ops.backend import Launch, number
-from fastreg.ops.dropout import checked_p, dropout
-from fastreg.ops.fused import (
-    activated,
-    autocast_dtype,
-    check_activation,
-    check_residual,
-    result_dtype,
-    sum_dtype,
-)
+from fastreg.ops.checks import check_activation, check_residual, checked_p
+from fastreg.ops.dropout import dropout
+from fastreg.ops.fused import activated, autocast_dtype, result_dtype, sum_dtype
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div
 from fastreg.ops.operator import (
@@ -470,24 +464,24 @@ def layer_norm(
 
 def dropout_add_layer_norm(
     input: Tensor,
-    residual: Tensor | None,
+    skip: Tensor | None,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    eps: float = 1e-5,
     p: float = 0.5,
     training: bool = True,
-    eps: float = 1e-5,
     *,
     prenorm: bool = False,
     activation: str | None = None,
     seed: int | Tensor | None = None,
     generator: Generator | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The seam between two blocks of a transformer, one pass each way: h = residual + dropout(input), then LN(h).
+    """The seam between two blocks of a transformer, one pass each way: h = skip + dropout(input), then LN(h).
 
     Args:
         input: output of a block, ``[*, *normalized_shape]``.
-        residual: the stream it is added to, shape of the input, or None.
+        skip: the stream of the transformer, which passes by the block: shape of the input, or None.
         normalized_shape, weight, bias, eps: as in :func:`layer_norm`.
         p, training: as in :func:`fastreg.functional.dropout`. No mask is stored.
         prenorm: return h as well, which the next block is added to.
@@ -496,22 +490,22 @@ def dropout_add_layer_norm(
         generator: draws the seed, instead of torch's default generator.
 
     Returns: y = activation(LN(h)) in the dtype of the input, or (y, h) with h in the promoted dtype of input and
-    residual: a stream in fp32 beside 16-bit blocks stays in fp32, and y is what the next block takes.
+    skip: a stream in fp32 beside 16-bit blocks stays in fp32, and y is what the next block takes.
 
     Raises: as :func:`layer_norm` and :func:`fastreg.functional.dropout`.
 
     Source: pre-norm and post-norm blocks, Xiong et al. 2020 (arXiv 2002.04745).
     """
     check_activation(activation)
-    check_residual(input, residual)
+    check_residual(input, skip, "skip")
     if type(p) is not float or type(training) is not bool or not 0.0 <= p <= 1.0:
         p = checked_p(input, p, training)
     shape, epsilon = plain_shape(normalized_shape), plain(eps)
     threshold = random.threshold(p) if training else 0
     if (
         threshold < LANE_VALUES
-        and (threshold or residual is not None)
-        and _runs_kernels(input, shape, epsilon, residual, weight, bias)
+        and (threshold or skip is not None)
+        and _runs_kernels(input, shape, epsilon, skip, weight, bias)
         and input.is_contiguous()  # the mask counts in memory order, the kernel in rows
     ):
         stream = random.stream(input.device, seed, generator) if threshold else Stream(0)
@@ -523,9 +517,9 @@ def dropout_add_layer_norm(
             threshold,
             LANE_VALUES / (LANE_VALUES - threshold),
         )
-        y, h = apply(_LayerNorm, input, residual, weight, bias, None, shape, *stream, form, prenorm)
+        y, h = apply(_LayerNorm, input, skip, weight, bias, None, shape, *stream, form, prenorm)
         return (y, h) if prenorm else y
-    h = dropout(input, p, training, residual=residual, seed=seed, generator=generator)
+    h = dropout(input, p, training, residual=skip, seed=seed, generator=generator)
     if _runs_kernels(h, shape, epsilon, None, weight, bias):
         form = Form(math.prod(shape), float(epsilon), input.dtype, activation)
         y, _ = apply(_LayerNorm, h, None, weight, bias, None, shape, *Stream(0), form, False)

@@ -15,7 +15,8 @@ from torch import Tensor
 from fastreg.ops import backend
 from fastreg.ops.arguments import is_integer, is_number, plain
 from fastreg.ops.backend import Launch
-from fastreg.ops.fused import activated, check_activation, check_residual, result_dtype
+from fastreg.ops.checks import check_activation, check_residual
+from fastreg.ops.fused import activated, result_dtype
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div, dense, with_strides
 from fastreg.ops.operator import apply, by_definition, needs_definition, operator
