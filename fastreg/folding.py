@@ -41,7 +41,7 @@ class ChannelAffine(nn.Module):
 
     Args:
         weight, bias: ``[C]``.
-        activation: a name of ``fastreg.ops.fused.ACTIVATIONS``, or None.
+        activation: a name of ``fastreg.functional.ACTIVATIONS``, or None.
     """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter, activation: str | None = None) -> None:
@@ -69,7 +69,7 @@ class Folded(nn.Identity):
     ``forward(input, *, residual=None)`` is ``activation(input + residual)``.
 
     Args:
-        activation: a name of ``fastreg.ops.fused.ACTIVATIONS``, or None.
+        activation: a name of ``fastreg.functional.ACTIVATIONS``, or None.
         dim: the rank of the input, in the only case that was folded; None: there is only one.
     """
 

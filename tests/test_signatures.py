@@ -12,7 +12,7 @@ import fastreg.optim
 
 PUBLIC = {
     **{f"nn.{name}": getattr(fnn, name) for name in fnn.__all__},
-    **{f"functional.{name}": getattr(F, name) for name in F.__all__},
+    **{f"functional.{name}": getattr(F, name) for name in F.__all__ if name != "ACTIVATIONS"},
     **{f"optim.{name}": getattr(fastreg.optim, name) for name in fastreg.optim.__all__},
 }
 THEIRS = {"nn": torch.nn, "functional": torch.nn.functional, "optim": torch.optim}
@@ -23,14 +23,14 @@ def parameters(function) -> dict[str, inspect.Parameter]:
     return {name: parameter for name, parameter in found.items() if name != "self"}
 
 
-def documentation(function) -> str:
+def documentation(function, seen=()) -> str:
     """Its own, and of what it says its arguments are as in."""
     text = function.__doc__
     for name in re.findall(r":(?:class|func):`(?:fastreg\.\w+\.)?(\w+)`", text):
         for module in (fnn, F, fastreg.optim):
             other = getattr(module, name, None)
-            if other is not None and other is not function:
-                text += other.__doc__
+            if other is not None and other not in (function, *seen):
+                text += documentation(other, (function, *seen))
     return text
 
 
@@ -65,6 +65,22 @@ def test_p_is_behind_torchs_parameters(name):
         assert positional == ["p", "inplace"]
     else:
         assert tuple(positional) == OF_DROPOUT or positional[-2:] == ["p", "training"]
+
+
+def takes(function, name: str) -> bool:
+    return name in parameters(function.forward if inspect.isclass(function) else function)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name.startswith(("nn.", "functional."))])
+def test_a_residual_is_the_same_everywhere(name):
+    function = PUBLIC[name]
+    if takes(function, "residual"):
+        text = " ".join(documentation(function).split())
+        assert (
+            "residual: added to what the operation itself gives: after the dropout, or before the activation"
+            in text
+        )
+        assert not takes(function, "skip")
 
 
 @pytest.mark.parametrize("name", PUBLIC)

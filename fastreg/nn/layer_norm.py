@@ -15,9 +15,10 @@ class LayerNorm(FusedNorm, torch.nn.LayerNorm):
 
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as in :class:`torch.nn.LayerNorm`.
-        activation: applied to the result, in the same pass: a name of ``fastreg.ops.fused.ACTIVATIONS``.
+        activation: applied to the result, in the same pass: a name of ``fastreg.functional.ACTIVATIONS``.
 
-    ``forward(input, *, residual=None)`` is activation(norm(input) + residual), with a residual of the input's shape.
+    ``forward(input, *, residual=None)`` is activation(norm(input) + residual): see
+    :func:`fastreg.functional.layer_norm`.
 
     Source: Ba, Kiros and Hinton 2016 (arXiv 1607.06450).
     """

@@ -505,8 +505,9 @@ def dropout(
         inplace: write the result into ``input``. Refused where the gradient needs the input.
         bias: broadcastable to the input and varying along one dimension: ``[features]`` behind a linear layer,
             ``[channels, 1, 1]`` behind a convolution.
-        activation: one of ``ACTIVATIONS``, with torch's default parameters.
-        residual: shape of the input. The result has the promoted dtype of both.
+        activation: a name of ``fastreg.functional.ACTIVATIONS``, with torch's default parameters.
+        residual: added to what the operation itself gives: after the dropout, or before the activation of a norm. Shape
+            of the input; the result has the promoted dtype of both.
         inverted: False is the first form in the literature: nothing is scaled in training, and everything by
             1 - p otherwise.
         seed: int, or int64 tensor of one element: the mask is then that of :mod:`fastreg.random` on every device.

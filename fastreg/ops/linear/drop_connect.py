@@ -510,7 +510,7 @@ def drop_connect_linear(
             the mean. "probit" is, for sigmoid alone, an approximation in closed form, off by less than 0.02.
         samples: so many draws in place of the quadrature, as in the paper, which takes 1000. The error of these is
             larger than that of the quadrature, see ``fastreg.ops.linear.expectation.nodes``.
-        activation: a name of ``fastreg.ops.fused.ACTIVATIONS``.
+        activation: a name of ``fastreg.functional.ACTIVATIONS``.
         seed, generator: as in :func:`fastreg.functional.dropout`.
 
     Returns: ``[*, outputs]``.

@@ -187,7 +187,7 @@ def noisy_linear(
             number, or ``[outputs, inputs]`` in the dtype of the weights.
         bias_sigma: deviation of noise on the bias. Of "additive" as sigma is, of "factorised" a number or
             ``[outputs]``. "multiplicative" has none.
-        activation: a name of ``fastreg.ops.fused.ACTIVATIONS``.
+        activation: a name of ``fastreg.functional.ACTIVATIONS``.
         seed, generator: as in :func:`fastreg.functional.dropout`.
 
     Returns: ``[*, outputs]``. In evaluation the layer has no noise.

@@ -434,8 +434,9 @@ def layer_norm(
         normalized_shape: sizes of the dimensions that are normalized together, the last ones.
         weight, bias: ``normalized_shape``. May be fp32 beside a 16-bit input.
         eps: added to the variance.
-        activation: one of ``ACTIVATIONS``, with torch's default parameters.
-        residual: shape of the input. The result has the promoted dtype of both.
+        activation: a name of ``fastreg.functional.ACTIVATIONS``, with torch's default parameters.
+        residual: added to what the operation itself gives: after the dropout, or before the activation of a norm. Shape
+            of the input; the result has the promoted dtype of both.
 
     Under autocast on a GPU the result is fp32, as torch's is, while the input is read as it is.
 
@@ -485,7 +486,7 @@ def dropout_add_layer_norm(
         normalized_shape, weight, bias, eps: as in :func:`layer_norm`.
         p, training: as in :func:`fastreg.functional.dropout`. No mask is stored.
         prenorm: return h as well, which the next block is added to.
-        activation: of the normalized values; one of ``ACTIVATIONS``.
+        activation: of the normalized values: a name of ``fastreg.functional.ACTIVATIONS``.
         seed: int, or int64 tensor of one element: the mask is then that of :mod:`fastreg.random` on every device.
         generator: draws the seed, instead of torch's default generator.
 

@@ -217,8 +217,9 @@ def local_response_norm(
         input: ``[N, C, *]`` of three dimensions or more, in any dense layout (others cost a copy).
         size: channels of a window, centred on its own. An even one reaches one further back than forward.
         alpha, beta, k: as in the formula. Channels outside the tensor count as zeros in the mean.
-        activation: one of ``ACTIVATIONS``, with torch's default parameters.
-        residual: shape of the input. The result has the promoted dtype of both.
+        activation: a name of ``fastreg.functional.ACTIVATIONS``, with torch's default parameters.
+        residual: added to what the operation itself gives: after the dropout, or before the activation of a norm. Shape
+            of the input; the result has the promoted dtype of both.
 
     Raises:
         ValueError: fewer than three dimensions; unknown activation; a residual of another shape.
