@@ -6,9 +6,12 @@ import re
 import pytest
 import torch
 
+import fastreg.averages
 import fastreg.functional as F
 import fastreg.nn as fnn
 import fastreg.optim
+import fastreg.penalties
+import fastreg.random
 
 PUBLIC = {
     **{f"nn.{name}": getattr(fnn, name) for name in fnn.__all__},
@@ -19,7 +22,8 @@ THEIRS = {"nn": torch.nn, "functional": torch.nn.functional, "optim": torch.opti
 
 
 def parameters(function) -> dict[str, inspect.Parameter]:
-    found = inspect.signature(function.__init__ if inspect.isclass(function) else function).parameters
+    made = inspect.isclass(function) and not issubclass(function, tuple)
+    found = inspect.signature(function.__init__ if made else function).parameters
     return {name: parameter for name, parameter in found.items() if name != "self"}
 
 
@@ -34,11 +38,32 @@ def documentation(function, seen=()) -> str:
     return text
 
 
-@pytest.mark.parametrize("name", PUBLIC)
-def test_no_parameter_hides(name):
+def all_functions():
+    """All that is public, and the public methods of its classes."""
+    modules = (fastreg, fnn, F, fastreg.optim, fastreg.penalties, fastreg.averages, fastreg.random)
+    for module in modules:
+        for name in getattr(module, "__all__", vars(module)):
+            found = getattr(module, name)
+            if name.startswith("_") or not callable(found):
+                continue
+            if not found.__module__.startswith("fastreg"):
+                continue
+            yield found
+            if inspect.isclass(found):
+                yield from (f for key, f in vars(found).items() if key[0] != "_" and inspect.isfunction(f))
+
+
+def test_no_option_hides():
     hidden = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    functions = set(all_functions())
+    assert len(functions) > 80
+    assert [f for f in functions if any(p.kind in hidden for p in parameters(f).values())] == []
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_documentation_is_whole_and_public(name):
     found = parameters(PUBLIC[name])
-    assert [p for p in found.values() if p.kind in hidden] == []
+    assert "fastreg.ops" not in PUBLIC[name].__doc__
     text = documentation(PUBLIC[name])
     assert [p for p in found if not re.search(rf"\b{p}\b", text)] == []
 

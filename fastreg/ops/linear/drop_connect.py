@@ -509,7 +509,7 @@ def drop_connect_linear(
             mean), relu, leaky_relu, gelu, elu and hardswish, else by quadrature. "mean" is the activation of
             the mean. "probit" is, for sigmoid alone, an approximation in closed form, off by less than 0.02.
         samples: so many draws in place of the quadrature, as in the paper, which takes 1000. The error of these is
-            larger than that of the quadrature, see ``fastreg.ops.linear.expectation.nodes``.
+            larger than that of the quadrature, see ``fastreg/ops/linear/expectation.py``.
         activation: a name of ``fastreg.functional.ACTIVATIONS``.
         seed, generator: as in :func:`fastreg.functional.dropout`.
 
