@@ -72,7 +72,7 @@ def variants(
     """The forward and the backward kernel of one form."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     x = x.to(memory_format=torch.channels_last) if layout == "NHWC" else x
-    form = ops._Form(size, 1e-4, beta, 1.0, activation)
+    form = ops.Form(size, 1e-4, beta, 1.0, activation)
     e = dtype.itemsize
     label = short_name(dtype)
     other = x if residual else None

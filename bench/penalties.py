@@ -90,7 +90,7 @@ def penalty_of(dtype, form, how, memory):
     table = table_of(weights.device, ((weights.data_ptr(),), (SIZE,), (gradients.data_ptr(),)), ops.TILE)
     partials = None if how == "write" else memory(table.programs, dtype=torch.float64)
     gain = memory(dtype=torch.float32) if how == "write" else None
-    launch = ops._launch(table, form, (dtype, dtype), partials=partials, gain=gain, how=how)
+    launch = ops.penalty_launch(table, form, (dtype, dtype), partials=partials, gain=gain, how=how)
     return launch, [weights, gradients]
 
 
@@ -98,14 +98,14 @@ def short_rows(dtype, width, memory):
     weights = memory(SIZE, dtype=dtype)
     numbers = (weights.data_ptr(),), (SIZE,), (width,)
     table = table_of(weights.device, numbers, (width * (ops.TILE // width),))
-    return ops._project_rows(table, OUTSIDE, dtype, width), [weights]
+    return ops.project_rows_launch(table, OUTSIDE, dtype, width), [weights]
 
 
 def whole_tensor(dtype, memory):
     weights = memory(SIZE, dtype=dtype)
-    long = ops._long_rows(weights.device, ((weights.data_ptr(),), (SIZE,), (SIZE,)))
+    long = ops.long_rows(weights.device, ((weights.data_ptr(),), (SIZE,), (SIZE,)))
     squared = memory(1, dtype=torch.float64).fill_(4.0)
-    return ops._shorten(long, squared, 1.0, dtype), [weights]
+    return ops.shorten_launch(long, squared, 1.0, dtype), [weights]
 
 
 OUTSIDE = -1.0  # a radius that no row is inside of: all are written

@@ -151,9 +151,9 @@ def test_layer_norm(data):
     weight, bias = (parameter(data, *normalized, dtype=x.dtype) for _ in range(2))
     if data.draw(st.booleans(), label="dropout"):
 
-        def run(x, residual, weight, bias):
+        def run(x, skip, weight, bias):
             return F.dropout_add_layer_norm(
-                x, residual, normalized, weight, bias, 0.3, activation=activation, seed=1
+                x, skip, normalized, weight, bias, p=0.3, activation=activation, seed=1
             )
     else:
 
@@ -213,9 +213,9 @@ def linear(data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
 @drawn(SAMPLE, SWEEP)
 def test_drop_connect_linear(data):
     operands = linear(data)
-    mask = data.draw(st.sampled_from(["example", "group", "batch", "flipout", "gaussian"]))
-    options = {"mask": mask, "seed": 1, "activation": data.draw(st.sampled_from(ACTIVATIONS))}
-    if mask == "group":
+    mode = data.draw(st.sampled_from(["example", "group", "batch", "flipout", "gaussian"]))
+    options = {"mode": mode, "seed": 1, "activation": data.draw(st.sampled_from(ACTIVATIONS))}
+    if mode == "group":
         options["group_size"] = data.draw(sizes(100))
     check(lambda *operands: F.drop_connect_linear(*operands, **options), *operands)
 
@@ -234,16 +234,16 @@ def test_expectation_of_drop_connect(data):
 @drawn(SAMPLE, SWEEP)
 def test_noisy_linear(data):
     x, weight, bias = linear(data)
-    kind = data.draw(st.sampled_from(["additive", "multiplicative", "factorised"]))
+    mode = data.draw(st.sampled_from(["additive", "multiplicative", "factorised"]))
     activation = data.draw(st.sampled_from(ACTIVATIONS))
-    sigma = 0.1 * like(weight) if kind == "factorised" else None
+    sigma = 0.1 * like(weight) if mode == "factorised" else None
     bias_sigma = None if sigma is None or bias is None else 0.1 * like(bias)
 
     def run(x, weight, bias, sigma, bias_sigma):
         if sigma is None:
             sigma = 0.1
         return F.noisy_linear(
-            x, weight, bias, sigma, kind=kind, bias_sigma=bias_sigma, activation=activation, seed=1
+            x, weight, bias, sigma, mode=mode, bias_sigma=bias_sigma, activation=activation, seed=1
         )
 
     check(run, x, weight, bias, sigma, bias_sigma)

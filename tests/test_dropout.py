@@ -671,7 +671,7 @@ def test_mc_dropout_keeps_all_layers_random_that_are_so_in_training(device):
             return x + torch.randn_like(x) if self.training else x
 
     layers = {
-        fnn.DropConnectLinear(8, 8, mask="gaussian"): (3, 8),
+        fnn.DropConnectLinear(8, 8, mode="gaussian"): (3, 8),
         fnn.DropConnectLinear(8, 8): (3, 8),
         fnn.DropConnectConv2d(2, 2, 3): (1, 2, 5, 5),
         fnn.GaussianNoise(): (3, 8),

@@ -291,7 +291,7 @@ def test_tiles_are_large_where_there_are_enough_of_them():
             torch.empty(s, dtype=dtype, device="meta")
             for s in ((examples, 64), (outputs, 64), (examples, outputs))
         )
-        rest = Stream(1), ops._Form(ops.FLIPOUT), "tf32x3"
+        rest = Stream(1), ops.Form(ops.FLIPOUT), "tf32x3"
         return ops.forward_launches(v, weight, None, None, None, None, z, None, None, *rest)[1]
 
     assert launch(256, 4096).arguments["BLOCK_ROWS"] == 128

@@ -225,7 +225,7 @@ def test_wide_indices_give_the_same_result(device):
         results = []
         for wide in (False, True):
             y, dx = torch.empty_like(x), torch.empty_like(x)
-            form = ops._Form(2, 0.5, 0.75, 1.0)
+            form = ops.Form(2, 0.5, 0.75, 1.0)
             launches = ops.forward_launches(x, None, y, form)
             for launch in launches + ops.backward_launches(x, x, None, dx, None, form):
                 launch.arguments["WIDE"] = wide

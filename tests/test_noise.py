@@ -81,7 +81,7 @@ def test_every_element_is_written_and_none_behind_the_last(device, numel, dtype)
     memory = torch.full((numel + 16,), 99.0, dtype=dtype, device=device)
     x = torch.randn(numel, dtype=dtype, device=device)
     y = memory[:numel]
-    ops.launches.run(x, y, Stream(3), ops._Form(0.5, False))
+    ops.launches.run(x, y, Stream(3), ops.Form(0.5, False))
     assert (memory[numel:] == 99).all()
     assert_noisy(y, x, 0.5, "additive", 3)
 
@@ -93,7 +93,7 @@ def test_tiles_of_large_tensors_give_the_same_noise(device):
     results = []
     for changes in ({}, {"BLOCK": 4096}, {"WIDE": True}):
         y = torch.empty_like(x)
-        (launch,) = ops.launches(x, y, Stream(-3, 4), ops._Form(0.5, True))
+        (launch,) = ops.launches(x, y, Stream(-3, 4), ops.Form(0.5, True))
         launch.arguments.update(changes)
         grid = (-(-5001 // launch.arguments["BLOCK"]),)
         launch._replace(grid=grid).run(device)
@@ -105,7 +105,7 @@ def test_tiles_of_large_tensors_give_the_same_noise(device):
 def test_the_launch_follows_the_size():
     def arguments(*size, dtype=torch.bfloat16):
         x = torch.empty(size, dtype=dtype, device="meta")
-        (launch,) = ops.launches(x, x, Stream(1), ops._Form(0.1, False))
+        (launch,) = ops.launches(x, x, Stream(1), ops.Form(0.1, False))
         return launch
 
     if not backend.HAS_TRITON:

@@ -849,7 +849,7 @@ def test_graphed_callables_draw_new_masks(device):
     """Kernels that were launched in the warm-up alone: nothing may be loaded while a graph is recorded."""
     n = 1 << 9
     layer = torch.nn.Sequential(
-        fastreg.nn.Dropout(0.5, activation="relu"), fastreg.nn.DropoutAddLayerNorm(n, 0.5)
+        fastreg.nn.Dropout(0.5, activation="relu"), fastreg.nn.DropoutAddLayerNorm(n, p=0.5)
     ).to(device)
     x = torch.ones(n, n, device=device, requires_grad=True)
     graphed = torch.cuda.make_graphed_callables(layer, (x,))
