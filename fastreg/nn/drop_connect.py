@@ -1,7 +1,10 @@
 """Layers that drop connections: ``torch.nn``'s with masked weights."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+from torch.types import Device
 
 from fastreg.nn.layer import Layer
 from fastreg.ops.dropout import dropout
@@ -51,8 +54,8 @@ class DropConnectLinear(Layer, torch.nn.Linear):
         inference: str = "gaussian",
         samples: int | None = None,
         activation: str | None = None,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         p, group_size, samples = ops.checked_arguments(p, mask, group_size, inference, samples, activation)
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -121,9 +124,9 @@ class DropConnectConv2d(Layer, torch.nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
-        device=None,
-        dtype=None,
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         p: float = 0.5,
         activation: str | None = None,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.types import Device
 
 from fastreg import functional as F
 from fastreg.nn.fused import FusedNorm
@@ -28,8 +29,8 @@ class LayerNorm(FusedNorm, torch.nn.LayerNorm):
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         activation: str | None = None,
     ) -> None:
@@ -69,13 +70,13 @@ class DropoutAddLayerNorm(FusedNorm, torch.nn.LayerNorm):
 
     def __init__(
         self,
-        normalized_shape,
+        normalized_shape: int | Sequence[int],
         p: float = 0.5,
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         prenorm: bool = False,
         activation: str | None = None,
@@ -87,7 +88,9 @@ class DropoutAddLayerNorm(FusedNorm, torch.nn.LayerNorm):
         self.p = p
         self.prenorm = prenorm
 
-    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]  # a pair with prenorm
+        self, input: Tensor, residual: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         return F.dropout_add_layer_norm(
             input,
             residual,
