@@ -91,7 +91,10 @@ def kernels() -> list[Kernel]:
 
 def following_of(average, dtype, memory):
     averages, weights = memory(SIZE, dtype=average), memory(SIZE, dtype=dtype)
-    return ops.follow_launch(tables(averages, weights, ops.TILE), 0.001, (average, dtype)), [averages, weights]
+    return ops.follow_launch(tables(averages, weights, ops.TILE), 0.001, (average, dtype)), [
+        averages,
+        weights,
+    ]
 
 
 def copy_of(improved, memory):

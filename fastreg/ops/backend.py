@@ -4,7 +4,8 @@ import ctypes
 import functools
 import importlib.util
 import os
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ OLDEST_CAPABILITY = (8, 0)  # Ampere: bf16, and the min/max that keep NaN
 
 PLAIN = (Tensor, torch.nn.Parameter)
 """The types of tensors with no ideas of their own."""
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -104,12 +107,18 @@ def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else OLDEST_CAPABILITY
 
 
+def constant_in_graphs(function: _Function) -> _Function:
+    """Has torch.compile call it at once, and take the result for a constant.
+
+    As ``torch.compiler.assume_constant_result``, which would import the compiler: three seconds.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+@constant_in_graphs
 def _capable(index: int) -> bool:
     return _capability(index) >= OLDEST_CAPABILITY
-
-
-# The mark of torch.compiler.assume_constant_result, which would import the compiler: three seconds.
-_capable._dynamo_marked_constant = True
 
 
 @functools.cache

@@ -33,6 +33,7 @@ class Plan:
     def __init__(self, structure: tuple, params: list[Tensor]):
         self.structure, self.params = structure, params
         self.distributed = any(is_distributed(p) for p in params)
+        self.owners: list[int] = []  # the group of each parameter
         self.batches: list[Placed] = []
         self.lists: dict[Listed, list[int]] = {}  # places of parameters that are stepped in lists,
         self.torch: dict[int, list[int]] = {}  # of those that take another step of torch, by group,
@@ -40,13 +41,13 @@ class Plan:
         self.sums: list = []  # by what shards the norm of the gradients is summed, in an order all processes share
         self.copies = False  # some gradient has another layout than its parameter
         self.written: list[Tensor] = []  # parameters that are written behind the back of autograd
-        self.averages: list[weakref.ref] = []  # and averages
+        self.averages: list[weakref.ref[Tensor]] = []  # and averages
 
     def remember(self, grads: list[Tensor | None], pieces: list[Tensor], state: dict) -> None:
         self._kept = Watch(self.params, state.values())
         self._gradients: Watch | None = Watch(grads)
         self._absent = [g is None for g in grads]
-        self._kinds = None
+        self._kinds: Any = None
         # What tables point to, batch after batch, and what torch's fused step walks over.
         launched = [(i, batch.form.dtypes[1]) for batch in self.batches for i in batch.places]
         walked = [(i, pieces[i].dtype) for places in self.lists.values() for i in places]
@@ -58,7 +59,7 @@ class Plan:
         self._wanted = [(x.shape, x.stride(), dtype) for x, dtype in zip(placed, dtypes, strict=True)]
         self._addresses = addresses(placed[: self._launched])
         self._walked = kinds_of(placed[self._launched :])
-        self._state_addresses = addresses([], dicts=state.values()) if self.batches else None
+        self._state_addresses = addresses([], dicts=state.values() if self.batches else ())
         self._gradient_addresses = addresses(self._placed(grads)[: self._launched])
 
     def _placed(self, tensors: list) -> list:
@@ -125,6 +126,7 @@ class Placed(Batch):
     places: list[int]
     clips: bool  # its gradients are of the global norm
     key: Any  # what shards they are of
+    kept: list[Tensor]  # gradients that were copied, until they are read
     _written: tuple | None = None
 
     def numbers_on_device(self, numbers: list[Numbers]) -> Tensor:

@@ -5,6 +5,7 @@ is isotropic (``kernels/noisy_linear.py``), and beside it otherwise (``fastreg/o
 """
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -235,12 +236,15 @@ def _filled(sigma: float | Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
     return sigma.to(weight.dtype) if isinstance(sigma, Tensor) else weight.new_full(shape, sigma)
 
 
+_Sigma = TypeVar("_Sigma", float, Tensor, float | Tensor)
+
+
 def checked_arguments(
-    sigma: float | Tensor,
+    sigma: _Sigma,
     mode: str = "additive",
     bias_sigma: float | Tensor | None = None,
     activation: str | None = None,
-) -> tuple[float | Tensor, float | Tensor | None]:
+) -> tuple[_Sigma, float | Tensor | None]:
     """sigma and bias_sigma, as Python's numbers where they are no tensors."""
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
@@ -252,7 +256,7 @@ def checked_arguments(
     return sigma, bias_sigma
 
 
-def _checked_sigma(name: str, value: float | Tensor) -> float | Tensor:
+def _checked_sigma(name: str, value: _Sigma) -> _Sigma:
     if isinstance(value, Tensor):
         return value
     if type(value) is not float:
