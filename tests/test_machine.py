@@ -631,6 +631,10 @@ def test_approximate_functions_keep_the_bounds_of_the_isa(name, seed):
         assert np.all(np.abs(error) <= 0.5001 * unit)
     tiny = np.array([1e-40, -1e-40, 0.0, np.inf, np.nan], "f4")
     flushed = np.array([0.0, -0.0, 0.0, np.inf, np.nan], "f4")
+    huge = evaluate(
+        "ex2.approx.f32 %0, %1;", np.array([200.0, 128.5], "f4"), result="f4", options=Options(errors=seed)
+    )
+    same(huge, np.full(2, np.inf, "f4"))
     if name != "tanh":  # which has no .ftz
         plain = evaluate(f"{name}.approx.f32 %0, %1;", flushed, result="f4")
         same(evaluate(f"{name}.approx.ftz.f32 %0, %1;", tiny, result="f4"), plain)

@@ -305,7 +305,7 @@ def inexact(name: str, x: ndarray, exact: ndarray, seed: int) -> ndarray:
         mixed = (np.ascontiguousarray(x).view(uint32) ^ uint32(seed)) * uint32(2654435761)
         sign = 1.0 - 2.0 * ((mixed ^ mixed >> uint32(15)) >> uint32(9) & uint32(1))
         off = np.maximum(ERRORS[name](x, exact) - 0.5 * _last_place(exact), 0.0)  # before the rounding
-        exact = np.where(np.isfinite(exact) & (exact != 0), exact + sign * off, exact)
+        exact = np.where(np.isfinite(off) & (exact != 0), exact + sign * off, exact)
     return exact.astype(float32)
 
 
