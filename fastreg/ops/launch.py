@@ -41,7 +41,7 @@ PLANS = 1024
 
 
 def _kinds(arguments: Sequence[Any]) -> tuple:
-    found = []
+    found: list[Any] = []
     for argument in arguments:
         kind = type(argument)
         if kind in PLAIN:
@@ -128,7 +128,7 @@ class _View(NamedTuple):
     workspace: int
     shape: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
     def of(self, workspaces: list[Tensor]) -> Tensor:
         return workspaces[self.workspace].as_strided(*self[1:])

@@ -92,7 +92,7 @@ def identities(objects: list, dicts: Iterable[dict] = ()) -> bytes:
     try:
         values = list(chain.from_iterable(map(dict.values, dicts)))
     except TypeError:  # a state may hold other things beside dicts
-        values = chain.from_iterable(x.values() for x in dicts if isinstance(x, dict))
+        values = list(chain.from_iterable(x.values() for x in dicts if isinstance(x, dict)))
     return np.fromiter(map(id, chain(objects, values)), np.int64).tobytes()
 
 
@@ -141,7 +141,8 @@ def kinds_of(tensors: Sequence[Tensor]) -> Any:
         from torch._C._dynamo.guards import TensorGuards
 
         sizes, strides = ([list(ask(x)) for x in tensors] for ask in (Tensor.size, Tensor.stride))
-        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        # The stub has a number where a list of them is meant, one of each tensor.
+        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)  # type: ignore[arg-type]
     except Exception:
         return _Kinds(tensors)
 
