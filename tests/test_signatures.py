@@ -43,6 +43,11 @@ def test_no_parameter_hides(name):
     assert [p for p in found if not re.search(rf"\b{p}\b", text)] == []
 
 
+def test_every_parameter_has_a_type():
+    found = {(name, p.name): p for name, function in PUBLIC.items() for p in parameters(function).values()}
+    assert [key for key, parameter in found.items() if parameter.annotation is parameter.empty] == []
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_torchs_parameters_come_first(name):
     module, own = name.split(".")
