@@ -108,6 +108,11 @@ def test_a_residual_is_the_same_everywhere(name):
         assert not takes(function, "skip")
 
 
+def test_every_parameter_has_a_type():
+    found = {(name, p.name): p for name, function in PUBLIC.items() for p in parameters(function).values()}
+    assert [key for key, parameter in found.items() if parameter.annotation is parameter.empty] == []
+
+
 @pytest.mark.parametrize("name", PUBLIC)
 def test_torchs_parameters_come_first(name):
     module, own = name.split(".")

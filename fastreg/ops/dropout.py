@@ -7,7 +7,7 @@ the definition in ATen (CPU, ``torch.func`` transforms, second derivatives). Nei
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +54,9 @@ def _before_mask(x: Tensor, bias: Tensor | None, activation: str | None) -> Tens
     return x if activation is None else ACTIVATIONS[activation](x)
 
 
-def _mask(size: torch.Size, stride: tuple[int, ...], form: Form, stream: Stream, device) -> Tensor:
+def _mask(
+    size: torch.Size, stride: tuple[int, ...], form: Form, stream: Stream, device: torch.device
+) -> Tensor:
     """The keep mask of a tensor with these dense strides, broadcast to it: elements count in memory order."""
     drawn_size = size[: form.mask_dims] if form.mask_dims else size
     drawn = random.lanes(torch.arange(drawn_size.numel(), dtype=torch.int64, device=device), stream)
@@ -66,9 +68,9 @@ def _mask(size: torch.Size, stride: tuple[int, ...], form: Form, stream: Stream,
 
 
 def _masked(v: Tensor, keep: Tensor | None, form: Form) -> Tensor:
-    if form.kept_shift is not None:
-        return torch.where(keep, v * form.scale + form.kept_shift, form.dropped_value)
     if keep is not None:
+        if form.kept_shift is not None:
+            return torch.where(keep, v * form.scale + form.kept_shift, form.dropped_value or 0.0)
         v = torch.where(keep, v, 0.0)
     return v if form.scale == 1 else v * form.scale
 
@@ -76,7 +78,10 @@ def _masked(v: Tensor, keep: Tensor | None, form: Form) -> Tensor:
 def _definition(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, stream: Stream | None, form: Form
 ) -> Tensor:
-    keep = _mask(x.shape, dense_strides(x), form, stream, x.device) if form.threshold else None
+    keep = None
+    if form.threshold:
+        assert stream is not None
+        keep = _mask(x.shape, dense_strides(x), form, stream, x.device)
     y = _masked(_before_mask(x, bias, form.activation), keep, form)
     return y if residual is None else y + residual
 
@@ -90,6 +95,13 @@ def tiled(x: Tensor, form: Form) -> Tensor:
         return x
     x = dense(x)
     return x.contiguous() if tiling(x, form.mask_dims, form.bias_dim) is None else x
+
+
+def _tiles(x: Tensor, form: _Form) -> Tiling:
+    """Of a tensor that is ``_tiled``."""
+    tiles = tiling(x, form.mask_dims, form.bias_dim)
+    assert tiles is not None
+    return tiles
 
 
 def _blocks(x: Tensor, tiles: Tiling) -> tuple[int, int, int]:
@@ -149,7 +161,7 @@ def forward_launches(
     x: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor, stream: Stream, form: Form
 ) -> list[Launch]:
     """x, residual, y: dense, with one layout that can be tiled."""
-    tiles = tiling(x, form.mask_dims, form.bias_dim)
+    tiles = _tiles(x, form)
     blocks = _blocks(x, tiles)
     tensors = {"x_ptr": x, "bias_ptr": bias, "residual_ptr": residual, "y_ptr": y}
     constants = {
@@ -173,14 +185,14 @@ def backward_launches(
 ) -> list[Launch]:
     """dy, x, dx: dense, with one layout that can be tiled. dbias: [bias size]; where the bias varies along the rows,
     the workspace has partial sums for it."""
-    tiles = tiling(dx, form.mask_dims, form.bias_dim)
+    tiles = _tiles(dx, form)
     blocks = _blocks(dx, tiles)
     row_blocks, column_blocks = _block_counts(tiles, blocks)
-    tensors = {"dy_ptr": dy, "x_ptr": x, "bias_ptr": bias, "dx_ptr": dx, "partial_ptr": None}
-    sums = {"dtype": sum_dtype(dx.dtype), "device": dx.device}
+    tensors: dict[str, Any] = {"dy_ptr": dy, "x_ptr": x, "bias_ptr": bias, "dx_ptr": dx, "partial_ptr": None}
+    sums: dict[str, Any] = {"dtype": sum_dtype(dx.dtype), "device": dx.device}
     if dbias is None or tiles.bias == "rows":
         if dbias is not None:
-            tensors["partial_ptr"] = torch.empty(tiles.rows, column_blocks, **sums)
+            tensors["partial_ptr"] = torch.empty(tiles.rows or 1, column_blocks, **sums)
         arguments = _arguments(tiles, blocks, stream, form)
         return [Launch(kernels.backward, (row_blocks * column_blocks,), tensors | arguments)]
 
@@ -247,9 +259,9 @@ def _backward(
     bias = None if bias is None else bias.contiguous()
     workspace = backward_launches.run(dy, x, bias, result, stream, form, dbias)
     if dbias is not None:
-        tiles = tiling(result, form.mask_dims, form.bias_dim)
+        tiles = _tiles(result, form)
         if tiles.bias == "rows":
-            batches = tiles.rows // (tiles.bias_size * tiles.bias_repeat)
+            batches = (tiles.rows or 1) // (tiles.bias_size * tiles.bias_repeat)
             torch.sum(workspace[0].view(batches, tiles.bias_size, -1), (0, 2), out=dbias)
     if result is not dx:
         dx.copy_(result)
@@ -284,7 +296,7 @@ def _gradients(
     """dx, in this layout and dtype, and if needed the bias gradient, fp32 (fp64) [bias size]."""
     dx = empty_dense(dy.shape, stride, dtype, dy.device)
     dbias = None
-    if needs_bias:
+    if needs_bias and form.bias_dim is not None:
         dbias = torch.empty(dy.shape[form.bias_dim], dtype=sum_dtype(dtype), device=dy.device)
     _backward(dy, x, bias, dx, dbias, stream, form)
     return dx, dbias
@@ -317,7 +329,7 @@ class _Dropout(torch.autograd.Function):
         if needs_x or needs_bias:
             gradients = _gradients_by_definition if needs_definition(dy) else _gradients
             dx, dbias = gradients(dy, x, bias, stream, ctx.form, ctx.stride, ctx.dtype, needs_bias)
-            if needs_bias:
+            if dbias is not None:
                 shape, dtype = ctx.bias_like
                 dbias = dbias.view(shape).to(dtype)
         if needs_residual:
@@ -466,7 +478,7 @@ def _check_inplace(
                 f"inplace=True is not possible with activation={activation!r}: "
                 "its gradient needs the input, which would be overwritten"
             )
-    if result_dtype(input.dtype, residual) != input.dtype:
+    if residual is not None and result_dtype(input.dtype, residual) != input.dtype:
         raise RuntimeError(
             f"inplace=True is not possible with a residual of {residual.dtype}: the result does not fit {input.dtype}"
         )

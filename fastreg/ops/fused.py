@@ -1,12 +1,13 @@
 """What may stand around an operation in the same pass: an activation and a residual."""
 
 import functools
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,
     "gelu": F.gelu,
@@ -21,7 +22,7 @@ ACTIVATIONS = {
 """What ``activation=`` may name, and its definition: torch's function with torch's default parameters."""
 
 
-OF_OUTPUT = {
+OF_OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda dy, y: torch.ops.aten.threshold_backward(dy, y, 0),
     "leaky_relu": lambda dy, y: torch.ops.aten.leaky_relu_backward(dy, y, 0.01, True),
     "sigmoid": torch.ops.aten.sigmoid_backward,
@@ -48,7 +49,9 @@ def kept_of(y: Tensor, v: Tensor | None, activation: str | None) -> Tensor | Non
     return v if needs_argument(activation) else y
 
 
-def activation_gradient(dy: Tensor | None, kept: Tensor, activation: str, dv: Tensor | None = None) -> Tensor:
+def activation_gradient(
+    dy: Tensor | None, kept: Tensor, activation: str, dv: Tensor | None = None
+) -> Tensor | None:
     """dy f'(v) + dv, in ATen, differentiable. kept: v, or y = f(v) where that is enough; None is no gradient."""
     if dy is None:
         return dv

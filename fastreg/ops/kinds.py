@@ -30,6 +30,7 @@ def kinds_of(tensors: Sequence[Tensor]) -> Any:
         from torch._C._dynamo.guards import TensorGuards
 
         sizes, strides = ([list(ask(x)) for x in tensors] for ask in (Tensor.size, Tensor.stride))
-        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        # The stub has a number where a list of them is meant, one of each tensor.
+        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)  # type: ignore[arg-type]
     except Exception:
         return _Kinds(tensors)

@@ -152,7 +152,7 @@ class _View(NamedTuple):
     workspace: int
     shape: torch.Size
     stride: tuple[int, ...]
-    offset: int
+    offset: int | torch.SymInt
 
     def of(self, workspaces: list[Tensor]) -> Tensor:
         return workspaces[self.workspace].as_strided(*self[1:])

@@ -1,6 +1,6 @@
 """Tensors in memory order: how an operation on a tensor of any rank becomes a kernel on rows of columns."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,6 +124,8 @@ def tiling(x: Tensor, mask_dims: int, bias_dim: int | None) -> Tiling | None:
     if mask_dims > 0:
         masked = x.shape[:mask_dims].numel()
         order = memory_order(x)
+        if order is None:
+            return None
         leading = [d for d in range(mask_dims) if x.shape[d] != 1]
         if order[: len(leading)] != leading:
             samples_first = x.shape[0] == 1 or order[0] == 0
@@ -134,7 +136,7 @@ def tiling(x: Tensor, mask_dims: int, bias_dim: int | None) -> Tiling | None:
         if masked == count:
             return Tiling(None, count)
         columns = x.shape[1] if channels_last else count // masked
-        bias = {}
+        bias: dict[str, Any] = {}
     elif x.stride(bias_dim) == 1:
         columns = x.shape[bias_dim]
         bias = {"bias": "columns", "bias_size": columns}

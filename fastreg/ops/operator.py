@@ -64,9 +64,9 @@ def operator(name: str, writes: Sequence[str]) -> Callable[[Callable[..., None]]
             )
 
         def body(*flat: Any) -> None:
-            flat, arguments = list(flat), []
+            rest, arguments = list(flat), list[Any]()
             for kind, count in zip(kinds.values(), counts, strict=True):
-                own, flat = flat[:count], flat[count:]
+                own, rest = rest[:count], rest[count:]
                 if kind is Stream:
                     arguments.append(Stream(0 if own[0] is None else own[0]))
                 elif isinstance(kind, type) and issubclass(kind, tuple):
@@ -128,13 +128,13 @@ def apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
     return function.forward(_Unrecorded(), *arguments)
 
 
-def _distinct(arguments: Sequence[Any]) -> list[Any]:
+def _distinct(arguments: Sequence[Any]) -> tuple[Any, ...]:
     """The arguments with views for tensors that are there already: Dynamo wants distinct ones."""
     found: list[Any] = []
     for argument in arguments:
         again = isinstance(argument, Tensor) and any(argument is other for other in found)
         found.append(argument.view_as(argument) if again else argument)
-    return found
+    return tuple(found)
 
 
 def leave_undefined(ctx) -> None:
@@ -169,14 +169,14 @@ def needs_definition(*gradients: Tensor | None) -> bool:
 def empty_gradients(ctx, inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
     """Contiguous tensors for the gradients of the first inputs, None for those that are not needed."""
     return [
-        torch.empty_like(t, memory_format=torch.contiguous_format) if needed else None
+        None if t is None or not needed else torch.empty_like(t, memory_format=torch.contiguous_format)
         for t, needed in zip(inputs, ctx.needs_input_grad, strict=False)
     ]
 
 
 def by_definition(
     definition: Callable[..., Any], inputs: Sequence[Tensor | None], gradients: Any
-) -> list[Tensor | None]:
+) -> list[Any]:
     """The gradients of the inputs, None where there is no input; differentiable in their turn where autograd records.
 
     gradients: of what ``definition(*inputs)`` returns.

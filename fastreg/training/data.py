@@ -48,14 +48,15 @@ class Dataset:
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        return tuple(self.images.shape[1:])
+        channels, height, width = self.images.shape[1:]
+        return channels, height, width
 
     def sha256(self) -> str:
         """Fingerprint of every pixel and label: two runs on other data never pass for the same run."""
         digest = hashlib.sha256()
         for tensor in (self.images, self.labels, self.test_images, self.test_labels):
             if tensor is not None:
-                digest.update(tensor.numpy())
+                digest.update(tensor.numpy().data)
         return digest.hexdigest()
 
 
@@ -88,11 +89,11 @@ class Split:
     std: float
 
     def to(self, device: torch.device) -> "Split":
-        moved = (
+        train, validation, test = (
             Examples(part.images.to(device), part.labels.to(device))
             for part in (self.train, self.validation, self.test)
         )
-        return Split(*moved, self.mean, self.std)
+        return Split(train, validation, test, self.mean, self.std)
 
 
 # Sources -------------------------------------------------------------------------------------------------
@@ -125,6 +126,9 @@ def load_digits() -> Dataset:
 SOURCES = {"mnist5k": load_mnist5k, "digits": load_digits}
 
 
+KINDS = ("images-idx3", "labels-idx1")
+
+
 def load_idx_folder(folder: Path) -> Dataset:
     """The data set whose IDX files lie in ``folder``, under the file names of MNIST, gzipped or not.
 
@@ -137,31 +141,26 @@ def load_idx_folder(folder: Path) -> Dataset:
     if not folder.is_dir():
         names = ", ".join(SOURCES)
         raise InputError(f"no data called '{folder}': it is neither one of {names} nor a folder")
-    files = {
-        (part, kind): _find_idx(folder, f"{part}-{kind}")
-        for part in ("train", "t10k")
-        for kind in ("images-idx3", "labels-idx1")
-    }
-    has_test_set = any(files["t10k", kind] for kind in ("images-idx3", "labels-idx1"))
-    for (part, kind), path in files.items():
-        if path is None and (part == "train" or has_test_set):
-            raise InputError(f"no {part}-{kind}-ubyte (or .gz) in {folder}")
+    training_files = _idx_pair(folder, "train")
+    test_files = None
+    if any(_find_idx(folder, f"t10k-{kind}") for kind in KINDS):
+        test_files = _idx_pair(folder, "t10k")
 
-    images, labels = _read_idx_pair(files["train", "images-idx3"], files["train", "labels-idx1"])
-    test = (None, None)
-    if has_test_set:
-        test = _read_idx_pair(files["t10k", "images-idx3"], files["t10k", "labels-idx1"])
-        if test[0].shape[1:] != images.shape[1:]:
+    images, labels = _read_idx_pair(*training_files)
+    test_images = test_labels = None
+    if test_files is not None:
+        test_images, test_labels = _read_idx_pair(*test_files)
+        if test_images.shape[1:] != images.shape[1:]:
             raise InputError(
-                f"{files['t10k', 'images-idx3']} has images of {_size(test[0])} pixels, "
+                f"{test_files[0]} has images of {_size(test_images)} pixels, "
                 f"the training images have {_size(images)}"
             )
-        if test[1].max() > labels.max():
+        if test_labels.max() > labels.max():
             raise InputError(
-                f"{files['t10k', 'labels-idx1']} has label {test[1].max()}, "
-                f"the training labels go up to {labels.max()}"
+                f"{test_files[1]} has label {test_labels.max()}, the training labels go up to {labels.max()}"
             )
-    return _from_arrays(folder.resolve().name, f"IDX files in {folder}", images, labels, 255, *test)
+    name, source = folder.resolve().name, f"IDX files in {folder}"
+    return _from_arrays(name, source, images, labels, 255, test_images, test_labels)
 
 
 def read_idx(path: str | os.PathLike, dimensions: int) -> np.ndarray:
@@ -185,7 +184,8 @@ def read_idx(path: str | os.PathLike, dimensions: int) -> np.ndarray:
             f"{path} is not an IDX file of bytes in {dimensions} dimension{'s' if dimensions > 1 else ''}: "
             f"its magic number is {content[:4].hex()}, not {magic.hex()}"
         )
-    shape, expected = (), header
+    shape: tuple[int, ...] = ()
+    expected = header
     if len(content) >= header:
         shape = tuple(int(size) for size in np.frombuffer(content, ">u4", dimensions, offset=4))
         expected = header + math.prod(shape)
@@ -214,6 +214,19 @@ def _read_bytes(path: Path) -> tuple[bytes, bool]:
         return b"".join(pieces), False
     except (OSError, zlib.error) as error:
         raise InputError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _idx_pair(folder: Path, part: str) -> tuple[Path, Path]:
+    """The files of the images and of the labels."""
+    images, labels = (_needed_idx(folder, f"{part}-{kind}") for kind in KINDS)
+    return images, labels
+
+
+def _needed_idx(folder: Path, name: str) -> Path:
+    path = _find_idx(folder, name)
+    if path is None:
+        raise InputError(f"no {name}-ubyte (or .gz) in {folder}")
+    return path
 
 
 def _find_idx(folder: Path, name: str) -> Path | None:
@@ -270,7 +283,7 @@ def split(dataset: Dataset, seed: int) -> Split:
         InputError: there are too few images of some class to have it in every part.
     """
     index = torch.arange(len(dataset.labels), dtype=torch.int64, device="cpu")
-    if dataset.test_labels is None:
+    if dataset.test_images is None or dataset.test_labels is None:
         index, held_out = _stratified(dataset.labels, index, TEST_SHARE, seed_for(seed, "test"))
         test_images, test_labels = dataset.images[held_out], dataset.labels[held_out]
         share = VALIDATION_SHARE / (1 - TEST_SHARE)

@@ -118,7 +118,9 @@ class Display:
 
     def _study_table(self, metrics: dict) -> Table:
         """A row for each setting, a column for each value of the study."""
-        table = self._new_table(metrics, f"test error in % by {self.settings.study.replace('-', ' ')}")
+        table = self._new_table(
+            metrics, f"test error in % by {(self.settings.study or '').replace('-', ' ')}"
+        )
         for value in metrics["summary"]:
             table.add_column(value, justify="right")
         for setting in self.settings.compare:

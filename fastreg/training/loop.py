@@ -4,6 +4,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +47,7 @@ class Trial:
         self.network = workers.wrap(self.model)
         self.optimizer = self.recipe.make_optimizer(self.model)
         self.history: list[dict] = []
-        self.best = {"validation_error": math.inf, "epoch": 0, "weights": {}}
+        self.best: dict[str, Any] = {"validation_error": math.inf, "epoch": 0, "weights": {}}
 
         # The order of the examples is the same on every worker, the masks and the noise are not.
         self.order = torch.Generator("cpu").manual_seed(seed_for(seed, "order"))

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -47,7 +47,7 @@ class Workers:
         """The ``item`` of every worker, by rank, on every worker."""
         if self.count == 1:
             return [item]
-        items = [None] * self.count
+        items: list[Any] = [None] * self.count
         dist.all_gather_object(items, item)
         return items
 
@@ -55,7 +55,7 @@ class Workers:
         """What ``function()`` returns on the first worker, or the InputError it raises, on all of them."""
         if self.count == 1:
             return function()
-        box = [None]
+        box: list[Any] = [None]
         if self.is_first:
             try:
                 box = [function()]

@@ -17,16 +17,19 @@ def on_kernels(x: Tensor, *others: Tensor | None) -> bool:
     )
 
 
-def cast_by_autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+def cast_by_autocast(
+    input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """What autocast does to the arguments of torch's linear."""
-    device = tensors[0].device.type
+    device = input.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):  # which refuses to answer for "meta"
-        return list(tensors)
+        return input, weight, bias
     dtype = torch.get_autocast_dtype(device)
-    return [
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    ]
+    return _cast(input, dtype), _cast(weight, dtype), None if bias is None else _cast(bias, dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x
 
 
 def torch_refuses(input: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

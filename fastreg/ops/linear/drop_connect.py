@@ -9,6 +9,7 @@ ATen, and behind the dense product with such a copy.
 
 import itertools
 import math
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -145,11 +146,11 @@ def _aten_backward(
     if dweight is not None:
         dweight.zero_()
     for examples, outputs, mask in _masks(v, weight, stream, form, whole=False):
-        if dv is not None:
+        if wide is not None:
             wide[examples] += dz[examples, outputs] @ _kept(weight[outputs], mask)
         if dweight is not None:
             dweight[outputs] += _kept(dz[examples, outputs].t() @ v[examples], mask)
-    if dv is not None:
+    if dv is not None and wide is not None:
         torch.mul(wide, form.scale, out=dv)
     if dweight is not None:
         dweight *= form.scale
@@ -404,8 +405,9 @@ def _backward(
     """dv, dweight, dbias: contiguous; None where they are not wanted. y_or_before: what the activation has kept."""
     dz, sums = dy, None
     if form.activation is not None:
+        assert y_or_before is not None
         dz, sums = activation_backward(dy, y_or_before, form.activation, dbias is not None)
-    if sums is not None:
+    if dbias is not None and sums is not None:
         dbias.copy_(sums)
     elif dbias is not None:
         torch.sum(dz, 0, out=dbias)
@@ -443,7 +445,7 @@ class _DropConnect(torch.autograd.Function):
         stream, v, weight, bias, y_or_before = kept(ctx)
         inputs = v, weight, bias
         if needs_definition(dy):
-            found = by_definition(lambda *given: _definition(*given, stream, ctx.form), inputs, dy)
+            found = by_definition(partial(_definition, stream=stream, form=ctx.form), inputs, dy)
         else:
             found = empty_gradients(ctx, inputs)
             _backward(dy, v, weight, y_or_before, *found, stream, ctx.form)
@@ -574,9 +576,9 @@ def checked_arguments(
         raise ValueError(
             f'inference="probit" approximates the sigmoid alone, but got activation = {activation!r}'
         )
-    for name, value in (("group_size", group_size), ("samples", samples)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} has to be at least 1, but got {value}")
+    for name, count in (("group_size", group_size), ("samples", samples)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name} has to be at least 1, but got {count}")
     check_activation(activation)
     return p, group_size, samples
 

@@ -11,7 +11,9 @@ stream further on, of an example and an output two.
 """
 
 import contextlib
-from typing import NamedTuple
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -49,18 +51,20 @@ def _further(stream: Stream, use: int) -> Stream:
 # --- in ATen ----------------------------------------------------------------------------------------------
 
 
-def _factors(rows: int, columns: int, stream: Stream | None, like: Tensor) -> Tensor:
-    x = _normals(rows, columns, stream, like)
+def _factors(size: Sequence[int], stream: Stream | None, like: Tensor) -> Tensor:
+    x = _normals(size, stream, like)
     return x.sign() * x.abs().sqrt()
 
 
-def _normals(rows: int, columns: int, stream: Stream | None, like: Tensor) -> Tensor:
+def _normals(size: Sequence[int], stream: Stream | None, like: Tensor) -> Tensor:
+    rows, columns = size
     if stream is None:
         return torch.randn(rows, columns, dtype=like.dtype, device=like.device)
     return random.row_normals(rows, columns, stream, dtype=like.dtype, device=like.device)
 
 
-def _signs(rows: int, columns: int, stream: Stream | None, like: Tensor) -> Tensor:
+def _signs(size: Sequence[int], stream: Stream | None, like: Tensor) -> Tensor:
+    rows, columns = size
     if stream is None:
         return torch.randint(2, (rows, columns), dtype=like.dtype, device=like.device).mul_(2).sub_(1)
     return random.signs(rows, columns, stream, dtype=like.dtype, device=like.device)
@@ -83,23 +87,19 @@ def _definition(
     v, weight, bias, sigma, weight_sigma, bias_sigma, stream: Stream | None, form: Form
 ) -> Tensor:
     """Differentiable any number of times. Without a stream by torch's own random numbers, which a CPU makes faster."""
-    examples, outputs = len(v), len(weight)
+    size = len(v), len(weight)
     at = (lambda use: None) if stream is None else (lambda use: _further(stream, use))
     if form.kind == GAUSSIAN:
         b = root(squares(v, weight))
-        noise = (
-            (form.fixed_sigma if sigma is None else sigma.to(b.dtype))
-            * b
-            * _normals(examples, outputs, at(OUT), b)
-        )
+        noise = (form.fixed_sigma if sigma is None else sigma.to(b.dtype)) * b * _normals(size, at(OUT), b)
         z = (form.scale * F.linear(v, weight) + noise).to(v.dtype)
     elif form.kind == FLIPOUT:
-        flipped = weight * _signs(*weight.shape, at(0), weight)
-        b = F.linear(v * _signs(*v.shape, at(IN), v), flipped)
-        z = form.scale * (F.linear(v, weight) + b * _signs(examples, outputs, at(OUT), b))
+        flipped = weight * _signs(weight.shape, at(0), weight)
+        b = F.linear(v * _signs(v.shape, at(IN), v), flipped)
+        z = form.scale * (F.linear(v, weight) + b * _signs(size, at(OUT), b))
     else:
-        b = F.linear(v * _factors(*v.shape, at(IN), v), weight_sigma, bias_sigma)
-        z = F.linear(v, weight) + b * _factors(examples, outputs, at(OUT), b)
+        b = F.linear(v * _factors(v.shape, at(IN), v), weight_sigma, bias_sigma)
+        z = F.linear(v, weight) + b * _factors(size, at(OUT), b)
     return activated(z if bias is None else z + bias, form.activation)
 
 
@@ -279,7 +279,8 @@ def forward_launches(
 ) -> list[Launch]:
     """All contiguous. Workspace: the second input."""
     v2 = torch.empty_like(v, dtype=second_dtype(v.dtype, form.kind))
-    more = {"bias": bias, "bias_sigma": bias_sigma, "sigma": sigma, "before": before, "root": root}
+    more: dict[str, Any] = {"bias": bias, "bias_sigma": bias_sigma, "sigma": sigma}
+    more |= {"before": before, "root": root}
     product = _product(v, v2, weight, weight_sigma, z, stream, form, precision, **more)
     return [_second(v, v2, stream, form, IN), product]
 
@@ -313,7 +314,7 @@ def backward_launches(
         )
     if v2 is not None:
         launches.append(_second(v, v2, stream, form, IN))
-    if dweight is not None:
+    if dweight is not None and v2 is not None:
         launches.append(_weight_gradient(dz, dz2, v, v2, weight, dweight, stream, form, precision))
     return launches
 
@@ -341,7 +342,8 @@ def _forward(
 ) -> None:
     """z, and where they are wanted before, which stands before the activation, and root, the square root of
     (W ∘ W)(v ∘ v) in fp32, for the gradients of the Gaussian: contiguous."""
-    v, weight, bias, weight_sigma, bias_sigma = _contiguous(v, weight, bias, weight_sigma, bias_sigma)
+    v, weight = v.contiguous(), weight.contiguous()
+    bias, weight_sigma, bias_sigma = _contiguous(bias, weight_sigma, bias_sigma)
     forward_launches.run(
         v, weight, bias, sigma, weight_sigma, bias_sigma, z, before, root, stream, form, _precision(v)
     )
@@ -369,7 +371,8 @@ def _backward(
     form: Form,
 ) -> None:
     """The gradients: contiguous; None where they are not wanted. y_or_before: what the activation has kept."""
-    dy, v, weight, weight_sigma = _contiguous(dy, v, weight, weight_sigma)
+    dy, v, weight = dy.contiguous(), v.contiguous(), weight.contiguous()
+    (weight_sigma,) = _contiguous(weight_sigma)
     factorised = form.kind == FACTORISED
     dz = dy if y_or_before is None else torch.empty_like(dy)
     second = second_dtype(v.dtype, form.kind)
@@ -387,14 +390,14 @@ def _backward(
         )  # fmt: skip
     if dbias is not None:
         torch.sum(dz, 0, out=dbias)
-    if dsigma is not None:
+    if dsigma is not None and slope is not None:
         dsigma.copy_(slope.sum())
     if dbias_sigma is not None:
         torch.sum(dz2, 0, out=dbias_sigma)
     # Behind the factors these have no noise in common, and so are a matrix library's.
     if factorised and dweight is not None:
         torch.mm(dz.t(), v, out=dweight)
-    if dweight_sigma is not None:
+    if dweight_sigma is not None and v2 is not None:
         torch.mm(dz2.t(), v2, out=dweight_sigma)
 
 
@@ -421,7 +424,7 @@ class _Dual(torch.autograd.Function):
     def backward(ctx, dy):
         stream, *inputs, root, y_or_before = kept(ctx)
         if needs_definition(dy):
-            found = by_definition(lambda *given: _definition(*given, stream, ctx.form), inputs, dy)
+            found = by_definition(partial(_definition, stream=stream, form=ctx.form), inputs, dy)
         else:
             v, weight, _, sigma, weight_sigma, _ = inputs
             found = empty_gradients(ctx, inputs)

@@ -5,6 +5,7 @@ over draws. That is one launch of ``kernels/expectation.py`` (CUDA), or a loop i
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -120,11 +121,12 @@ def _definition(
         total = torch.add(total, activated(v, activation), alpha=weight)
     for first in range(0, samples, DRAWS):
         if stream is None:
-            eps = torch.randn(*mean.shape, DRAWS, dtype=deviation.dtype, device=mean.device)
+            draws = torch.randn(*mean.shape, DRAWS, dtype=deviation.dtype, device=mean.device)
         else:
-            eps = random.draws(mean.shape, first // DRAWS, stream, dtype=deviation.dtype, device=mean.device)
-        eps = eps[..., : samples - first]
-        v = mean.unsqueeze(-1) + deviation.unsqueeze(-1) * eps
+            draws = random.draws(
+                mean.shape, first // DRAWS, stream, dtype=deviation.dtype, device=mean.device
+            )
+        v = mean.unsqueeze(-1) + deviation.unsqueeze(-1) * draws[..., : samples - first]
         total = total + activated(v, activation).sum(-1) / samples
     return total
 
@@ -170,7 +172,7 @@ def gradient_launches(
     activation: str,
     samples: int,
 ) -> list[Launch]:
-    tensors = {"dy_ptr": dy, "mean_ptr": mean, "deviation_ptr": deviation}
+    tensors: dict[str, Tensor | None] = {"dy_ptr": dy, "mean_ptr": mean, "deviation_ptr": deviation}
     tensors |= {"dmean_ptr": dmean, "ddeviation_ptr": ddeviation}
     both = kernels.integrate_backward, kernels.average_backward
     return [_launch(both, mean, tensors, stream, activation, samples)]
@@ -218,7 +220,9 @@ class _Average(torch.autograd.Function):
     def backward(ctx, dy):
         stream, *inputs = kept(ctx)
         if needs_definition(dy):
-            found = by_definition(lambda *given: _definition(*given, stream, *ctx.options), inputs, dy)
+            activation, samples = ctx.options
+            definition = partial(_definition, stream=stream, activation=activation, samples=samples)
+            found = by_definition(definition, inputs, dy)
         else:
             found = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in inputs]
             _backward(dy, *inputs, *found, stream, *ctx.options)

@@ -36,7 +36,7 @@ def _definition(x: Tensor, deviation: Tensor, stream: Stream | None) -> Tensor:
     if stream is None:
         eps = torch.randn(x.shape, dtype=deviation.dtype, device=x.device)
     else:
-        eps = random.row_normals(*x.shape, stream, dtype=deviation.dtype, device=x.device)
+        eps = random.row_normals(x.shape[0], x.shape[1], stream, dtype=deviation.dtype, device=x.device)
     return (x + deviation[:, None] * eps).to(x.dtype)
 
 
@@ -132,7 +132,7 @@ class _RowNoise(torch.autograd.Function):
         dx = None if activation is None else torch.empty_like(dy, memory_format=torch.contiguous_format)
         ddeviation = None
         if needs_deviation and by_definition:
-            eps = random.row_normals(*dy.shape, stream, device=dy.device)
+            eps = random.row_normals(dy.shape[0], dy.shape[1], stream, device=dy.device)
             ddeviation = (dy * eps).sum(1).to(torch.float32)
         elif needs_deviation:
             ddeviation = torch.empty(dy.shape[0], dtype=torch.float32, device=dy.device)
@@ -144,8 +144,7 @@ class _RowNoise(torch.autograd.Function):
 def row_noise(x: Tensor, deviation: Tensor, activation=None, seed=None, generator=None) -> Tensor:
     """activation(x + deviation eps) for x ``[rows, columns]`` and a deviation ``[rows]`` (fp32; fp64 for fp64)."""
     if on_kernels(x, deviation) and x.numel() != 0 and x.shape[0] <= backend.MOST_PROGRAMS:
-        stream = random.stream(x.device, seed, generator)
-        return apply(_RowNoise, x, deviation, *stream, activation)[0]
+        return apply(_RowNoise, x, deviation, *random.stream(x.device, seed, generator), activation)[0]
     drawn = random.is_wanted(seed, generator)
     stream = random.stream(x.device, seed, generator) if drawn else None
     return activated(_definition(x, deviation, stream), activation)

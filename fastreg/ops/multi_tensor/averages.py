@@ -66,6 +66,10 @@ class _Launched(NamedTuple):
     written: list[int]  # those of them whose versions count
 
 
+def _at(places: list[int], x: Sequence[Tensor], y: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    return [x[i] for i in places], [y[i] for i in places]
+
+
 def _launched(
     kinds: dict[tuple, list[int]], targets: Sequence[Tensor], sources: Sequence[Tensor], in_bytes: bool
 ) -> list[_Launched]:
@@ -73,7 +77,7 @@ def _launched(
     for (device, *dtypes), places in kinds.items():
         places = [i for i in places if targets[i].numel()]
         if places:
-            to, of = ([x[i] for i in places] for x in (targets, sources))
+            to, of = _at(places, targets, sources)
             lengths = tuple(x.nbytes if in_bytes else x.numel() for x in to)
             rows = tuple(addresses(to).tolist()), lengths, tuple(addresses(of).tolist())
             written = [i for i in places if not targets[i].is_inference()]
@@ -175,19 +179,18 @@ def follow_(
         follow_launch(table, 1 - decay, one.dtypes).run(one.device)
         _say_written(averages, one.written)
     for (_, trained), places in found.listed.items():
-        pairs = ([x[i] for i in places] for x in (averages, tensors))
-        foreach.follow_(*pairs, 1 - decay, finite=trained)
+        foreach.follow_(*_at(places, averages, tensors), weight=1 - decay, finite=trained)
     for i in found.defined:
         a, p = averages[i], tensors[i]
         compute = a.dtype if a.is_complex() else _compute_dtype(a.dtype, p.dtype)
         wide, p = a.to(compute), p.to(a.device, compute)
         a.copy_(torch.where(wide == p, wide, torch.lerp(wide, p, 1 - decay)))
     if found.copied:
-        torch._foreach_copy_(*([x[i] for i in found.copied] for x in (averages, tensors)))
+        torch._foreach_copy_(*_at(found.copied, averages, tensors))
 
 
 @torch.no_grad()
-def copy_(targets: Sequence[Tensor], sources: Sequence[Tensor], names: Sequence[str] | None = None) -> None:
+def copy_(targets: list[Tensor], sources: list[Tensor], names: Sequence[str] | None = None) -> None:
     """names: of the tensors, for errors."""
     _refuse(_unlike(targets, sources), _of_inference(targets), targets, sources, names)
     if targets:
@@ -249,7 +252,7 @@ def copy_if_(
         else:
             rest.append(i)
     if rest and flag:
-        torch._foreach_copy_(*([x[i] for i in rest] for x in (targets, sources)))
+        torch._foreach_copy_(*_at(rest, targets, sources))
 
 
 def copy_where_(target: Tensor, source: Tensor, flag: Tensor) -> None:

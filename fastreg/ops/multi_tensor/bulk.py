@@ -93,7 +93,7 @@ def identities(objects: list, dicts: Iterable[dict] = ()) -> bytes:
     try:
         values = list(chain.from_iterable(map(dict.values, dicts)))
     except TypeError:  # a state may hold other things beside dicts
-        values = chain.from_iterable(x.values() for x in dicts if isinstance(x, dict))
+        values = list(chain.from_iterable(x.values() for x in dicts if isinstance(x, dict)))
     return np.fromiter(map(id, chain(objects, values)), np.int64).tobytes()
 
 

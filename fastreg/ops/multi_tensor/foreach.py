@@ -13,6 +13,7 @@ walk over memory: parameter, gradient and state share a dtype and a dense layout
 and weight_decay, decouple_lr, maximize, AMSGrad and Nesterov are arguments of that step.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -65,16 +66,20 @@ def walks(member: Member, rule: Rule) -> bool:
     )
 
 
+Tensors = list[Tensor] | tuple[Tensor, ...]
+"""What torch's foreach functions take; they return tuples."""
+
+
 class Lists(NamedTuple):
     """The tensors of one rule, dtype and group. An empty list where the rule has none."""
 
-    parameter: list[Tensor]
-    gradient: list[Tensor]
-    first: list[Tensor]  # momentum_buffer, exp_avg
-    second: list[Tensor]  # exp_avg_sq
-    largest: list[Tensor]  # max_exp_avg_sq
-    average: list[Tensor]
-    step: list[Tensor]
+    parameter: Tensors
+    gradient: Tensors
+    first: Tensors  # momentum_buffer, exp_avg
+    second: Tensors  # exp_avg_sq
+    largest: Tensors  # max_exp_avg_sq
+    average: Tensors
+    step: Tensors
 
     def at(self, places: Sequence[int]) -> "Lists":
         return Lists(*([tensors[i] for i in places] if tensors else [] for tensors in self))
@@ -84,12 +89,13 @@ class Lists(NamedTuple):
         pieces = (
             [x[i].as_strided((count,), (1,), x[i].storage_offset() + start)] if x else [] for x in self[:-1]
         )
-        return Lists(*pieces, self.step[i : i + 1])
+        return Lists._make((*pieces, self.step[i : i + 1]))
 
 
 def _portions(x: Lists) -> Iterator[Lists]:
     """In parts of ``PORTION`` elements, so that copies stay in the cache, in memory that is there already."""
-    places, total = [], 0
+    places: list[int] = []
+    total = 0
     for i, count in enumerate(map(Tensor.numel, x.parameter)):
         if places and total + count > PORTION:
             yield x.at(places)
@@ -117,7 +123,7 @@ def step_(x: Lists, rule: Rule, numbers: Numbers, gain: float = 1.0, shards: Any
         return
     if numbers.l1_proximal:
         for p in x.parameter:
-            softshrink(p, lr * numbers.l1_proximal, out=p)
+            softshrink(p, lr * numbers.l1_proximal, out=p)  # type: ignore[call-arg]  # the stub has no out
     if rule.rows is not None:
         project_(x.parameter, numbers.max_norm, rule.rows, shards)
     if x.average:
@@ -150,7 +156,7 @@ def _update_(x: Lists, rule: Rule, numbers: Numbers, gain: float, first: bool) -
     if rule.cautious:
         _decay_cautiously_(p, _direction(x._replace(gradient=g), rule, beta_1, beta_2, first), lr * decay)
         decay = 0.0
-    settings = {"lr": lr, "maximize": sign < 0, "grad_scale": None, "found_inf": None}
+    settings: dict[str, Any] = {"lr": lr, "maximize": sign < 0, "grad_scale": None, "found_inf": None}
     if rule.adam:
         fused = torch._fused_adam_ if numbers.l2 else torch._fused_adamw_
         settings |= {"beta1": beta_1, "beta2": beta_2, "eps": numbers.eps, "amsgrad": rule.amsgrad}
@@ -163,12 +169,12 @@ def _update_(x: Lists, rule: Rule, numbers: Numbers, gain: float, first: bool) -
     torch._fused_sgd_(p, g, x.first, weight_decay=float(numbers.l2), **settings)
 
 
-def _scalar(value: float, beside: list[Tensor]) -> Tensor:
+def _scalar(value: float, beside: Tensors) -> Tensor:
     """Torch would make a tensor of a number anew for each of the list."""
     return torch.tensor(value, dtype=compute_dtype(beside[0].dtype), device="cpu")
 
 
-def _direction(x: Lists, rule: Rule, beta_1: float, beta_2: float, first: bool) -> list[Tensor]:
+def _direction(x: Lists, rule: Rule, beta_1: float, beta_2: float, first: bool) -> Tensors:
     """New tensors of the sign of the update, which torch's step makes later."""
     if rule.adam:
         return torch._foreach_lerp(x.first, x.gradient, 1 - beta_1)
@@ -179,7 +185,7 @@ def _direction(x: Lists, rule: Rule, beta_1: float, beta_2: float, first: bool) 
     return torch._foreach_add(x.gradient, ahead, alpha=beta_1) if rule.nesterov else ahead
 
 
-def _decay_cautiously_(ps: list[Tensor], directions: list[Tensor], rate: float) -> None:
+def _decay_cautiously_(ps: Tensors, directions: Tensors, rate: float) -> None:
     """p <- p (1 - rate) where the direction and p are not of opposite signs. Consumes the directions."""
     torch._foreach_mul_(directions, ps)
     for x in directions:
@@ -217,7 +223,7 @@ def _row_norms(x: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(norms, 2, 1)
 
 
-def _norms(tensors: Sequence[Tensor]) -> Tensor:
+def _norms(tensors: Tensors) -> Tensor:
     """The norm of each of some dense tensors of one dtype, at least in fp32."""
     dtype = compute_dtype(tensors[0].dtype)
     if max(map(Tensor.numel, tensors)) <= SUMMED:
@@ -225,15 +231,16 @@ def _norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([_row_norms(_matrix(x, rows=False), dtype) for x in tensors])
 
 
-def squares(tensors: list[Tensor]) -> Tensor:
+def squares(tensors: Tensors) -> Tensor:
     """fp64 []: the sum of the squares of all elements of dense tensors of one dtype."""
     found = _norms(tensors).double().square().sum()
     if not found.isfinite():  # squares of more than fp32 holds
-        return sum(torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in tensors)
+        wide = (torch.linalg.vector_norm(x, dtype=torch.float64).square() for x in tensors)
+        return functools.reduce(torch.add, wide)
     return found
 
 
-def project_(ps: Sequence[Tensor], radius: float, rows: bool, shards: Any = None) -> None:
+def project_(ps: Tensors, radius: float, rows: bool, shards: Any = None) -> None:
     """Projects dense tensors of one dtype into a ball, in place: each of them, or each of their rows.
 
     What lies inside is not written. shards: the processes that hold the other pieces of each tensor.
@@ -254,20 +261,20 @@ def project_(ps: Sequence[Tensor], radius: float, rows: bool, shards: Any = None
     gains = torch.where(outside, radius / norms, 1.0)  # times 1 is the same to the bit
     if rows:
         counts = list(map(len, ps))
-        gains = gains[:, None].split(counts)
+        factors = gains[:, None].split(counts)
         ends = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int64, device="cpu")
         outside = outside.cumsum(0)  # how many so far
         outside = torch.cat([outside.new_zeros(1), outside])[ends].diff() > 0
     else:
-        gains = gains.unbind()
+        factors = gains.unbind()
     written = outside.tolist()
-    torch._foreach_mul_(*(list(itertools.compress(x, written)) for x in (ps, gains)))
+    torch._foreach_mul_(list(itertools.compress(ps, written)), list(itertools.compress(factors, written)))
 
 
 # --- averages ---------------------------------------------------------------------------------------------
 
 
-def follow_(averages: Sequence[Tensor], tensors: Sequence[Tensor], weight: float, finite: bool) -> None:
+def follow_(averages: Tensors, tensors: Tensors, weight: float, finite: bool) -> None:
     """a <- a + weight (p - a), for pairs of one dtype.
 
     finite: no tensor has an infinity. Where this is not known, an infinity that both have stays; torch's is NaN then.

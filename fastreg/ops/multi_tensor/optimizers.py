@@ -161,16 +161,19 @@ def define(member: Member, rule: Rule, numbers: Numbers, gain: float = 1.0, shar
     g = member.gradient.to(compute) * s["gain"]
     if s["coupled"] or s["subgradient"]:
         g = g + s["coupled"] * value + s["subgradient"] * value.sign()
+    first, second, largest = member.first, member.second, member.largest
     if rule.momentum:
-        m = member.first.to(compute)
-        m = (m * s["decay_1"] if s["decay_1"] else 0) + g * s["gain_1"]
-        member.first.copy_(m)
+        assert first is not None
+        m = (first.to(compute) * s["decay_1"] if s["decay_1"] else 0) + g * s["gain_1"]
+        first.copy_(m)
     if rule.adam:
-        v = member.second.to(compute) * s["decay_2"] + g * g * s["gain_2"]
-        member.second.copy_(v)
+        assert second is not None
+        v = second.to(compute) * s["decay_2"] + g * g * s["gain_2"]
+        second.copy_(v)
         if rule.amsgrad:
-            v = torch.maximum(member.largest.to(compute), v)
-            member.largest.copy_(v)
+            assert largest is not None
+            v = torch.maximum(largest.to(compute), v)
+            largest.copy_(v)
         update = s["size"] * m / (v.sqrt() * s["root"] + s["eps"])
     elif rule.momentum:
         update = s["size"] * (g + s["decay_2"] * m if rule.nesterov else m)

@@ -4,6 +4,7 @@ What the kernels do not take (CPU tensors, views with gaps, ``torch.func`` trans
 definition, tensor by tensor, and so do derivatives of the gradient.
 """
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -122,14 +123,14 @@ def _run(
         if p.numel():
             kinds.setdefault((p.device, p.dtype, (p if gs is None else gs[i]).dtype), []).append(i)
     found = []
-    for (device, *dtypes), places in kinds.items():
+    for (device, of_p, of_g), places in kinds.items():
         lists = [ps, gs] if gs is not None else [ps]
         first, *rest = (tuple(addresses([tensors[i] for i in places]).tolist()) for tensors in lists)
         table = table_of(device, (first, tuple(ps[i].numel() for i in places), *rest), TILE)
         partials = torch.empty(table.programs, dtype=torch.float64, device=device) if valued else None
         there = gain if gain is None else gain.to(device)
-        penalty_launch(table, form, dtypes, partials=partials, gain=there, how=how).run(device)
-        if valued:
+        penalty_launch(table, form, (of_p, of_g), partials=partials, gain=there, how=how).run(device)
+        if partials is not None:
             found.append(partials.sum())
     return found
 
@@ -153,16 +154,10 @@ class _Penalty(torch.autograd.Function):
         found: list[Tensor | None] = [None] * len(ps)
         simple = not torch.is_grad_enabled() and taken([dy])[0]
         launched = [i for i, known in enumerate(taken(ps)) if wanted[i] and simple and known]
-        for i in launched:
-            found[i] = torch.empty_like(ps[i])
-        _run(
-            [ps[i] for i in launched],
-            ctx.form,
-            [found[i] for i in launched],
-            gain=dy,
-            how="write",
-            valued=False,
-        )
+        written = [torch.empty_like(ps[i]) for i in launched]
+        for i, g in zip(launched, written, strict=True):
+            found[i] = g
+        _run([ps[i] for i in launched], ctx.form, written, gain=dy, how="write", valued=False)
         for i, p in enumerate(ps):
             if wanted[i] and found[i] is None:
                 found[i] = _slope(p, ctx.form, dy.to(p.device, compute_dtype(p.dtype)))
@@ -174,7 +169,7 @@ def _sum(parts: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> T
         return torch.zeros((), dtype=dtype, device=device)
     if len(parts) == 1:
         return parts[0].to(device, dtype)
-    return sum(part.to(device, torch.float64) for part in parts).to(dtype)
+    return functools.reduce(torch.add, (part.to(device, torch.float64) for part in parts)).to(dtype)
 
 
 def penalty(ps: Sequence[Tensor], form: Form) -> Tensor:
@@ -328,13 +323,13 @@ def _projections(ps: Sequence[Tensor], rows: bool) -> _Projections:
             found.listed.setdefault(p.dtype, []).append(i)
         else:
             found.defined.append(i)
-    for kind, members in kinds.items():
+    for (device, dtype, width), members in kinds.items():
         entries = (
             tuple(addresses(members).tolist()),
             tuple(p.numel() for p in members),
             tuple(_row_of(p, rows) for p in members),
         )
-        found.launched.append(_Projected(*kind, entries))
+        found.launched.append(_Projected(device, dtype, width, entries))
     return found
 
 

@@ -78,7 +78,9 @@ class Table:
     """entries: int64 ``[rows, tensors]`` on the device; chunks: int64 ``[2, programs]``: tensor and first element,
     or with a third row, the end."""
 
-    def __init__(self, rows: Sequence[Sequence[int]], chunks: Sequence[np.ndarray], device: torch.device):
+    def __init__(
+        self, rows: Sequence[Sequence[int] | np.ndarray], chunks: Sequence[np.ndarray], device: torch.device
+    ):
         self.device = device
         self.entries = upload(np.array(rows, dtype=np.int64), device)
         self.chunks = upload(np.stack(chunks), device)

@@ -1,5 +1,7 @@
 """Batch normalization, fused with residual and activation: y = f(BN(x) + residual)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,6 +19,8 @@ from fastreg.ops.norms.channel_norm import (
     takes,
     update_running,
 )
+
+_Pair = tuple[Tensor | None, Tensor | None]
 
 
 def batch_norm(
@@ -60,7 +64,8 @@ def batch_norm(
     check_residual(input, residual)
     fused = activation is not None or residual is not None
     statistics = (running_mean, running_var)
-    epsilon = part = None
+    epsilon: Any = None
+    part: Any = None
     if takes(input, weight, bias, statistics, 0, fused) and type(training) is bool:
         epsilon, part = plain(eps), plain_momentum(momentum, input)
     good = part is not None and is_number(epsilon) and epsilon > 0
@@ -74,18 +79,18 @@ def batch_norm(
     )
 
 
-def _in_aten(input, statistics, weight, bias, training, momentum: float | Tensor, eps) -> Tensor:
+def _in_aten(input, statistics: _Pair, weight, bias, training, momentum: float | Tensor, eps) -> Tensor:
     if isinstance(momentum, Tensor) and plain_momentum(momentum, input) is momentum and training is True:
         return _with_momentum_in_memory(input, statistics, weight, bias, momentum, eps)
     return by_torch(F.batch_norm, input, *statistics, weight, bias, training, momentum, eps)
 
 
-def _with_momentum_in_memory(input, statistics, weight, bias, momentum: Tensor, eps) -> Tensor:
+def _with_momentum_in_memory(input, statistics: _Pair, weight, bias, momentum: Tensor, eps) -> Tensor:
     known = momentum.device.type == "cpu" and type(momentum) in backend.PLAIN
     if known and not (torch.compiler.is_compiling() or backend.watched()):
         return by_torch(F.batch_norm, input, *statistics, weight, bias, True, momentum.item(), eps)
     # torch would ask for the number: it would wait for a GPU, and without data there is none.
-    of_batch = [None if t is None else torch.zeros_like(t) for t in statistics]
-    y = F.batch_norm(input, *of_batch, weight, bias, True, 1.0, eps)
-    update_running(Running(*statistics, momentum), *of_batch)
+    mean, var = (None if t is None else torch.zeros_like(t) for t in statistics)
+    y = F.batch_norm(input, mean, var, weight, bias, True, 1.0, eps)
+    update_running(Running(*statistics, momentum), mean, var)
     return y

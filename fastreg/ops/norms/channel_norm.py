@@ -16,7 +16,17 @@ from fastreg.ops.backend import Launch, number
 from fastreg.ops.fused import activated, result_dtype, sum_dtype
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div, dense_strides, with_strides
-from fastreg.ops.norms.lines import Plan, View, indexable, laid_out, merge_plan, split_plan, view, whole_plan
+from fastreg.ops.norms.lines import (
+    Plan,
+    View,
+    indexable,
+    laid_out,
+    merge_plan,
+    split_plan,
+    view,
+    view_of,
+    whole_plan,
+)
 from fastreg.ops.operator import apply, by_definition, needs_definition, operator
 from fastreg.ops.partial_sums import sum_launch
 
@@ -90,7 +100,8 @@ def definition(
     dtype = sum_dtype(x.dtype)
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)  # torch's second derivatives are wrong with a bias alone
-    x, weight, bias = (None if t is None else t.to(dtype) for t in (x, weight, bias))
+    x = x.to(dtype)
+    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
     if form.groups:
         y = torch.group_norm(x, form.groups, weight, bias, form.eps, False)
     else:
@@ -171,7 +182,7 @@ def forward_launches(
     form: Form,
 ) -> list[Launch]:
     """From ``x`` to ``y``, ``mean``, ``var`` and ``signs``: one launch, or three."""
-    seen, running = view(x, form.groups), Running(running_mean, running_var, momentum)
+    seen, running = view_of(x, form.groups), Running(running_mean, running_var, momentum)
     plan = whole_plan(seen, (x.element_size(),), x.device)
     if plan is None:
         return [
@@ -260,7 +271,7 @@ def apply_launches(
     form: Form,
 ) -> list[Launch]:
     """From ``x``, ``mean`` and ``var`` to ``y`` and ``signs``."""
-    seen = view(x, form.groups)
+    seen = view_of(x, form.groups)
     plan = split_plan(seen, x.element_size())
     splits = _many_splits(seen, plan, x.device)
     arguments = {
@@ -310,11 +321,22 @@ def backward_launches(
     form: Form,
 ) -> list[Launch]:
     """From ``dy`` to the four gradients: one launch, or three (two in evaluation), and one that sums over samples."""
-    seen = view(x, form.groups)
+    seen = view_of(x, form.groups)
     if form.groups and len(x) > 1:
         sums = torch.empty(2, len(x), seen.channels, dtype=sum_dtype(x.dtype), device=x.device)
         launches = _gradient_launches(
-            dy, x, weight, bias, residual, signs, mean, var, Gradients(dx, *sums, dv), training, form, seen
+            dy,
+            x,
+            weight,
+            bias,
+            residual,
+            signs,
+            mean,
+            var,
+            Gradients(dx, sums[0], sums[1], dv),
+            training,
+            form,
+            seen,
         )
         return [*launches, sum_launch(sums, dweight, dbias)]
     out = Gradients(dx, dweight, dbias, dv)
@@ -354,17 +376,14 @@ def _gradient_launches(
         out = out._replace(dv=torch.empty_like(x))
     launch, (sums, products) = gradient_sums_launch(kept, out.dv, None if training else out.dx, forward, seen)
     launches = [launch]
-    means = mean.new_empty(2, seen.units) if training else (None, None)
+    means = mean.new_empty(2, seen.units) if training else None
     launches.append(
         merge_gradients_launch(sums, products, var, weight, out, means, float(seen.unit_elements), form, seen)
     )
-    if training:
-        stored = out.dv is not None  # then it is what the sums were taken of: no activation any more
-        launches.append(
-            dx_launch(
-                out.dv if stored else dy, out.dx, means, forward, None if stored else form.activation, seen
-            )
-        )
+    if means is not None:
+        # With dv, it is what the sums were taken of: no activation any more.
+        dv, activation = (dy, form.activation) if out.dv is None else (out.dv, None)
+        launches.append(dx_launch(dv, out.dx, means, forward, activation, seen))
     return launches
 
 
@@ -422,12 +441,12 @@ def merge_gradients_launch(
     var: Tensor,
     weight: Tensor | None,
     out: Gradients,
-    means: tuple[Tensor | None, Tensor | None],
+    means: Tensor | None,
     count: float | Tensor,
     form: Form,
     seen: View,
 ) -> Launch:
-    """count: elements of a unit. means: where to write what ``gradient_apply`` needs."""
+    """count: elements of a unit. means: [2, units], where to write what ``gradient_apply`` needs."""
     plan = merge_plan(seen)
     all_lines = seen.batches * seen.lines
     arguments = {
@@ -437,8 +456,8 @@ def merge_gradients_launch(
         "weight_ptr": weight,
         "dweight_ptr": out.dweight,
         "dbias_ptr": out.dbias,
-        "b_ptr": means[0],
-        "w_ptr": means[1],
+        "b_ptr": None if means is None else means[0],
+        "w_ptr": None if means is None else means[1],
         **number("count", count, 0.0),
         "eps": form.eps,
         "all_lines": all_lines,
@@ -457,7 +476,7 @@ def merge_gradients_launch(
 
 
 def dx_launch(
-    dy: Tensor, dx: Tensor, means: tuple[Tensor, Tensor], forward: dict, activation: str | None, seen: View
+    dy: Tensor, dx: Tensor, means: Tensor, forward: dict, activation: str | None, seen: View
 ) -> Launch:
     plan = split_plan(seen, dy.element_size())
     splits = _many_splits(seen, plan, dx.device)
@@ -482,7 +501,7 @@ def keeps_signs(residual: Tensor | None, form: Form, y: Tensor) -> bool:
     if residual is None or form.activation not in SIGNED:
         return False
     # Only then: the view of odd planes depends on the number of samples, which would be a guard of torch.compile.
-    seen = view(y, form.groups) or view(torch.empty(y.shape, dtype=y.dtype, device="meta"), form.groups)
+    seen = view(y, form.groups) or view_of(torch.empty(y.shape, dtype=y.dtype, device="meta"), form.groups)
     return seen.innermost % 8 == 0
 
 
@@ -516,9 +535,9 @@ def forward(
     """Normalizes with the statistics of ``x``. y: laid out as ``dense(x)``. running: contiguous [channels]."""
     x, weight, bias, residual = _laid_out(x, weight, bias, residual, form)
     result = y if y.stride() == x.stride() else torch.empty_like(x, dtype=y.dtype)
-    momentum = momentum if momentum_in_memory is None else momentum_in_memory
+    share = momentum if momentum_in_memory is None else momentum_in_memory
     forward_launches.run(
-        x, weight, bias, residual, result, signs, mean, var, running_mean, running_var, momentum, form
+        x, weight, bias, residual, result, signs, mean, var, running_mean, running_var, share, form
     )
     if result is not y:
         y.copy_(result)
@@ -574,7 +593,7 @@ def backward(
     )
     if aside:
         dx.copy_(of_input)
-        if dv is not None:
+        if dv is not None and of_residual is not None:
             dv.copy_(of_residual)
 
 
@@ -629,7 +648,7 @@ class _ChannelNorm(torch.autograd.Function):
             dx if needs_x else None,
             dweight if needs_weight else None,
             dbias if needs_bias else None,
-            (dv if own else dy).to(ctx.residual_dtype) if needs_residual else None,
+            (dv if own and dv is not None else dy).to(ctx.residual_dtype) if needs_residual else None,
             *[None] * 5,
         )
 
@@ -664,9 +683,12 @@ def _gradients_by_definition(dy, x, weight, bias, residual, signs, given, form):
         positive = unpacked_signs(signs, x.shape, dense_strides(x))
         dy = torch.where(positive, dy, dy * (0.01 if form.activation == "leaky_relu" else 0.0))
         inner = form._replace(activation=None)
-    gradients = by_definition(
-        lambda *inputs: definition(*inputs, *given, inner).to(dy.dtype), (x, weight, bias, residual), dy
-    )
+    mean, var = given
+
+    def y(x, weight, bias, residual):
+        return definition(x, weight, bias, residual, mean, var, inner).to(dy.dtype)
+
+    gradients = by_definition(y, (x, weight, bias, residual), dy)
     if signs is not None:
         gradients[3] = dy
     return gradients
@@ -725,7 +747,7 @@ def normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     residual: Tensor | None,
-    given: tuple[Tensor, Tensor] | None,
+    given: tuple[Tensor | None, Tensor | None] | None,
     running: Running | None,
     form: Form,
     dtype: torch.dtype,
@@ -758,5 +780,5 @@ def update_running(running: Running, mean: Tensor | None, unbiased_var: Tensor |
     """running = (1 - momentum) running + momentum new."""
     with torch.no_grad():
         for old, new in ((running.mean, mean), (running.var, unbiased_var)):
-            if old is not None:
+            if old is not None and new is not None:
                 old.copy_((1 - running.momentum) * old.to(new.dtype) + running.momentum * new)

@@ -1,5 +1,7 @@
 """Group and instance normalization, fused with residual and activation: y = f(GN(x) + residual)."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,7 +44,8 @@ def group_norm(
     check_activation(activation)
     check_residual(input, residual)
     fused = activation is not None or residual is not None
-    groups = epsilon = None
+    groups: Any = None
+    epsilon: Any = None
     if takes(input, weight, bias, (None, None), 1, fused):
         groups, epsilon = plain(num_groups), plain(eps)
     good = is_integer(groups) and groups > 0 and is_number(epsilon)
@@ -79,7 +82,8 @@ def instance_norm(
     check_residual(input, residual)
     fused = activation is not None or residual is not None
     statistics = (running_mean, running_var)
-    epsilon = part = None
+    epsilon: Any = None
+    part: Any = None
     if type(use_input_stats) is bool and takes(input, weight, bias, statistics, int(use_input_stats), fused):
         epsilon, part = plain(eps), plain_momentum(momentum, input)
     good = part is not None and is_number(epsilon)

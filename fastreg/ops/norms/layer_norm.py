@@ -327,12 +327,12 @@ class _LayerNorm(torch.autograd.Function):
         nothing = (None,) * 5
         if dy is None and dh is None:
             return nothing + nothing
-        stream, *tensors, statistics = kept(ctx)
+        stream, h, weight, bias, residual, statistics = kept(ctx)
         if dy is None:
             dy = torch.zeros_like(dh, dtype=ctx.form.dtype)
         if needs_definition(dy, dh):
-            return *_gradients_by_definition(ctx, dy, dh, *tensors, stream), *nothing
-        return *_gradients(ctx, dy, dh, *tensors, statistics, stream), *nothing
+            return *_gradients_by_definition(ctx, dy, dh, h, weight, bias, residual, stream), *nothing
+        return *_gradients(ctx, dy, dh, h, weight, bias, residual, statistics, stream), *nothing
 
 
 def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -389,7 +389,7 @@ def _gradients_by_definition(ctx, dy, dh, h, weight, bias, residual, stream):
 
 def _runs_kernels(
     input: Tensor,
-    shape: tuple[int, ...] | None,
+    shape: tuple[int, ...],
     eps: float,
     other: Tensor | None,
     weight: Tensor | None,
@@ -444,7 +444,7 @@ def layer_norm(
     """
     check_activation(activation)
     check_residual(input, residual)
-    shape, epsilon = plain_shape(normalized_shape), plain(eps)
+    shape, epsilon = plain_shape(normalized_shape) or (), plain(eps)
     ours = _runs_kernels(input, shape, epsilon, residual, weight, bias)
     if ours and (
         activation is not None
@@ -497,7 +497,7 @@ def dropout_add_layer_norm(
     check_residual(input, skip, "skip")
     if type(p) is not float or type(training) is not bool or not 0.0 <= p <= 1.0:
         p = checked_p(input, p, training)
-    shape, epsilon = plain_shape(normalized_shape), plain(eps)
+    shape, epsilon = plain_shape(normalized_shape) or (), plain(eps)
     threshold = random.threshold(p) if training else 0
     if (
         threshold < LANE_VALUES

@@ -85,12 +85,19 @@ def view(x: Tensor, groups: int) -> View | None:
     return None
 
 
+def view_of(x: Tensor, groups: int) -> View:
+    """The view of a tensor that is laid out for it."""
+    seen = view(x, groups)
+    assert seen is not None
+    return seen
+
+
 def _viewed(x: Tensor, groups: int) -> tuple[Tensor, View]:
     x = dense(x)
     seen = view(x, groups)
     if seen is None:
         x = x.contiguous()
-        seen = view(x, groups)
+        seen = view_of(x, groups)
     return x, seen
 
 

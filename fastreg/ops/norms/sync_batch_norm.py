@@ -47,10 +47,8 @@ def _channels(x: Tensor) -> View:
     return View(False, 1, x.shape[1], 1, 1, x.shape[1], 1)
 
 
-def _per_channel(values: Tensor | None, x: Tensor) -> Tensor | None:
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     """``values`` [C], to be broadcast over ``x`` [N, C, ...], in the dtype of its sums."""
-    if values is None:
-        return None
     return values.to(sum_dtype(x.dtype)).view(-1, *[1] * (x.dim() - 2))
 
 
@@ -157,7 +155,8 @@ def _differentiable_backward(dy, x, weight, bias, residual, mean, total, form, g
         # Views stand for the inputs, so that their gradients are those of this expression alone.
         inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias, residual)]
         inputs = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in inputs]
-        y = _definition(*inputs, mean, total, form, group)
+        x, weight, bias, residual = inputs
+        y = _definition(x, weight, bias, residual, mean, total, form, group)
         wanted = [t for t in inputs if t is not None]
         found = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True))
     return [None if t is None else next(found) for t in inputs]
@@ -206,14 +205,16 @@ def _kernel_backward(dy, x, weight, bias, residual, signs, mean, var, total, for
     sums, products = both = partials.view(2, -1, seen.channels, seen.repeat).sum((1, 3))
 
     dx = result if result.stride() == x.stride() else torch.empty_like(x)
-    own = Gradients(dx, *torch.empty_like(both), dv)
-    merge_gradients_launch(sums, products, var, weight, own, (None, None), 0.0, form, channels).run(x.device)
+    dweight, dbias = torch.empty_like(both)
+    own = Gradients(dx, dweight, dbias, dv)
+    merge_gradients_launch(sums, products, var, weight, own, None, 0.0, form, channels).run(x.device)
     dist.all_reduce(both, group=group)
     if not needs_dx:
         return None, own.dweight, own.dbias, dv
 
     means = torch.empty_like(both)
-    everyones = Gradients(dx, *torch.empty_like(both), None)
+    ignored = torch.empty_like(both)
+    everyones = Gradients(dx, ignored[0], ignored[1], None)
     merge_gradients_launch(sums, products, var, weight, everyones, means, total, form, channels).run(x.device)
     if dv is None:
         dx_launch(dy, dx, means, forward, form.activation, seen).run(x.device)
