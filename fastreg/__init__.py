@@ -8,7 +8,7 @@ Everything is imported where it is first used, so that ``fastreg --help`` does n
 """
 
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -41,15 +41,17 @@ _DEFINED_IN = {
 }
 
 
-def __getattr__(name: str):
-    if name in _DEFINED_IN:
-        found = getattr(import_module(f"{__name__}.{_DEFINED_IN[name]}"), name)
-    elif name in __all__:
-        found = import_module(f"{__name__}.{name}")
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = found
-    return found
+if not TYPE_CHECKING:  # a type checker would take any name for ours
+
+    def __getattr__(name: str) -> Any:
+        if name in _DEFINED_IN:
+            found = getattr(import_module(f"{__name__}.{_DEFINED_IN[name]}"), name)
+        elif name in __all__:
+            found = import_module(f"{__name__}.{name}")
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = found
+        return found
 
 
 def __dir__() -> list[str]:

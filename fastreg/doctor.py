@@ -8,11 +8,12 @@ import platform
 import re
 import shutil
 import subprocess
-import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import metadata
+from types import ModuleType
+from typing import Any
 
 # The oldest release that works, and the newest that is tested: private names of both are used, which may go.
 TORCH = ((2, 11), (2, 15))
@@ -164,7 +165,10 @@ def _backends(findings: Findings) -> None:
     from fastreg.bench import FAMILIES
     from fastreg.ops import backend
 
-    names = {"aten": "ATen", "triton": "Triton's interpreter" if backend.INTERPRETED else "Triton kernels"}
+    names: dict[str | None, str] = {
+        "aten": "ATen",
+        "triton": "Triton's interpreter" if backend.INTERPRETED else "Triton kernels",
+    }
     choices = {
         "CPU tensors": backend.choose(torch.zeros(1, dtype=torch.float32, device="cpu")),
         "CUDA tensors": None,
@@ -200,7 +204,7 @@ def _peers(findings: Findings) -> None:
 # Looking without falling over
 
 
-def _imported(name: str):
+def _imported(name: str) -> Any:
     """The module, or in words why it can not be imported."""
     try:
         return __import__(name)
@@ -218,8 +222,10 @@ def _version(distribution: str) -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, int]:
-    major, minor = re.match(r"(\d+)\.(\d+)", version).groups()
-    return int(major), int(minor)
+    found = re.match(r"(\d+)\.(\d+)", version)
+    if found is None:
+        raise ValueError(f"{version!r} is no version")
+    return int(found[1]), int(found[2])
 
 
 def _driver() -> str | None:
@@ -236,7 +242,7 @@ def _driver() -> str | None:
     return first if answer.returncode == 0 else f"nvidia-smi failed: {first}"
 
 
-def _cuda_available(torch) -> bool:
+def _cuda_available(torch: ModuleType) -> bool:
     with warnings.catch_warnings():  # the check of the GPUs has passed them on
         warnings.simplefilter("ignore")
         return torch.cuda.is_available()
@@ -257,4 +263,4 @@ def _declared_extras() -> dict[str, list[str]]:
 
 
 if __name__ == "__main__":
-    sys.exit(doctor())
+    doctor()

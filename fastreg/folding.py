@@ -15,13 +15,14 @@ import inspect
 import itertools
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
 from fastreg.nn.batch_norm import BatchNorm1d
@@ -90,8 +91,8 @@ class Folded(nn.Identity):
 
 
 def _representation(*parts: Any) -> str:
-    *parts, activation = parts
-    return ", ".join([*map(str, parts), *([] if activation is None else [f"activation={activation}"])])
+    *rest, activation = parts
+    return ", ".join([*map(str, rest), *([] if activation is None else [f"activation={activation}"])])
 
 
 def fold_batch_norm(model: nn.Module, example: Any = None, *, inplace: bool = False) -> nn.Module:
@@ -161,7 +162,7 @@ class _Tracer(fx.Tracer):
 
     def __init__(self) -> None:
         super().__init__()
-        self.read = set()
+        self.read: set[int] = set()  # by their ids
 
     def is_leaf_module(self, module: nn.Module, name: str) -> bool:
         return (
@@ -170,7 +171,7 @@ class _Tracer(fx.Tracer):
             or super().is_leaf_module(module, name)
         )
 
-    def call_module(self, m: nn.Module, forward, args: tuple, kwargs: dict) -> Any:
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         try:
             self.path_of_module(m)
         except NameError:  # made on the fly, such as a slice of a Sequential, whose layers are the model's
@@ -252,7 +253,7 @@ def _ranks_in(model: nn.Module, example: Any) -> dict[nn.Module, set[int]]:
     """The ranks of the inputs that ``example`` sends to each batch normalization."""
     ranks = defaultdict(set)
 
-    def note(module, args, kwargs, _output):
+    def note(module: nn.Module, args: tuple, kwargs: dict, _output: Any) -> None:
         ranks[module].add((args[0] if args else kwargs["input"]).dim())
 
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
@@ -285,22 +286,22 @@ _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm1d.forward)
 class _Replacement(NamedTuple):
     """New weights of ``layer``, if it takes up the batch normalization at ``parent.name``, and what is put there."""
 
-    layer: nn.Module | None
+    layer: _ConvNd | nn.Linear | None
     weight: nn.Parameter | None
     bias: nn.Parameter | None
     parent: nn.Module
     name: str
     module: nn.Module
 
-    def apply(self):
+    def apply(self) -> Callable[[], None]:
         """Returns a function that takes it back."""
         layer, parent, name = self.layer, self.parent, self.name
         former = parent._modules[name]
         parameters = None if layer is None else (layer.weight, layer.bias)
 
-        def write(module, parameters):
+        def write(module: nn.Module | None, parameters: tuple | None) -> None:
             parent._modules[name] = module
-            if layer is not None:
+            if layer is not None and parameters is not None:
                 layer.weight, layer.bias = parameters
 
         write(self.module, (self.weight, self.bias))
@@ -333,15 +334,15 @@ def _plan(
             )
         )
 
-    def source(norm: nn.Module) -> nn.Module | None:
+    def source(norm: nn.Module) -> _ConvNd | nn.Linear | None:
         """The layer whose output is the input of ``norm``, and nothing else's."""
         nodes = calls[norm]
         inputs = [_input(node) for node in nodes]
-        layer = modules.get(inputs[0])
-        if type(layer) not in (*_CONVOLUTIONS, nn.Linear) or not is_own(layer):
+        layer = None if inputs[0] is None else modules.get(inputs[0])
+        if not _takes_up(layer) or not is_own(layer):
             return None
         once = len({node.graph for node in nodes}) == len(nodes) and calls[layer] == inputs
-        alone = all(len(node.users) == 1 for node in inputs)
+        alone = all(node is not None and len(node.users) == 1 for node in inputs)
         other = any(node.kwargs.get("residual") is _input(node) for node in nodes)
         return layer if once and alone and not other else None
 
@@ -361,8 +362,8 @@ def _plan(
         if layer is not None:
             proved = all(_is_matrix(_input(node), modules) for node in nodes)
             rank = _folded_rank(layer, norm, {2} if proved else ranks.get(norm, set()))
-        if rank is not None:
-            weights = _folded_weights(layer, norm)
+            if rank is not None:
+                weights = _folded_weights(layer, norm)
         if weights is not None:
             one_rank = isinstance(norm, (nn.BatchNorm2d, nn.BatchNorm3d)) or (rank == 2 and proved)
             with_residual = any("residual" in node.kwargs for node in nodes)
@@ -375,6 +376,10 @@ def _plan(
             replacement = _Replacement(None, None, None, *place, _affine_module(norm, activation).eval())
         plan[region].append(replacement)
     return plan
+
+
+def _takes_up(layer: nn.Module | None) -> TypeGuard[_ConvNd | nn.Linear]:
+    return type(layer) in (*_CONVOLUTIONS, nn.Linear)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -395,7 +400,7 @@ def _input(node: fx.Node) -> fx.Node | None:
     return source if isinstance(source, fx.Node) else None
 
 
-def _folded_rank(layer: nn.Module, norm: nn.Module, known: set[int]) -> int | None:
+def _folded_rank(layer: _ConvNd | nn.Linear, norm: _BatchNorm, known: set[int]) -> int | None:
     """The rank of the tensors between ``layer`` and ``norm`` with channels in dim 1 for both; None: unsure."""
     if isinstance(norm, nn.BatchNorm1d):
         allowed = {2, 3}
@@ -405,7 +410,7 @@ def _folded_rank(layer: nn.Module, norm: nn.Module, known: set[int]) -> int | No
         allowed = {5}
     else:
         allowed = {2, 3, 4, 5}
-    if type(layer) is nn.Linear:
+    if isinstance(layer, nn.Linear):
         rank, channels, sure = 2, layer.out_features, known == {2}
     else:
         rank, channels, sure = _CONVOLUTIONS[type(layer)], layer.out_channels, True
@@ -460,23 +465,33 @@ def _is_matrix(node: Any, modules: dict[fx.Node, nn.Module]) -> bool:
 # --- the arithmetic ----------------------------------------------------------------------------------------
 
 
-def _affine(norm: nn.Module) -> tuple[Tensor, Tensor]:
+def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Mean and variance of a layer that has them."""
+    mean, var = norm.running_mean, norm.running_var
+    assert mean is not None
+    assert var is not None
+    return mean, var
+
+
+def _affine(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
     """a and c of the equation above, fp64 [C]."""
-    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    mean, var = _statistics(norm)
+    scale = (var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.detach().double()
-    shift = -norm.running_mean.double() * scale
+    shift = -mean.double() * scale
     if norm.bias is not None:
         shift = shift + norm.bias.detach().double()
     return scale, shift
 
 
-def _folded_weights(layer: nn.Module, norm: nn.Module) -> tuple[nn.Parameter, nn.Parameter] | None:
+def _folded_weights(layer: _ConvNd | nn.Linear, norm: _BatchNorm) -> tuple[nn.Parameter, nn.Parameter] | None:
     """None: they are not finite in the layer's dtype."""
     former = layer.weight.detach()
     scale, shift = (tensor.to(former.device) for tensor in _affine(norm))
     bias = shift if layer.bias is None else layer.bias.detach().double() * scale + shift
-    if getattr(layer, "transposed", False):  # [in, out / groups, ...], and each group has its own in and out
+    if isinstance(layer, _ConvNd) and layer.transposed:
+        # [in, out / groups, ...], and each group has its own in and out
         by_group = scale.view(layer.groups, 1, -1).expand(-1, layer.in_channels // layer.groups, -1)
         scale = by_group.reshape(former.shape[:2])
     else:
@@ -489,8 +504,8 @@ def _folded_weights(layer: nn.Module, norm: nn.Module) -> tuple[nn.Parameter, nn
     return nn.Parameter(weight, needs_gradient), nn.Parameter(bias, needs_gradient)
 
 
-def _affine_module(norm: nn.Module, activation: str | None) -> ChannelAffine:
-    dtype = torch.promote_types(norm.running_mean.dtype, torch.float32)
+def _affine_module(norm: _BatchNorm, activation: str | None) -> ChannelAffine:
+    dtype = torch.promote_types(_statistics(norm)[0].dtype, torch.float32)
     needs_gradient = norm.weight is not None and norm.weight.requires_grad
     weight, bias = (nn.Parameter(tensor.to(dtype), needs_gradient) for tensor in _affine(norm))
     return ChannelAffine(weight, bias, activation)

@@ -25,6 +25,7 @@ A prior is a penalty with a scale (MAP estimation): :math:`-\log p(\theta \mid D
 give the same steps of plain SGD (with ``l1_mode="subgradient"``).
 """
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -226,13 +227,17 @@ def max_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, dim: int |
         check_written(local(p), "parameters")
         check_inference(p, "parameters")
     rows = dim == 0
-    whole, pieces = [], []
+    whole: list[Tensor] = []
+    pieces: list[tuple[Tensor, Shards]] = []
     for p in tensors:
         if rows and p.dim() < 2:
             continue
         over = None if rows else shards(p)
-        (whole if over is None else pieces).append((local(p), over))
-    ops.project_([p for p, _ in whole], radius, rows)
+        if over is None:
+            whole.append(local(p))
+        else:
+            pieces.append((local(p), over))
+    ops.project_(whole, radius, rows)
     for p, over in pieces:
         ops.project_by_definition_(p, radius, rows, over)
 
@@ -277,11 +282,11 @@ class _SumOver(torch.autograd.Function):
     """The sum over processes of a term of the loss. Each derives its own term: all have the same loss."""
 
     @staticmethod
-    def forward(ctx, value, over):
+    def forward(ctx: Any, value: Tensor, over: Shards) -> Tensor:
         return over.sum_(value.clone())
 
     @staticmethod
-    def backward(ctx, dy):
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
         return dy, None
 
 
@@ -291,7 +296,7 @@ def _penalty(tensors: list[Tensor], form: Form, accumulate: bool) -> Tensor:
             _check_accumulates(p)
     if not any(map(is_distributed, tensors)):
         return _accumulated(tensors, form) if accumulate else ops.penalty(tensors, form)
-    total = None
+    values: list[Tensor] = []
     for over, members in by_shards(tensors).items():
         if accumulate:
             value = _accumulated(members, form)
@@ -300,8 +305,8 @@ def _penalty(tensors: list[Tensor], form: Form, accumulate: bool) -> Tensor:
             value = ops.penalty(pieces, form)
         if isinstance(over, Shards):
             value = _SumOver.apply(value, over)
-        total = value if total is None else total + value.to(total.device)
-    return total
+        values.append(value)
+    return functools.reduce(lambda total, value: total + value.to(total.device), values)
 
 
 def _check_accumulates(p: Tensor) -> None:
@@ -315,7 +320,9 @@ def _check_accumulates(p: Tensor) -> None:
     check_written(local(g), "gradient")
     check_inference(g, "gradient")
     check_beside(p, g, "gradient")
-    if is_distributed(p) != is_distributed(g) or (is_distributed(p) and g.placements != p.placements):
+    if is_distributed(p) != is_distributed(g) or (
+        is_distributed(p) and is_distributed(g) and g.placements != p.placements
+    ):
         raise RuntimeError(
             "accumulate=True needs a gradient in the same pieces as its parameter, but got the placements "
             f"{getattr(g, 'placements', None)} and {getattr(p, 'placements', None)}"
@@ -325,11 +332,14 @@ def _check_accumulates(p: Tensor) -> None:
 @torch.no_grad()
 def _accumulated(tensors: list[Tensor], form: Form) -> Tensor:
     wanted = [p for p in tensors if p.requires_grad]
-    fresh = [p.grad is None for p in wanted]
+    fresh, grads = [], []
     for p in wanted:
-        if p.grad is None:
-            p.grad = torch.empty_like(p)
-    value = ops.penalize_([local(p) for p in wanted], [local(p.grad) for p in wanted], fresh, form)
+        g = p.grad
+        fresh.append(g is None)
+        if g is None:
+            g = p.grad = torch.empty_like(p)
+        grads.append(local(g))
+    value = ops.penalize_([local(p) for p in wanted], grads, fresh, form)
     frozen = [local(p) for p in tensors if not p.requires_grad]
     if not frozen:
         return value

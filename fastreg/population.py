@@ -13,8 +13,8 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
 
 import torch
 from torch import Tensor
@@ -22,6 +22,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
 from fastreg.ops.fused import sum_dtype
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 PATIENCE = 2.0
 """Seconds that a pass takes before its progress is shown."""
@@ -118,15 +121,16 @@ def update_bn(
 def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
     """The model inside ``torch.compile`` and torch's data-parallel wrappers."""
     while True:
-        if hasattr(model, "_orig_mod"):  # torch.compile
-            model = model._orig_mod
+        inner = getattr(model, "_orig_mod", None)  # of torch.compile
+        if isinstance(inner, torch.nn.Module):
+            model = inner
         elif isinstance(model, (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)):
             model = model.module
         else:
             return model
 
 
-def _is_tracked(module: torch.nn.Module) -> bool:
+def _is_tracked(module: torch.nn.Module) -> TypeGuard[_BatchNorm]:
     return (
         isinstance(module, _BatchNorm)
         and module.track_running_stats
@@ -135,11 +139,25 @@ def _is_tracked(module: torch.nn.Module) -> bool:
     )
 
 
+class _Estimator(Protocol):
+    calls: int
+
+    def add(self, count: int | Tensor, mean: Tensor, deviations: Tensor) -> None: ...
+
+    def result(self) -> tuple[Tensor, Tensor]:
+        """Mean and unbiased variance."""
+
+
+def _zero() -> Tensor:
+    """What sums start from, on any device."""
+    return torch.zeros((), dtype=torch.float64, device="cpu")
+
+
 class _Minibatch:
     """The averages over minibatches of the mean and of the unbiased variance."""
 
     def __init__(self) -> None:
-        self.calls, self.mean, self.variance = 0, 0.0, 0.0
+        self.calls, self.mean, self.variance = 0, _zero(), _zero()
 
     def add(self, count: int | Tensor, mean: Tensor, deviations: Tensor) -> None:
         self.calls += 1
@@ -154,7 +172,8 @@ class _Pooled:
     """Mean and unbiased variance of all values together."""
 
     def __init__(self) -> None:
-        self.calls, self.count, self.mean, self.deviations = 0, 0, 0.0, 0.0
+        self.count: int | Tensor = 0
+        self.calls, self.mean, self.deviations = 0, _zero(), _zero()
 
     def add(self, count: int | Tensor, mean: Tensor, deviations: Tensor) -> None:
         self.calls += 1
@@ -168,11 +187,11 @@ class _Pooled:
         return self.mean, self.deviations / (self.count - 1)
 
 
-_ESTIMATORS = {"minibatch": _Minibatch, "pooled": _Pooled}
+_ESTIMATORS: dict[str, Callable[[], _Estimator]] = {"minibatch": _Minibatch, "pooled": _Pooled}
 
 
 @contextlib.contextmanager
-def _measuring(model: torch.nn.Module, layers: dict):
+def _measuring(model: torch.nn.Module, layers: dict[_BatchNorm, _Estimator]) -> Iterator[None]:
     """Inside, ``layers`` normalize by minibatch statistics and note them; the rest is in evaluation mode."""
     modes = {module: module.training for module in model.modules()}
     handles = []
@@ -193,16 +212,15 @@ def _measuring(model: torch.nn.Module, layers: dict):
             module.training = mode
 
 
-def _note(estimate, layer, args, kwargs, _output) -> None:
+def _note(estimate: _Estimator, layer: torch.nn.Module, args: tuple, kwargs: dict, _output: Any) -> None:
     """A forward hook, so that the layer has already checked its input."""
     x = args[0] if args else kwargs["input"]
-    moments = _moments(x)
+    count, mean, deviations = _moments(x)
     group = _process_group(layer)
     if group is not None:
-        moments = _of_all_processes(*moments, group)
-    elif moments[0] == 0:  # an empty batch is none
-        return
-    estimate.add(*moments)
+        estimate.add(*_of_all_processes(count, mean, deviations, group))
+    elif count != 0:  # an empty batch is none
+        estimate.add(count, mean, deviations)
 
 
 def _moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
@@ -215,7 +233,7 @@ def _moments(x: Tensor) -> tuple[int, Tensor, Tensor]:
     return count, mean.double(), variance.double() * count
 
 
-def _process_group(layer: torch.nn.Module):
+def _process_group(layer: torch.nn.Module) -> Any:
     """The processes whose batches ``layer`` normalizes together, or None."""
     distributed = torch.distributed
     if not isinstance(layer, torch.nn.SyncBatchNorm):
@@ -226,14 +244,16 @@ def _process_group(layer: torch.nn.Module):
     return group if distributed.get_world_size(group) > 1 else None
 
 
-def _of_all_processes(count: int, mean: Tensor, deviations: Tensor, group) -> tuple[Tensor, Tensor, Tensor]:
+def _of_all_processes(
+    count: int, mean: Tensor, deviations: Tensor, group: Any
+) -> tuple[Tensor, Tensor, Tensor]:
     own = torch.cat([mean.new_full((1,), count), mean, deviations])
     every = [torch.empty_like(own) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(every, own, group)
     counts, means, deviations = torch.stack(every).split([1, mean.numel(), mean.numel()], dim=1)
-    count = counts.sum()
-    mean = (counts * means).sum(0) / count
-    return count, mean, (deviations + counts * (means - mean).square()).sum(0)
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total
+    return total, mean, (deviations + counts * (means - mean).square()).sum(0)
 
 
 def _call(model: torch.nn.Module, batch: Any, device: torch.device | str | int | None) -> None:
@@ -271,7 +291,7 @@ def _store(model: torch.nn.Module, layers: dict) -> None:
                 layer.num_batches_tracked.fill_(calls)
 
 
-def _progress_bar(loader: Iterable[Any], max_batches: int | None, progress: bool | None):
+def _progress_bar(loader: Iterable[Any], max_batches: int | None, progress: bool | None) -> "Progress | None":
     """A bar that is not started yet, or None."""
     if progress is False:
         return None
@@ -285,12 +305,10 @@ def _progress_bar(loader: Iterable[Any], max_batches: int | None, progress: bool
     console = Console(stderr=True)
     if not (progress or console.is_interactive or console.is_jupyter):
         return None
-    try:
-        total = len(loader)
-    except TypeError:
-        total = max_batches
-    if max_batches is not None:
-        total = min(total, max_batches)
+    total = max_batches
+    with contextlib.suppress(TypeError):  # of a loader that does not know
+        if isinstance(loader, Sized):
+            total = len(loader) if max_batches is None else min(len(loader), max_batches)
     bar = Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console)
     bar.add_task("batch statistics", total=total)
     return bar

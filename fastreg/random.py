@@ -22,13 +22,14 @@ The Triton kernels (``kernels/philox.py``) equal this file bit for bit, normals 
 import itertools
 import math
 import threading
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Generator, Tensor
 from torch._functorch import config
 from torch.fx import traceback
+from torch.types import Device
 from torch.utils.checkpoint import checkpoint
 
 from fastreg.ops import backend
@@ -58,7 +59,9 @@ class Stream(NamedTuple):
         return torch.full((1,), self.seed, dtype=torch.int64, device=device)
 
 
-def philox4x32(counter, key, rounds: int = 10) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def philox4x32(
+    counter: Sequence[int | Tensor], key: Sequence[int | Tensor], rounds: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The Philox4x32 bijection on 32-bit words held in int64 tensors (or ints) of any one shape.
 
     Args:
@@ -68,8 +71,7 @@ def philox4x32(counter, key, rounds: int = 10) -> tuple[Tensor, Tensor, Tensor, 
 
     Returns: four words of random bits.
     """
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
+    c0, c1, c2, c3, k0, k1 = cast("list[Tensor]", [*counter, *key])
     for _ in range(rounds):
         # int64 products wrap modulo 2^64, so they hold all 64 bits of the unsigned product.
         product_0 = c0 * _MULTIPLIERS[0]
@@ -85,7 +87,7 @@ def philox4x32(counter, key, rounds: int = 10) -> tuple[Tensor, Tensor, Tensor, 
     return c0, c1, c2, c3
 
 
-def _places(count: int, device) -> Tensor:
+def _places(count: int, device: Device) -> Tensor:
     return torch.arange(count, dtype=torch.int64, device=device)
 
 
@@ -109,7 +111,7 @@ def threshold(p: float) -> int:
     return round(p * LANE_VALUES)
 
 
-def keep_mask(size, p: float, stream: Stream, device=None) -> Tensor:
+def keep_mask(size: Sequence[int], p: float, stream: Stream, device: Device = None) -> Tensor:
     """The dropout mask of a contiguous tensor: bool, True where an element is kept (probability 1 - p)."""
     count = math.prod(size)
     first_block = _places((count + 7) // 8, device)
@@ -145,7 +147,13 @@ def chance(p: float) -> Chance:
 
 
 def connection_lanes(
-    word: int, outputs: int, inputs: int, chance: Chance, stream: Stream, device=None, first: int = 0
+    word: int,
+    outputs: int,
+    inputs: int,
+    chance: Chance,
+    stream: Stream,
+    device: Device = None,
+    first: int = 0,
 ) -> Tensor:
     """Which connections are kept, for 16 examples: int16 ``[outputs, inputs]``, from output ``first`` on.
 
@@ -179,7 +187,9 @@ def connection_mask(example: Tensor, outputs: int, inputs: int, chance: Chance, 
     return torch.stack(masks) if masks else empty
 
 
-def normal(size, stream: Stream, *, dtype: torch.dtype = torch.float32, device=None) -> Tensor:
+def normal(
+    size: Sequence[int], stream: Stream, *, dtype: torch.dtype = torch.float32, device: Device = None
+) -> Tensor:
     """Standard normals by the transform of Box and Muller (1958), computed in fp64 and rounded to ``dtype``."""
     count = math.prod(size)
     bits = words(_places((count + 3) // 4, device), stream)
@@ -195,14 +205,14 @@ def _box_muller(bits: Tensor) -> Tensor:
     return torch.stack((radius * angle.cos(), radius * angle.sin()), dim=-1).flatten(-2)
 
 
-def _blocks_of_rows(rows: int, columns: int, stream: Stream, width: int, device) -> Tensor:
+def _blocks_of_rows(rows: int, columns: int, stream: Stream, width: int, device: Device) -> Tensor:
     """The words of the blocks (column // width, row), for what has to start anew in each row."""
     block = _places((columns + width - 1) // width, device)
     return words(_places(rows, device)[:, None] << 32 | block, stream)
 
 
 def row_normals(
-    rows: int, columns: int, stream: Stream, *, dtype: torch.dtype = torch.float32, device=None
+    rows: int, columns: int, stream: Stream, *, dtype: torch.dtype = torch.float32, device: Device = None
 ) -> Tensor:
     """Standard normals ``[rows, columns]``: value k % 4 of block (k // 4, row)."""
     bits = _blocks_of_rows(rows, columns, stream, 4, device)
@@ -210,7 +220,7 @@ def row_normals(
 
 
 def signs(
-    rows: int, columns: int, stream: Stream, *, dtype: torch.dtype = torch.float32, device=None
+    rows: int, columns: int, stream: Stream, *, dtype: torch.dtype = torch.float32, device: Device = None
 ) -> Tensor:
     """1 or -1 ``[rows, columns]``: -1 where the highest bit of lane k % 8 of block (k // 8, row) is 1."""
     bits = _blocks_of_rows(rows, columns, stream, 8, device)
@@ -222,7 +232,14 @@ DRAWS = 4
 """Draws of an element that share a stream."""
 
 
-def draws(size, quad: int, stream: Stream, *, dtype: torch.dtype = torch.float32, device=None) -> Tensor:
+def draws(
+    size: Sequence[int],
+    quad: int,
+    stream: Stream,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: Device = None,
+) -> Tensor:
     """Draws 4 ``quad`` to 4 ``quad`` + 3 for every element of a tensor, ``[*size, 4]``.
 
     They are the :func:`normal` values of a tensor of that shape, under an offset whose upper half is increased by
@@ -284,6 +301,7 @@ def _drawn(device: torch.device, generator: Generator | None) -> Tensor:
     return torch.randint(0, 2**63 - 1, (1,), generator=generator, dtype=torch.int64, device=device)
 
 
+@backend.constant_in_graphs
 def _is_recomputed() -> bool:
     """Whether the backward pass of a graph that is compiled may draw once more what the forward pass has drawn.
 
@@ -293,9 +311,6 @@ def _is_recomputed() -> bool:
     """
     region = traceback.current_meta.get("custom", {})
     return region.get("_region_activation_memory_budget", config.activation_memory_budget) < 1
-
-
-_is_recomputed._dynamo_marked_constant = True  # as in ``backend``
 
 
 _seeds: dict[tuple, tuple[Tensor, Iterator[int]]] = {}
@@ -343,7 +358,6 @@ def _checked_seed(seed: int | Tensor, device: torch.device) -> int | Tensor:
     number = plain(seed)
     if not is_integer(number):
         raise TypeError(f"seed has to be an int or an int64 tensor, but got {type(seed).__name__}")
-    seed = number
-    if not -(2**63) <= seed < 2**64:
-        raise ValueError(f"seed has to fit in 64 bits, but got {seed}")
-    return _signed(seed)
+    if not -(2**63) <= number < 2**64:
+        raise ValueError(f"seed has to fit in 64 bits, but got {number}")
+    return _signed(number)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from drawing import ACTIVATIONS, DTYPES, FLOATS, drawn, laid_out, layouts, shapes, sizes
 from hypothesis import strategies as st
+from machine_option import bf16
 
 import fastreg
 import fastreg.functional as F
@@ -27,7 +28,7 @@ ELEMENTS = 20_000  # at most, of a tensor: seven programs or so
 
 # Of the largest value, or of the sums that it comes from. 16-bit results are rounded once, and gradients of products of
 # such numbers a few times; bf16 is truncated by the interpreter.
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 8e-3, torch.bfloat16: 6e-2}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 8e-3, torch.bfloat16: bf16(6e-2)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 

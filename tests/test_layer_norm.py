@@ -153,6 +153,7 @@ def test_every_activation(path, device, activation):
 SIZES = [(9, 1), (3, 2), (300, 3), (1, 5), (5, 8), (130, 12), (17, 100), (3, 1030), (2, 769)]
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize(("rows", "columns"), SIZES)
 def test_any_size(device, rows, columns):
     check_layer_norm(normal((rows, columns), device), (columns,), *parameters((columns,), device), eps=1e-2)
@@ -185,6 +186,7 @@ def test_a_program_walks_down_many_blocks_of_rows(device, columns):
     assert programs * block_rows * 2 < len(x)
 
 
+@pytest.mark.executed
 @pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("columns", [17, 32, 57])
 def test_long_rows(device, columns):
@@ -329,6 +331,7 @@ def test_constant_rows_are_zero_and_eps_decides(path, device, dtype):
     assert_near(dx, expected, dtype, terms=100)  # ten times as large as the others
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("columns", [12, 40])
 @pytest.mark.parametrize("long", [False, True])
@@ -495,6 +498,7 @@ def check_seam(x, skip, shape, weight, bias, p=0.4, activation=None, dtype=None)
     return check(function, expected, (x, skip, weight, bias), dtype)
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [24, 7])
 def test_seam_equals_fp64_reference(path, device, dtype, columns):

@@ -74,6 +74,7 @@ def channels_last(x):
 # --- values and gradients ---------------------------------------------------------------------------------
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_fused_form_equals_fp64_reference(path, device, dtype, layout):
@@ -193,6 +194,7 @@ def test_layouts(path, device, name):
     ]
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("dy_layout", ["transposed", "expanded"])
 def test_gradients_of_any_layout(device, dy_layout):
     x = torch.randn(4, 3, 2, 2, device=device)

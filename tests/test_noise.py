@@ -60,6 +60,7 @@ def assert_plausible(samples, variances):
 # --- the definition ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.executed
 @both_modes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(5, 77), (1030,), ()], ids=str)
@@ -220,6 +221,7 @@ def test_noise_on_the_inputs_of_a_linear_model_is_tikhonov_regularization(aten):
 # --- where the noise comes from ---------------------------------------------------------------------------
 
 
+@pytest.mark.executed
 @both_modes
 def test_seeds_reproduce(path, device, mode):
     x = torch.randn(40, 30, device=device)

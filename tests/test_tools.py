@@ -137,6 +137,13 @@ def test_subclasses_and_layers_whose_class_was_changed_are_leaves_too():
     assert [node.op for node in traced.graph.nodes].count("call_module") == 2
 
 
+def test_a_tracer_is_asked_by_the_names_of_torchs_arguments():
+    changed = nn.Dropout()
+    changed.__class__ = fnn.Dropout
+    assert torch.fx.Tracer().is_leaf_module(m=changed, module_qualified_name="drop")
+    assert not torch.fx.Tracer().is_leaf_module(m=nn.Sequential(), module_qualified_name="net")
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_layers_stay_what_they_are_in_quantization(device):
     """Its tracer does not ask torch's Tracer which modules are leaves."""

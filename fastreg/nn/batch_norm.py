@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.types import Device
 
 from fastreg import functional as F
 from fastreg.nn.fused import FusedNorm
 
 
-class _BatchNorm(FusedNorm):
+class _BatchNorm(FusedNorm, torch.nn.modules.batchnorm._BatchNorm):
     def __init__(
         self,
         num_features: int,
@@ -18,8 +19,8 @@ class _BatchNorm(FusedNorm):
         momentum: float | None = 0.1,
         affine: bool = True,
         track_running_stats: bool = True,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
         activation: str | None = None,
@@ -33,7 +34,7 @@ class _BatchNorm(FusedNorm):
         """activation(norm(input) + residual)."""
         self._check_input_dim(input)
         updates = self.training and self.track_running_stats
-        momentum = self.momentum
+        momentum: float | Tensor | None = self.momentum
         if updates and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
             if momentum is None:
@@ -54,7 +55,7 @@ class _BatchNorm(FusedNorm):
             residual=residual,
         )
 
-    def _normalized(self, *arguments, **keywords) -> Tensor:
+    def _normalized(self, *arguments: Any, **keywords: Any) -> Tensor:
         return F.batch_norm(*arguments, **keywords)
 
 
@@ -102,8 +103,8 @@ class SyncBatchNorm(_BatchNorm, torch.nn.SyncBatchNorm):
         affine: bool = True,
         track_running_stats: bool = True,
         process_group: Any | None = None,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
         activation: str | None = None,
@@ -117,13 +118,13 @@ class SyncBatchNorm(_BatchNorm, torch.nn.SyncBatchNorm):
         super()._check_input_dim(input)
         self._check_non_zero_input_channels(input)
 
-    def _normalized(self, *arguments, **keywords) -> Tensor:
+    def _normalized(self, *arguments: Any, **keywords: Any) -> Tensor:
         if not self.training:
             return super()._normalized(*arguments, **keywords)
         return F.sync_batch_norm(*arguments, group=self.process_group, **keywords)
 
     @classmethod
-    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group=None) -> torch.nn.Module:
+    def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:
         """``module`` with every batch normalization in it, torch's or ours, replaced by a layer of this class.
 
         Parameters and buffers stay the same tensors. A module that is such a layer itself is not changed: the layer
@@ -141,7 +142,7 @@ class SyncBatchNorm(_BatchNorm, torch.nn.SyncBatchNorm):
         return module
 
     @classmethod
-    def _converted(cls, layer: torch.nn.modules.batchnorm._BatchNorm, process_group) -> "SyncBatchNorm":
+    def _converted(cls, layer: torch.nn.modules.batchnorm._BatchNorm, process_group: Any) -> "SyncBatchNorm":
         if isinstance(layer, LazyModuleMixin) and layer.has_uninitialized_params():
             raise ValueError("a lazy layer cannot be converted before its first batch")
         new = cls(

@@ -1,7 +1,10 @@
 """Layers that drop connections: ``torch.nn``'s with masked weights."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
+from torch.types import Device
 
 from fastreg.nn.layer import Layer
 from fastreg.ops.dropout import dropout
@@ -51,8 +54,8 @@ class DropConnectLinear(Layer, torch.nn.Linear):
         inference: str = "gaussian",
         samples: int | None = None,
         activation: str | None = None,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         p, group_size, samples = ops.checked_arguments(p, mode, group_size, inference, samples, activation)
         super().__init__(in_features, out_features, bias, device, dtype)
@@ -121,12 +124,12 @@ class DropConnectConv2d(Layer, torch.nn.Conv2d):
         dilation: int | tuple[int, int] = 1,
         groups: int = 1,
         bias: bool = True,
-        padding_mode: str = "zeros",
+        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
         p: float = 0.5,
         *,
         activation: str | None = None,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         p, _, _ = ops.checked_arguments(p, activation=activation)
         super().__init__(

@@ -1,7 +1,8 @@
 """Dropout layers: torch's classes with the fused forms of ``fastreg.functional.dropout`` as further abilities."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -11,10 +12,10 @@ from fastreg.ops import dropout as ops
 from fastreg.ops.checks import check_activation
 
 
-class _Fused(Layer):
+class _Fused(Layer, torch.nn.modules.dropout._DropoutNd):
     """What all dropout layers of fastreg add to torch's: ``activation=``, ``inverted=``, and fused inputs."""
 
-    _function = None
+    _function: ClassVar[Callable[..., Tensor]]
 
     # Of layers whose class was changed: __init__ did not run.
     activation: str | None = None
@@ -103,7 +104,7 @@ class FeatureAlphaDropout(_Alpha, torch.nn.FeatureAlphaDropout):
     _function = staticmethod(ops.feature_alpha_dropout)
 
 
-class DropPath(_Fused, torch.nn.modules.dropout._DropoutNd):
+class DropPath(_Fused):
     """Zeroes whole samples: stochastic depth. torch has no such layer; ``DropPath(p)(branch, residual=x)``.
 
     Arguments as in :class:`Dropout`.

@@ -6,6 +6,8 @@ Each takes torch's constructor arguments and the keyword ``activation``, a name 
 ``state_dict`` and errors are torch's.
 """
 
+from typing import Any
+
 from fastreg.nn.layer import Layer
 from fastreg.ops.checks import check_activation
 
@@ -15,7 +17,7 @@ class FusedNorm(Layer):
 
     activation: str | None = None  # of layers whose class was changed: ``__init__`` did not run
 
-    def _make(self, *arguments, activation: str | None, bias: bool = True) -> None:
+    def _make(self, *arguments: Any, activation: str | None, bias: bool = True) -> None:
         """The constructor, with torch's arguments as they are."""
         check_activation(activation)
         # torch 2.11 takes no such keyword, and refuses False.

@@ -4,6 +4,7 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.types import Device
 
 from fastreg import functional as F
 from fastreg.nn.fused import FusedNorm
@@ -28,8 +29,8 @@ class GroupNorm(FusedNorm, torch.nn.GroupNorm):
         num_channels: int,
         eps: float = 1e-5,
         affine: bool = True,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
         activation: str | None = None,
@@ -49,7 +50,7 @@ class GroupNorm(FusedNorm, torch.nn.GroupNorm):
         )
 
 
-class _InstanceNorm(FusedNorm):
+class _InstanceNorm(FusedNorm, torch.nn.modules.instancenorm._InstanceNorm):
     def __init__(
         self,
         num_features: int,
@@ -57,8 +58,8 @@ class _InstanceNorm(FusedNorm):
         momentum: float = 0.1,
         affine: bool = False,
         track_running_stats: bool = False,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         bias: bool = True,
         activation: str | None = None,

@@ -5,19 +5,22 @@ them by ``layer.__module__.startswith("torch.nn")``. So our layers say so when t
 where they are; and ``torch.fx.Tracer`` looks at the class as well, for layers whose class was changed say nothing.
 """
 
+from typing import Any, NoReturn
+
 from torch.fx import Tracer
 from torch.nn import Module
+from typing_extensions import Self
 
 
-class Layer:
+class Layer(Module):
     """Mixin of all layers, in front of torch's class."""
 
-    def __new__(cls, *arguments, **keywords):
+    def __new__(cls, *arguments: Any, **keywords: Any) -> Self:
         layer = super().__new__(cls)
         layer.__dict__["__module__"] = "torch.nn"
         return layer
 
-    def __prepare_scriptable__(self):
+    def __prepare_scriptable__(self) -> NoReturn:
         """torch.jit.script asks for it before it compiles anything. Nothing else does."""
         raise RuntimeError(
             f"torch.jit.script cannot compile fastreg.nn.{type(self).__name__}: "
@@ -28,8 +31,8 @@ class Layer:
 _is_leaf_module = Tracer.is_leaf_module
 
 
-def _is_leaf_module_or_ours(tracer: Tracer, module: Module, name: str) -> bool:
-    return isinstance(module, Layer) or _is_leaf_module(tracer, module, name)
+def _is_leaf_module_or_ours(self: Tracer, m: Module, module_qualified_name: str) -> bool:
+    return isinstance(m, Layer) or _is_leaf_module(self, m, module_qualified_name)
 
 
-Tracer.is_leaf_module = _is_leaf_module_or_ours
+Tracer.is_leaf_module = _is_leaf_module_or_ours  # type: ignore[method-assign]  # torch has no hook for it

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.types import Device
 
 from fastreg import functional as F
 from fastreg.nn.fused import FusedNorm
@@ -29,8 +30,8 @@ class LayerNorm(FusedNorm, torch.nn.LayerNorm):
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
         *,
         activation: str | None = None,
     ) -> None:
@@ -78,15 +79,17 @@ class DropoutAddLayerNorm(FusedNorm, torch.nn.LayerNorm):
         *,
         prenorm: bool = False,
         activation: str | None = None,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         p = probability(p)
         self._make(normalized_shape, eps, elementwise_affine, bias, device, dtype, activation=activation)
         self.p = p
         self.prenorm = prenorm
 
-    def forward(self, input: Tensor, skip: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]  # a pair with prenorm
+        self, input: Tensor, skip: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         return F.dropout_add_layer_norm(
             input,
             skip,

@@ -4,6 +4,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.types import Device
 
 from fastreg.nn.layer import Layer
 from fastreg.ops.linear import noisy_linear as ops
@@ -33,6 +34,8 @@ class NoisyLinear(Layer, torch.nn.Linear):
 
     # Of layers whose class was changed: __init__ did not run. (sigma and bias_sigma may be parameters, which an
     # attribute of the class would hide.)
+    sigma: float | torch.nn.Parameter
+    bias_sigma: float | torch.nn.Parameter | None
     initial_sigma = 0.1
     mode = "additive"
     learn_sigma = False
@@ -48,8 +51,8 @@ class NoisyLinear(Layer, torch.nn.Linear):
         mode: str = "additive",
         learn_sigma: bool | None = None,
         activation: str | None = None,
-        device=None,
-        dtype=None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         sigma, _ = ops.checked_arguments(sigma, mode, None, activation)
         self.mode, self.activation = mode, activation

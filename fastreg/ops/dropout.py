@@ -27,10 +27,6 @@ from fastreg.random import LANE_VALUES, Stream
 if backend.HAS_TRITON:
     from fastreg.kernels import dropout as kernels
 
-ATEN_BELOW = 1 << 18
-"""Plain dropout of fewer elements goes to ATen: its kernel then takes about the time of its launch, so there is
-nothing to gain, and a launch of ours costs more on the host. (An estimate, to be replaced by a measurement.)"""
-
 
 class Form(NamedTuple):
     """What distinguishes one dropout from another: y = D(f(x + bias)) + residual."""
@@ -370,7 +366,7 @@ def _dropout(
         and inverted
         and not seeded
         and p < 1
-        and not (ours and backend.worth_a_launch(input, ATEN_BELOW))
+        and not (ours and backend.worth_a_launch(input, "dropout"))
     ):
         return aten(input, p, training, inplace)
 

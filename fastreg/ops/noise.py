@@ -16,7 +16,6 @@ from fastreg import random
 from fastreg.ops import arguments, backend
 from fastreg.ops.backend import Launch, number
 from fastreg.ops.checks import check_leaf
-from fastreg.ops.dropout import ATEN_BELOW
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div, dense_strides, empty_dense, is_dense, with_strides
 from fastreg.ops.operator import apply, keep, kept, operator
@@ -198,7 +197,7 @@ def gaussian_noise(
     if inplace:
         check_leaf(input)
     form = Form(std, mode == "multiplicative")
-    ours = backend.runs_kernels(input) and backend.worth_a_launch(input, ATEN_BELOW)
+    ours = backend.runs_kernels(input) and backend.worth_a_launch(input, "noise")
     if ours or random.is_wanted(seed, generator):
         stream = random.stream(input.device, seed, generator)
         return _with_noise(input, dense_strides(input), stream, form, inplace)

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from torch.optim.adam import adam
+from torch.optim.optimizer import ParamsT
 
 from fastreg.ops.multi_tensor.optimizers import Numbers, Rule
 from fastreg.optim.base import Regularized
@@ -12,7 +13,7 @@ from fastreg.optim.options import OPTIONS_DOC, numbers_of, rule_of
 MOMENTS = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
 
 
-class _Adam(Regularized):
+class _Adam(Regularized, torch.optim.Adam):
     """What the two share."""
 
     def _decoupled(self, group: dict) -> bool:
@@ -33,11 +34,13 @@ class _Adam(Regularized):
     ) -> None:
         lists: list[list[Tensor]] = [[], [], [], [], [], []]
         has_complex = self._init_group({**group, "params": params}, *lists)
-        moments = [[local(t) for t in found] for found in lists[2:5]]
+        exp_avgs, exp_avg_sqs, max_exp_avg_sqs = ([local(t) for t in found] for found in lists[2:5])
         adam(
             pieces,
             grads,
-            *moments,
+            exp_avgs,
+            exp_avg_sqs,
+            max_exp_avg_sqs,
             lists[5],
             foreach=bool(group["foreach"]),
             capturable=group["capturable"],
@@ -79,7 +82,7 @@ class Adam(_Adam, torch.optim.Adam):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -140,7 +143,7 @@ class AdamW(_Adam, torch.optim.AdamW):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
         eps: float = 1e-8,

@@ -14,9 +14,10 @@ kernel. A step that a CUDA graph records takes the plan along: its replays read 
 """
 
 import sys
+from collections.abc import Callable, Sequence
 from itertools import chain, compress
 from operator import is_
-from typing import Any
+from typing import Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -75,6 +76,7 @@ class Regularized(Optimizer):
     _theirs: type[Optimizer] | None  # the class of torch with this step, where there is one
     _plan: Plan | None = None
     _loading: dict[str, Any] | None = None
+    _aside: dict[Tensor, dict[str, Any]]
     _checked: list | tuple = ()  # the options of all groups, as they were when last checked
 
     # --- what a class of its own says
@@ -201,9 +203,10 @@ class Regularized(Optimizer):
         Options that the groups of ``state_dict`` do not have, as those of torch's, stay as they are.
         """
         options = [{key: group[key] for key in (*OPTIONS, "lr_0")} for group in self.param_groups]
-        self._loading = {"options": options}
+        loading: dict[str, Any] = {"options": options}
+        self._loading = loading
         # After the hooks of the user, which may change what is loaded.
-        last = self.register_load_state_dict_pre_hook(lambda _, found: self._loading.update(state_dict=found))
+        last = self.register_load_state_dict_pre_hook(lambda _, found: loading.update(state_dict=found))
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -220,8 +223,14 @@ class Regularized(Optimizer):
 
     # --- the step
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Takes one step. The order of operations is an equation in ``kernels/optimizers.py``.
 
         Args:
@@ -238,11 +247,11 @@ class Regularized(Optimizer):
         self._step()
         return loss
 
-    def _differentiable_step(self, closure):
-        for group in self.param_groups:
-            if self._theirs is None or any(group[key] != value for key, value in OPTIONS.items()):
-                raise RuntimeError("differentiable=True takes torch's step, which has none of our options")
-        step = self._theirs.step
+    def _differentiable_step(self, closure: Callable[[], float] | None) -> float | None:
+        ours = any(group[key] != value for group in self.param_groups for key, value in OPTIONS.items())
+        if self._theirs is None or ours:
+            raise RuntimeError("differentiable=True takes torch's step, which has none of our options")
+        step: Any = self._theirs.step
         return (step.__wrapped__ if getattr(step, "hooked", False) else step)(self, closure)
 
     @torch._disable_dynamo
@@ -287,8 +296,9 @@ class Regularized(Optimizer):
             group = self.param_groups[owners[i]]
             if group["max_norm"] is not None:
                 check_max_norm(p, group["max_norm_dim"])
-            if grads[i] is not None:
-                self._refuse(p, pieces[i], grads[i], group)
+            g = grads[i]
+            if g is not None:
+                self._refuse(p, pieces[i], g, group)
         batches: dict[tuple, tuple[list[Member], list[int]]] = {}
         copies = False
         for i, (p, piece, g) in enumerate(zip(params, pieces, grads, strict=True)):
@@ -409,11 +419,13 @@ class Regularized(Optimizer):
         group = self.param_groups[owner]
         state = self.state.get(p, {})
         moments = [local(state[key]) for key in self._moments(group)]
+        first, second, largest = (*moments, None, None, None)[:3]
         return Member(
             piece,
             g,
-            *moments,
-            *(None,) * (3 - len(moments)),
+            first,
+            second,
+            largest,
             master=local(state["master"]) if rule.master else None,
             average=local(state["ema"]) if rule.average else None,
             step=(self._counters(p, group, rule) or {}).get("step"),
@@ -432,7 +444,7 @@ class Regularized(Optimizer):
         norm = None
         for batch in plan.batches:
             device = batch.device
-            mine = squared.to(device) if batch.clips else None
+            mine = None if squared is None or not batch.clips else squared.to(device)
             if mine is not None:
                 norm = torch.empty((), dtype=torch.float32, device=device)
             batch.advance(
@@ -451,7 +463,8 @@ class Regularized(Optimizer):
                     batch.shards.sum_(batch.squared)
                 batch.project()
             batch.release()
-        for written in (plan.written, [average() for average in plan.averages]):
+        averages = [average for average in (known() for known in plan.averages) if average is not None]
+        for written in (plan.written, averages):
             if written:
                 torch.autograd.graph.increment_version(written)
         if plan.lists or plan.torch or plan.rest:
@@ -471,13 +484,22 @@ class Regularized(Optimizer):
                 sums[batch.key] += batch.partials.sum(dtype=torch.float64).to(device)
         for kind, places in plan.lists.items():
             if self.param_groups[kind.owner]["max_grad_norm"] is not None:
-                sums[kind.key] += squares([grads[i] for i in places]).to(device)
-        for i in plan.rest:
+                sums[kind.key] += squares(_at(places, grads)).to(device)
+        for i, g in zip(plan.rest, _at(plan.rest, grads), strict=True):
             if self.param_groups[plan.owners[i]]["max_grad_norm"] is not None:
-                sums[shards(plan.params[i])] += squares([dense(grads[i])]).to(device)
+                sums[shards(plan.params[i])] += squares([dense(g)]).to(device)
         return total(sums)
 
-    def _step_the_rest(self, plan, grads, pieces, numbers, scale, found_inf, squared) -> None:
+    def _step_the_rest(
+        self,
+        plan: Plan,
+        grads: list[Tensor | None],
+        pieces: list[Tensor],
+        numbers: list[Numbers],
+        scale: float | Tensor | None,
+        found_inf: Tensor | None,
+        squared: Tensor | None,
+    ) -> None:
         """Those that no kernel takes, tensor by tensor, or by torch, whose step knows neither scale nor infinities."""
         if found_inf is not None and float(found_inf):
             return
@@ -487,7 +509,7 @@ class Regularized(Optimizer):
 
         def gain_of(group: dict) -> float:
             gain, most = 1.0 if scale is None else 1 / float(scale), group["max_grad_norm"]
-            return gain if most is None else gain * clipped(norm, most)
+            return gain if most is None or norm is None else gain * clipped(norm, most)
 
         by_definition = list(plan.rest)
         for kind, places in plan.lists.items():
@@ -500,41 +522,47 @@ class Regularized(Optimizer):
             if scale is not None:  # which torch's steps do not know
                 by_definition += places
                 continue
-            params, parts, own = ([x[i] for i in places] for x in (plan.params, pieces, grads))
+            params, parts, own = _at(places, plan.params), _at(places, pieces), _at(places, grads)
             self._torch_step(self.param_groups[owner], params, parts, own)
         for i in by_definition:
-            p, owner = plan.params[i], plan.owners[i]
+            p, g, owner = plan.params[i], grads[i], plan.owners[i]
+            assert g is not None
             group = self.param_groups[owner]
             rule = self._rule_of(p, group)
-            member = self._member(i, p, pieces[i], grads[i], owner, rule)
+            member = self._member(i, p, pieces[i], g, owner, rule)
             over = shards(p) if rule.rows is False else None
             define(member, rule, numbers[owner], gain_of(group), over)
 
     def _lists(
-        self, plan: Plan, kind: Listed, places: list[int], grads: list[Tensor], pieces: list[Tensor]
+        self, plan: Plan, kind: Listed, places: list[int], grads: list[Tensor | None], pieces: list[Tensor]
     ) -> Lists:
         """What a step of a kind is given. (One member after the other takes longer than the step of small tensors.)"""
         group, rule = self.param_groups[kind.owner], kind.rule
-        params, pieces, grads = (
-            x if len(x) == len(places) else [x[i] for i in places] for x in (plan.params, pieces, grads)
-        )
-        moments, average = self._moments(group), ["ema"] if rule.average else []
-        states = [self.state[p] for p in params] if moments or average else []
-        if "betas" in group:
-            counters = states
-        else:  # all have one, or none
+        params, moments = _at(places, plan.params), self._moments(group)
+        states = [self.state[p] for p in params] if moments or rule.average else []
+        counters = states
+        if "betas" not in group:  # all have one, or none
             counts = self._counters(params[0], group, rule) is not None
-            counters = [self._counters(p, group, rule) for p in params] if counts else []
+            found = [self._counters(p, group, rule) for p in params] if counts else []
+            counters = [counter for counter in found if counter is not None]
 
         def column(key: str) -> list[Tensor]:
             found = [state[key] for state in states]
             return list(map(local, found)) if plan.distributed else found
 
+        first, second, largest = (*map(column, moments), [], [], [])[:3]
         return Lists(
-            pieces,
-            grads,
-            *map(column, moments),
-            *([] for _ in range(3 - len(moments))),
-            *(map(column, average) if average else [[]]),
+            _at(places, pieces),
+            _at(places, grads),
+            first,
+            second,
+            largest,
+            column("ema") if rule.average else [],
             [counter["step"] for counter in counters],
         )
+
+
+def _at(places: list[int], tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    """The tensors at these places of a plan, in its order, which has seen that they are there."""
+    found = tensors if len(tensors) == len(places) else [tensors[i] for i in places]
+    return cast("list[Tensor]", found)

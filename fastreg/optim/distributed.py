@@ -12,15 +12,19 @@ that hold the other pieces. Replicas hold the same values: nothing is summed ove
 
 import sys
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor
 
 from fastreg.ops.backend import PLAIN
 
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
-def is_distributed(x: Tensor) -> bool:
+
+def is_distributed(x: Tensor) -> "TypeGuard[DTensor]":
     """Whether ``x`` is a DTensor. Where nobody has imported that class there is none."""
     if type(x) in PLAIN:
         return False
@@ -49,12 +53,12 @@ def local_pairs(
     """
     if {*map(type, targets), *map(type, sources)} <= {*PLAIN}:
         return list(targets), list(sources)
-    for i, pair in enumerate(zip(targets, sources, strict=True)):
-        if all(map(is_distributed, pair)):
-            target, source = ((x.device_mesh, x.placements) for x in pair)
-            if target != source:
+    for i, (target, source) in enumerate(zip(targets, sources, strict=True)):
+        if is_distributed(target) and is_distributed(source):
+            before, now = ((x.device_mesh, x.placements) for x in (target, source))
+            if before != now:
                 name = names[i] if names else f"tensor {i}"
-                raise ValueError(f"{name} is in the pieces {source}, but was in {target}")
+                raise ValueError(f"{name} is in the pieces {now}, but was in {before}")
     return list(map(local, targets)), list(map(local, sources))
 
 
@@ -74,7 +78,7 @@ def local_gradient(p: Tensor) -> Tensor | None:
             f"got mixed torch.Tensor and DTensor: a parameter that is a {kinds[is_distributed(p)]} "
             f"needs a gradient of the same kind, but got a {kinds[is_distributed(gradient)]}"
         )
-    if is_distributed(p) and gradient.placements != p.placements:
+    if is_distributed(p) and is_distributed(gradient) and gradient.placements != p.placements:
         gradient = gradient.redistribute(p.device_mesh, p.placements)
     return local(gradient)
 
@@ -82,7 +86,7 @@ def local_gradient(p: Tensor) -> Tensor | None:
 class Shards(NamedTuple):
     """Which processes hold the other pieces of a tensor: those along these dimensions of the mesh."""
 
-    mesh: object  # torch.distributed.DeviceMesh
+    mesh: "DeviceMesh"
     dimensions: tuple[int, ...]
 
     def sum_(self, sums: Tensor) -> Tensor:
@@ -131,7 +135,7 @@ def check_max_norm(p: Tensor, dim: int | None) -> None:
     """Rows have to be whole on their process; the norm of a whole tensor goes over ``shards(p)``."""
     if dim is not None and is_distributed(p):
         for placement in p.placements:
-            if not placement.is_replicate() and placement.dim != 0:
+            if not placement.is_replicate() and getattr(placement, "dim", None) != 0:
                 raise RuntimeError(
                     "max_norm of each row needs rows that are whole on one process (Replicate or Shard(0)), "
                     f"but got a parameter with the placements {p.placements}"

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fastreg.ops import backend
-from fastreg.ops.multi_tensor.bulk import Watch, addresses, equal, kinds_of
+from fastreg.ops.kinds import kinds_of
+from fastreg.ops.multi_tensor.bulk import Watch, addresses, equal
 from fastreg.ops.multi_tensor.optimizers import NUMBERS, WIDTH, Batch, Member, Numbers, Rule, same_strides
 from fastreg.ops.multi_tensor.tables import upload
 from fastreg.optim.distributed import is_distributed
@@ -40,7 +41,7 @@ class Plan:
         self.rest: list[int] = []  # and of those that take the definition
         self.copies = False  # some gradient has another layout than its parameter
         self.written: list[Tensor] = []  # parameters that are written behind the back of autograd
-        self.averages: list[weakref.ref] = []  # and averages
+        self.averages: list[weakref.ref[Tensor]] = []  # and averages
 
     def add_batches(self, batches: dict[tuple, tuple[list[Member], list[int]]], copies: bool) -> None:
         """batches: the members of each kind, which ends with (over, clips, key), and their places.
@@ -61,7 +62,7 @@ class Plan:
         self._kept = Watch(self.params, state.values())
         self._gradients: Watch | None = Watch(grads)
         self._absent = [g is None for g in grads]
-        self._kinds = None
+        self._kinds: Any = None
         # What tables point to, batch after batch, and what torch's fused step walks over.
         launched = [(i, batch.form.dtypes[1]) for batch in self.batches for i in batch.places]
         walked = [(i, pieces[i].dtype) for places in self.lists.values() for i in places]
@@ -73,7 +74,7 @@ class Plan:
         self._wanted = [(x.shape, x.stride(), dtype) for x, dtype in zip(placed, dtypes, strict=True)]
         self._addresses = addresses(placed[: self._launched])
         self._walked = kinds_of(placed[self._launched :])
-        self._state_addresses = addresses([], dicts=state.values()) if self.batches else None
+        self._state_addresses = addresses([], dicts=state.values() if self.batches else ())
         self._gradient_addresses = addresses(self._placed(grads)[: self._launched])
 
     def _placed(self, tensors: list) -> list:

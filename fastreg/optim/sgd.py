@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
 from torch.optim.sgd import sgd
 
 from fastreg.ops.multi_tensor.optimizers import Numbers, Rule
@@ -28,11 +29,11 @@ class SGD(Regularized, torch.optim.SGD):
     Source: Sutskever, Martens, Dahl, Hinton 2013 (ICML); the options have theirs in ``kernels/optimizers.py``.
     """
 
-    _theirs = torch.optim.SGD
+    _theirs: type[Optimizer] | None = torch.optim.SGD
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         momentum: float = 0,
         dampening: float = 0,
@@ -114,9 +115,11 @@ class SGD(Regularized, torch.optim.SGD):
             maximize=group["maximize"],
         )
         for state, buffer, old in zip(states, buffers, seen, strict=False):
-            if not old and state.get("momentum_buffer") is not None:
+            if old or buffer is None:
+                continue
+            if state.get("momentum_buffer") is not None:
                 local(state["momentum_buffer"]).copy_(buffer)
-            elif not old:
+            else:
                 state["momentum_buffer"] = buffer
         steps = [counter["step"] for counter in counters if "step" in counter]
         if steps:

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from machine_option import bf16
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
@@ -26,7 +27,7 @@ SEED = 20
 needs_triton = pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
 
 # Sums of up to a few hundred terms in fp32; one rounding, or the interpreter's truncation, of 16-bit results.
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: bf16(3e-2)}
 close64 = partial(
     assert_close, rtol=1e-11, atol=1e-11
 )  # fp64: the same function in another order of summation

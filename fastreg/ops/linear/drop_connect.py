@@ -350,7 +350,6 @@ def _product(
     transposed: bool = False,
 ) -> None:
     """As ``product_launches``, wherever the weights are masked."""
-    form = form.for_batch(len(u))
     if form.masks_in_registers(len(u)):
         product_launches.run(u, weight, bias, z, before, stream, form, transposed, _takes_three(u))
         return
@@ -361,7 +360,6 @@ def _product(
 
 
 def _weight_gradient(dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: Form) -> None:
-    form = form.for_batch(len(v))
     # fp32 alone would be better off with a dense product: the tensor cores take TF32 only along the examples.
     if form.groups(len(v)) > 1 or (v.itemsize == 2 and form.masks_in_registers(len(v))):
         weight_gradient_launches.run(dz, v, dweight, stream, form, _takes_three(v))
@@ -387,6 +385,7 @@ def _forward(
     if form.in_aten:
         _aten_forward(v, weight, bias, z, stream, form)
     else:
+        bias = None if bias is None else bias.contiguous()
         _product(v.contiguous(), weight.contiguous(), bias, z, before, stream, form)
 
 

@@ -5,6 +5,7 @@ is isotropic (``kernels/noisy_linear.py``), and beside it otherwise (``fastreg/o
 """
 
 import math
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -130,12 +131,12 @@ class _RowNoise(torch.autograd.Function):
             dy, activation = activation_gradient(dy, y_or_before, activation, dbefore), None
         dx = None if activation is None else torch.empty_like(dy, memory_format=torch.contiguous_format)
         ddeviation = None
-        if needs_deviation:
-            ddeviation = torch.empty(dy.shape[0], dtype=torch.float32, device=dy.device)
         if needs_deviation and by_definition:
             eps = random.row_normals(*dy.shape, stream, device=dy.device)
             ddeviation = (dy * eps).sum(1).to(torch.float32)
-        elif needs_deviation or activation is not None:
+        elif needs_deviation:
+            ddeviation = torch.empty(dy.shape[0], dtype=torch.float32, device=dy.device)
+        if not by_definition and (needs_deviation or activation is not None):
             _backward(dy, y_or_before, dx, ddeviation, stream, activation)
         return (dy if dx is None else dx) if needs_x else None, ddeviation, None, None, None
 
@@ -235,12 +236,15 @@ def _filled(sigma: float | Tensor, weight: Tensor, shape: torch.Size) -> Tensor:
     return sigma.to(weight.dtype) if isinstance(sigma, Tensor) else weight.new_full(shape, sigma)
 
 
+_Sigma = TypeVar("_Sigma", float, Tensor, float | Tensor)
+
+
 def checked_arguments(
-    sigma: float | Tensor,
+    sigma: _Sigma,
     mode: str = "additive",
     bias_sigma: float | Tensor | None = None,
     activation: str | None = None,
-) -> tuple[float | Tensor, float | Tensor | None]:
+) -> tuple[_Sigma, float | Tensor | None]:
     """sigma and bias_sigma, as Python's numbers where they are no tensors."""
     if mode not in MODES:
         raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
@@ -252,7 +256,7 @@ def checked_arguments(
     return sigma, bias_sigma
 
 
-def _checked_sigma(name: str, value: float | Tensor) -> float | Tensor:
+def _checked_sigma(name: str, value: _Sigma) -> _Sigma:
     if isinstance(value, Tensor):
         return value
     if type(value) is not float:

@@ -424,7 +424,7 @@ class Batch:
         )
         self.partials = torch.empty(self.table.programs, dtype=form.compute, device=self.device)
 
-    def move_gradients(self, addresses: Sequence[int]) -> None:
+    def move_gradients(self, addresses: np.ndarray) -> None:
         self.table.move(self.GRADIENT, addresses)
 
     @property

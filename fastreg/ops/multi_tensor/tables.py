@@ -91,7 +91,7 @@ class Table:
     def programs(self) -> int:
         return self.chunks.shape[1]
 
-    def move(self, row: int, addresses: Sequence[int]) -> None:
+    def move(self, row: int, addresses: np.ndarray) -> None:
         """Writes the new addresses of a list. In a CUDA graph every replay writes these, as with ``upload``."""
         numbers = torch.from_numpy(np.array(addresses, dtype=np.int64))
         if self.device.type == "cuda":

@@ -37,10 +37,6 @@ from fastreg.random import LANE_VALUES, Stream
 if backend.HAS_TRITON:
     from fastreg.kernels import layer_norm as kernels
 
-ATEN_BELOW = 1 << 18
-"""Plain layer normalization of fewer elements goes to ATen: its kernel then takes about the time of its launch, so
-there is nothing to gain, and a launch of ours costs more on the host. (An estimate, to be measured.)"""
-
 ROW_BYTES = 1 << 16  # a row up to this size is held in registers
 SUMMED_COLUMNS = 8192  # with its sums for the parameters beside it, up to this length
 LONG_BLOCK = 8192  # columns of a chunk of a longer row
@@ -453,7 +449,7 @@ def layer_norm(
     if ours and (
         activation is not None
         or residual is not None
-        or backend.worth_a_launch(input, ATEN_BELOW)
+        or backend.worth_a_launch(input, "layer_norm")
         # which ATen refuses on a GPU
         or any(t is not None and t.dtype != input.dtype for t in (weight, bias))
     ):
