@@ -709,11 +709,12 @@ def test_modules_survive_copy_and_pickle(path, device, name):
     torch.nn.init.normal_(layer.weight)
     x = normal((2, 3, 4), device)
     torch.manual_seed(3)
-    expected = layer(x, residual=x)
+    other = {"skip" if name == "DropoutAddLayerNorm" else "residual": x}
+    expected = layer(x, **other)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert (type(twin), repr(twin)) == (type(layer), repr(layer))
         torch.manual_seed(3)
-        torch.testing.assert_close(twin(x, residual=x), expected, rtol=0, atol=0)
+        torch.testing.assert_close(twin(x, **other), expected, rtol=0, atol=0)
     stock = torch.nn.LayerNorm((3, 4), device=device)
     assert list(stock.state_dict()) == list(layer.state_dict())
     stock.load_state_dict(layer.state_dict())

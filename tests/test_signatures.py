@@ -12,6 +12,7 @@ import fastreg.nn as fnn
 import fastreg.optim
 import fastreg.penalties
 import fastreg.random
+from fastreg.optim.options import OPTIONS
 
 PUBLIC = {
     **{f"nn.{name}": getattr(fnn, name) for name in fnn.__all__},
@@ -90,6 +91,16 @@ def test_p_is_behind_torchs_parameters(name):
         assert positional == ["p", "inplace"]
     else:
         assert tuple(positional) == OF_DROPOUT or positional[-2:] == ["p", "training"]
+
+
+@pytest.mark.parametrize("name", fastreg.optim.__all__)
+def test_optimizers_have_the_same_options(name):
+    """Typed as the options of any other, with the defaults that groups have."""
+    found, of_adam = parameters(getattr(fastreg.optim, name)), parameters(fastreg.optim.Adam)
+    for key, default in OPTIONS.items():
+        assert repr(found[key].default) == repr(default)
+        assert found[key] == of_adam[key]
+    assert list(found)[-len(OPTIONS) :] == list(OPTIONS)
 
 
 def takes(function, name: str) -> bool:

@@ -200,6 +200,19 @@ def test_private_names_stay_in_their_file():
     assert {module: names for module, names in found.items() if names} == {}
 
 
+def test_optimizers_set_attributes_of_their_own():
+    """What an object keeps is set in its class."""
+    elsewhere = [
+        f"{module}: {ast.unparse(node)}"
+        for module in sources()
+        if part_of(module) == "optim"
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+        if ast.unparse(node.value) != "self" and not isinstance(node.value, ast.Call)
+    ]
+    assert elsewhere == []
+
+
 def test_a_family_is_one_stem():
     missing = []
     for family in FAMILIES:

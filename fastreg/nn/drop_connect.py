@@ -16,7 +16,7 @@ class DropConnectLinear(Layer, torch.nn.Linear):
     """A linear layer whose connections are dropped in training: see :func:`fastreg.functional.drop_connect_linear`.
 
     Args:
-        in_features, out_features, bias, device, dtype: as of :class:`torch.nn.Linear`.
+        in_features, out_features, bias, device, dtype: as of :class:`torch.nn.Linear`; device and dtype by keyword.
         p: probability of dropping a connection.
         mode: "example" (every example has its own), "group" (``group_size`` examples share one), "batch", "flipout",
             "gaussian".
@@ -101,7 +101,7 @@ class DropConnectConv2d(Layer, torch.nn.Conv2d):
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode, device, dtype: as
-            in :class:`torch.nn.Conv2d`.
+            in :class:`torch.nn.Conv2d`; device and dtype by keyword.
         p: probability of dropping a weight.
         activation: applied to the result.
 

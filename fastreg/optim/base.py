@@ -14,9 +14,8 @@ kernel. A step that a CUDA graph records takes the plan along: its replays read 
 """
 
 import sys
-import weakref
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, compress
 from operator import is_
 from typing import Any, cast, overload
 
@@ -51,7 +50,7 @@ from fastreg.optim.distributed import (
     total,
 )
 from fastreg.optim.options import OPTIONS, changes_before, check, has_options, values_of
-from fastreg.optim.plan import Listed, Placed, Plan
+from fastreg.optim.plan import Listed, Plan
 
 
 def _is_ordinary(p: Tensor, g: Tensor) -> bool:
@@ -290,9 +289,9 @@ class Regularized(Optimizer):
         self, structure: tuple, params: list[Tensor], grads: list[Tensor | None], pieces: list[Tensor]
     ) -> Plan:
         """Decides where each parameter is stepped, makes its state, and writes the tables."""
-        plan = Plan(structure, params)
         owners = [k for k, group in enumerate(self.param_groups) for _ in group["params"]]
-        plan.owners = owners
+        clips = [self.param_groups[owner]["max_grad_norm"] is not None for owner in owners]
+        plan = Plan(structure, params, owners, list(by_shards(list(compress(params, clips)))))
         for i, p in enumerate(params):
             group = self.param_groups[owners[i]]
             if group["max_norm"] is not None:
@@ -301,6 +300,7 @@ class Regularized(Optimizer):
             if g is not None:
                 self._refuse(p, pieces[i], g, group)
         batches: dict[tuple, tuple[list[Member], list[int]]] = {}
+        copies = False
         for i, (p, piece, g) in enumerate(zip(params, pieces, grads, strict=True)):
             if g is None:
                 continue
@@ -311,29 +311,17 @@ class Regularized(Optimizer):
                 continue
             self._prepare(p, piece, group, rule, kernels=True)
             if not same_layout(g, piece):
-                plan.copies, g = True, laid_out(g, piece)
+                copies, g = True, laid_out(g, piece)
             member = self._member(i, p, piece, g, owners[i], rule)
-            clips = group["max_grad_norm"] is not None
-            key = shards(p) if clips else None
+            key = shards(p) if clips[i] else None
             over = shards(p) if rule.rows is False else None
             dtypes = p.dtype, g.dtype, p.dtype if member.first is None else member.first.dtype
             counts = member.step is not None
-            kind = rule, piece.device, dtypes, projection(piece, rule, over), counts, over, clips, key
+            kind = rule, piece.device, dtypes, projection(piece, rule, over), counts, over, clips[i], key
             batches.setdefault(kind, ([], []))
             batches[kind][0].append(member)
             batches[kind][1].append(i)
-        for (rule, *_, over, clips, key), (members, places) in batches.items():
-            batch = Placed(rule, members, over)
-            batch.places, batch.clips, batch.key = places, clips, key
-            batch.kept = [member.gradient for member in members] if plan.copies else []
-            plan.batches.append(batch)
-            plan.written += [m.parameter for m in members if not m.parameter.is_inference()]
-            averages = (m.average for m in members if m.average is not None)
-            plan.averages += [weakref.ref(average) for average in averages if not average.is_inference()]
-        clipping = [
-            p for i, p in enumerate(params) if self.param_groups[owners[i]]["max_grad_norm"] is not None
-        ]
-        plan.sums = list(by_shards(clipping))
+        plan.add_batches(batches, copies)
         plan.remember(grads, pieces, self.state)
         return plan
 
@@ -350,8 +338,7 @@ class Regularized(Optimizer):
         if self._fuses(group) and walks(member, rule) and not (small and changes_before(group)):
             over = shards(p) if rule.rows is False else None
             key = shards(p) if group["max_grad_norm"] is not None else None
-            plan.lists.setdefault(Listed(owner, rule, p.dtype, over, key), []).append(i)
-            plan.written += [] if p.is_inference() else [p]
+            plan.add_listed(Listed(owner, rule, p.dtype, over, key), i)
         elif has_options(group) or any(t.dtype != p.dtype for t in state):
             plan.rest.append(i)
         else:
@@ -475,7 +462,7 @@ class Regularized(Optimizer):
                 if batch.shards is not None:
                     batch.shards.sum_(batch.squared)
                 batch.project()
-            batch.kept = []
+            batch.release()
         averages = [average for average in (known() for known in plan.averages) if average is not None]
         for written in (plan.written, averages):
             if written:

@@ -9,7 +9,7 @@ from torch import Tensor
 from fastreg.ops import backend
 from fastreg.ops.kinds import kinds_of
 from fastreg.ops.multi_tensor.bulk import Watch, addresses, equal
-from fastreg.ops.multi_tensor.optimizers import NUMBERS, WIDTH, Batch, Numbers, Rule, same_strides
+from fastreg.ops.multi_tensor.optimizers import NUMBERS, WIDTH, Batch, Member, Numbers, Rule, same_strides
 from fastreg.ops.multi_tensor.tables import upload
 from fastreg.optim.distributed import is_distributed
 
@@ -30,18 +30,33 @@ class Plan:
     Holds neither gradients nor state: who moves them to another device gets their memory back.
     """
 
-    def __init__(self, structure: tuple, params: list[Tensor]):
-        self.structure, self.params = structure, params
+    def __init__(self, structure: tuple, params: list[Tensor], owners: list[int], sums: list):
+        """owners: of each parameter its group. sums: by what shards the norm of the gradients is summed, in an order
+        that all processes share."""
+        self.structure, self.params, self.owners, self.sums = structure, params, owners, sums
         self.distributed = any(is_distributed(p) for p in params)
-        self.owners: list[int] = []  # the group of each parameter
         self.batches: list[Placed] = []
         self.lists: dict[Listed, list[int]] = {}  # places of parameters that are stepped in lists,
         self.torch: dict[int, list[int]] = {}  # of those that take another step of torch, by group,
         self.rest: list[int] = []  # and of those that take the definition
-        self.sums: list = []  # by what shards the norm of the gradients is summed, in an order all processes share
         self.copies = False  # some gradient has another layout than its parameter
         self.written: list[Tensor] = []  # parameters that are written behind the back of autograd
         self.averages: list[weakref.ref[Tensor]] = []  # and averages
+
+    def add_batches(self, batches: dict[tuple, tuple[list[Member], list[int]]], copies: bool) -> None:
+        """batches: the members of each kind, which ends with (over, clips, key), and their places.
+        copies: some gradients are laid out anew, as copies that live until the step is over."""
+        self.copies = copies
+        for (rule, *_, over, clips, key), (members, places) in batches.items():
+            self.batches.append(Placed(rule, members, over, places, clips, key, copies))
+            self.written += [m.parameter for m in members if not m.parameter.is_inference()]
+            averages = (m.average for m in members if m.average is not None)
+            self.averages += [weakref.ref(average) for average in averages if not average.is_inference()]
+
+    def add_listed(self, kind: Listed, place: int) -> None:
+        p = self.params[place]
+        self.lists.setdefault(kind, []).append(place)
+        self.written += [] if p.is_inference() else [p]
 
     def remember(self, grads: list[Tensor | None], pieces: list[Tensor], state: dict) -> None:
         self._kept = Watch(self.params, state.values())
@@ -123,11 +138,26 @@ class Plan:
 class Placed(Batch):
     """A batch with the places of its parameters in the optimizer, and the numbers of its groups on the device."""
 
-    places: list[int]
-    clips: bool  # its gradients are of the global norm
-    key: Any  # what shards they are of
-    kept: list[Tensor]  # gradients that were copied, until they are read
     _written: tuple | None = None
+
+    def __init__(
+        self,
+        rule: Rule,
+        members: list[Member],
+        shards: Any,
+        places: list[int],
+        clips: bool,
+        key: Any,
+        copies: bool,
+    ) -> None:
+        """clips: its gradients are of the global norm. key: what shards they are of. copies: see ``add_batches``."""
+        super().__init__(rule, members, shards)
+        self.places, self.clips, self.key = places, clips, key
+        self._copies = [member.gradient for member in members] if copies else []
+
+    def release(self) -> None:
+        """Lets go of copies of gradients: the step is over."""
+        self._copies = []
 
     def numbers_on_device(self, numbers: list[Numbers]) -> Tensor:
         """fp64 ``[groups, WIDTH]``, written where they have changed; what lies on the device is copied there."""

@@ -1,4 +1,4 @@
-"""Layer normalization, alone and behind a residual branch: y = f(LN(h) + residual), h = skip + D(x).
+"""Layer normalization, alone and behind a branch of a transformer: y = f(LN(h) + residual), h = skip + D(x).
 
 Two backends: the Triton kernels of ``kernels/layer_norm.py`` (CUDA) and the definition in ATen (CPU, ``torch.func``
 transforms, second derivatives). Kept for backward are h (x itself, where nothing stands before the normalization) and
