@@ -69,7 +69,7 @@ def kernels() -> list[Kernel]:
                 2 * average.itemsize + dtype.itemsize,
                 trips=0,
                 # Accesses of 16 bytes are four elements a thread to one type and eight to the other.
-                # Lanes of fp32 are then 32 bytes apart: two requests for the same sectors, the second one from L1.
+                # Loads of fp32 then have lanes 32 bytes apart: two requests ask for the same sectors.
                 budget=Budget(
                     **SCALARS,
                     shared_bytes=16384 if average != dtype else 0,

@@ -99,7 +99,7 @@ def budget_of(arguments, e, headroom) -> Budget:
         access_bytes=min(16, arguments["VECTOR"] * e),
         narrow_loads=1000 if arguments["LAST"] else 0,
         # Where channels are last a thread has 16 neighbouring ones, in two vectors (four of fp32): lanes of a request
-        # are 32 (64) bytes apart, each with half of a sector. Another request has the rest, from L1.
+        # are 32 (64) bytes apart, each with half of a sector. Another request, load or store, has the rest.
         sectors=2 if arguments["LAST"] else 1,
         # A B200 reads a bf16 element in the time of 20 instructions, and n = 8 with mish takes a little more.
         min_headroom={80: 1, 90: 1.5, 100: 0.75} if headroom is None else headroom,
