@@ -6,8 +6,8 @@ import torch
 from torch.optim import swa_utils
 
 from fastreg.averages import get_ema_multi_avg_fn
-from fastreg.ops.multi_tensor import averages as ops
-from fastreg.ops.multi_tensor.tables import table_of
+from fastreg.ops import averages as ops
+from fastreg.ops.multi_tensor import table_of
 
 from .cases import Case
 from .executed import absent, zeros
@@ -69,7 +69,7 @@ def kernels() -> list[Kernel]:
                 2 * average.itemsize + dtype.itemsize,
                 trips=0,
                 # Accesses of 16 bytes are four elements a thread to one type and eight to the other.
-                # Lanes are then 32 bytes apart in fp32: two requests for the same sectors, the second half from L1.
+                # Loads of fp32 then have lanes 32 bytes apart: two requests ask for the same sectors.
                 budget=Budget(
                     **SCALARS,
                     shared_bytes=16384 if average != dtype else 0,
@@ -91,16 +91,13 @@ def kernels() -> list[Kernel]:
 
 def following_of(average, dtype, memory):
     averages, weights = memory(SIZE, dtype=average), memory(SIZE, dtype=dtype)
-    return ops.follow_launch(tables(averages, weights, ops.TILE), 0.001, (average, dtype)), [
-        averages,
-        weights,
-    ]
+    return ops._follow(tables(averages, weights, ops.TILE), 0.001, (average, dtype)), [averages, weights]
 
 
 def copy_of(improved, memory):
     target, source = memory(SIZE, dtype=torch.uint8), memory(SIZE, dtype=torch.uint8)
     flag = memory(dtype=torch.bool).fill_(True) if improved else None
-    return ops.copy_if_launch(tables(target, source, ops.BYTES), flag), [target, source]
+    return ops._copy_if(tables(target, source, ops.BYTES), flag), [target, source]
 
 
 def tables(target, source, tile):

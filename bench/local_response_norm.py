@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as torch_functional
 
 import fastreg.functional as fast
-from fastreg.ops.norms import local_response_norm as ops
+from fastreg.ops import local_response_norm as ops
 
 from .cases import Case, close_to, images, random
 from .sass import Budget, Kernel, short_name
@@ -72,15 +72,15 @@ def variants(
     """The forward and the backward kernel of one form."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     x = x.to(memory_format=torch.channels_last) if layout == "NHWC" else x
-    form = ops.Form(size, 1e-4, beta, 1.0, activation)
+    form = ops._Form(size, 1e-4, beta, 1.0, activation)
     e = dtype.itemsize
     label = short_name(dtype)
     other = x if residual else None
     launches = {
-        "forward": (ops.forward_launches(x, other, x, form), 3 * e if residual else 2 * e),
-        "backward": (ops.backward_launches(x, x, other, x, other, form), 5 * e if residual else 3 * e),
+        "forward": (ops._forward_launch(x, other, x, form), 3 * e if residual else 2 * e),
+        "backward": (ops._backward_launch(x, x, other, x, other, form), 5 * e if residual else 3 * e),
     }
-    for direction, ((launch,), bytes_per_element) in launches.items():
+    for direction, (launch, bytes_per_element) in launches.items():
         yield Kernel.of(
             f"{direction} {label} {layout} {name}".strip(),
             launch,
@@ -99,7 +99,7 @@ def budget_of(arguments, e, headroom) -> Budget:
         access_bytes=min(16, arguments["VECTOR"] * e),
         narrow_loads=1000 if arguments["LAST"] else 0,
         # Where channels are last a thread has 16 neighbouring ones, in two vectors (four of fp32): lanes of a request
-        # are 32 (64) bytes apart, each with half of its sector. Another request of the thread has the rest, from L1.
+        # are 32 (64) bytes apart, each with half of a sector. Another request, load or store, has the rest.
         sectors=2 if arguments["LAST"] else 1,
         # A B200 reads a bf16 element in the time of 20 instructions, and n = 8 with mish takes a little more.
         min_headroom={80: 1, 90: 1.5, 100: 0.75} if headroom is None else headroom,

@@ -97,7 +97,7 @@ def tiled(x: Tensor, form: Form) -> Tensor:
     return x.contiguous() if tiling(x, form.mask_dims, form.bias_dim) is None else x
 
 
-def _tiles(x: Tensor, form: _Form) -> Tiling:
+def _tiles(x: Tensor, form: Form) -> Tiling:
     """Of a tensor that is ``_tiled``."""
     tiles = tiling(x, form.mask_dims, form.bias_dim)
     assert tiles is not None
