@@ -58,18 +58,19 @@ class planned:
 
     def run(self, *arguments: Any) -> list[Tensor]:
         """Runs the launches. Returns their workspace, each tensor in one dimension, in the order of its first use."""
-        tensors, key = [], []
+        tensors: list[Tensor] = []
+        options: list[Any] = []
         for argument in arguments:
             if isinstance(argument, Tensor):
                 tensors.append(argument)
-                key.append(Tensor)
+                options.append(Tensor)
             elif type(argument) is Stream:
                 seed = argument.seed
-                key.append(None if isinstance(seed, Tensor) else seed != 0)  # see Launch.run
+                options.append(None if isinstance(seed, Tensor) else seed != 0)  # see Launch.run
             else:
-                key.append(argument)
+                options.append(argument)
         first = tensors[0]
-        key = first.shape, first.device, *key
+        key = first.shape, first.device, *options
         plan = self._known(key, tensors)
         if plan is None:
             tensors = _distinct(tensors)
