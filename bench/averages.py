@@ -6,8 +6,8 @@ import torch
 from torch.optim import swa_utils
 
 from fastreg.averages import get_ema_multi_avg_fn
-from fastreg.ops import averages as ops
-from fastreg.ops.multi_tensor import table_of
+from fastreg.ops.multi_tensor import averages as ops
+from fastreg.ops.multi_tensor.tables import table_of
 
 from .cases import Case
 from .executed import absent, zeros
@@ -91,13 +91,16 @@ def kernels() -> list[Kernel]:
 
 def following_of(average, dtype, memory):
     averages, weights = memory(SIZE, dtype=average), memory(SIZE, dtype=dtype)
-    return ops._follow(tables(averages, weights, ops.TILE), 0.001, (average, dtype)), [averages, weights]
+    return ops.follow_launch(tables(averages, weights, ops.TILE), 0.001, (average, dtype)), [
+        averages,
+        weights,
+    ]
 
 
 def copy_of(improved, memory):
     target, source = memory(SIZE, dtype=torch.uint8), memory(SIZE, dtype=torch.uint8)
     flag = memory(dtype=torch.bool).fill_(True) if improved else None
-    return ops._copy_if(tables(target, source, ops.BYTES), flag), [target, source]
+    return ops.copy_if_launch(tables(target, source, ops.BYTES), flag), [target, source]
 
 
 def tables(target, source, tile):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as torch_functional
 
 import fastreg.functional as fast
-from fastreg.ops import local_response_norm as ops
+from fastreg.ops.norms import local_response_norm as ops
 
 from .cases import Case, close_to, images, random
 from .sass import Budget, Kernel, short_name
@@ -72,15 +72,15 @@ def variants(
     """The forward and the backward kernel of one form."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     x = x.to(memory_format=torch.channels_last) if layout == "NHWC" else x
-    form = ops._Form(size, 1e-4, beta, 1.0, activation)
+    form = ops.Form(size, 1e-4, beta, 1.0, activation)
     e = dtype.itemsize
     label = short_name(dtype)
     other = x if residual else None
     launches = {
-        "forward": (ops._forward_launch(x, other, x, form), 3 * e if residual else 2 * e),
-        "backward": (ops._backward_launch(x, x, other, x, other, form), 5 * e if residual else 3 * e),
+        "forward": (ops.forward_launches(x, other, x, form), 3 * e if residual else 2 * e),
+        "backward": (ops.backward_launches(x, x, other, x, other, form), 5 * e if residual else 3 * e),
     }
-    for direction, (launch, bytes_per_element) in launches.items():
+    for direction, ((launch,), bytes_per_element) in launches.items():
         yield Kernel.of(
             f"{direction} {label} {layout} {name}".strip(),
             launch,
