@@ -476,7 +476,7 @@ class Regularized(Optimizer):
                     batch.shards.sum_(batch.squared)
                 batch.project()
             batch.kept = []
-        averages = [average for average in (known() for known in plan.averages) if average is not None]
+        averages = cast("list[Tensor]", [average() for average in plan.averages])  # the state keeps them
         for written in (plan.written, averages):
             if written:
                 torch.autograd.graph.increment_version(written)
