@@ -1,5 +1,7 @@
 """Averages and snapshots of weights."""
 
+from functools import partial
+
 import torch
 from torch.optim import swa_utils
 
@@ -8,6 +10,7 @@ from fastreg.ops.multi_tensor import averages as ops
 from fastreg.ops.multi_tensor.tables import table_of
 
 from .cases import Case
+from .executed import absent, zeros
 from .optimizers import Stepped, large, stepped, tiny
 from .sass import Budget, Kernel, short_name
 
@@ -47,7 +50,6 @@ CASES = (average("moving average", large), average("moving average, tensors of 6
 # What ``fastreg inspect`` compiles
 
 SIZE = 1 << 27  # elements, or bytes, of one tensor
-META = torch.device("meta")
 # The tables of a program: what it works on, and addresses. Of short kernels the assembler unrolls the tail, and leaves
 # a part of it outside of the loop.
 SCALARS = {"narrow_loads": 18, "narrow_stores": 4}
@@ -56,25 +58,50 @@ SCALARS = {"narrow_loads": 18, "narrow_stores": 4}
 def kernels() -> list[Kernel]:
     """Whole tiles at aligned addresses: the others are loops of no turn."""
     fp32, bf16, fp64 = torch.float32, torch.bfloat16, torch.float64
-    numbers = (0,), (SIZE,), (0,)
     found = []
     for average, dtype in ((fp32, fp32), (fp32, bf16), (bf16, bf16), (fp64, fp64)):
-        launch = ops._follow(table_of(META, numbers, ops.TILE), 0.001, (average, dtype))
+        launch = partial(following_of, average, dtype)
         found += [
             Kernel.of(
                 f"moving average {short_name(average)} of {short_name(dtype)}",
-                launch,
+                launch(absent)[0],
                 SIZE,
                 2 * average.itemsize + dtype.itemsize,
                 trips=0,
                 # Accesses of 16 bytes are four elements a thread to one type and eight to the other.
-                budget=Budget(**SCALARS, shared_bytes=16384 if average != dtype else 0),
+                # Lanes are then 32 bytes apart in fp32: two requests for the same sectors, the second half from L1.
+                budget=Budget(
+                    **SCALARS,
+                    shared_bytes=16384 if average != dtype else 0,
+                    sectors=1.39 if average != dtype else 1,
+                ),
                 headline=average == dtype == fp32,
+                real=partial(launch, zeros),
             )
         ]
-    table = table_of(META, numbers, ops.BYTES)
-    for name, flag in (("copy", None), ("copy if improved", torch.empty((), dtype=torch.bool, device=META))):
-        launch = ops._copy_if(table, flag)
-        budget = Budget(**SCALARS)
-        found += [Kernel.of(f"{name}, a byte", launch, SIZE, 2, trips=0, budget=budget)]
+    for name, improved in (("copy", False), ("copy if improved", True)):
+        launch = partial(copy_of, improved)
+        rest = {"trips": 0, "budget": Budget(**SCALARS), "real": partial(launch, zeros)}
+        found += [Kernel.of(f"{name}, a byte", launch(absent)[0], SIZE, 2, **rest)]
     return found
+
+
+# Each of these returns a launch, and the tensors that its table points to.
+
+
+def following_of(average, dtype, memory):
+    averages, weights = memory(SIZE, dtype=average), memory(SIZE, dtype=dtype)
+    return ops.follow_launch(tables(averages, weights, ops.TILE), 0.001, (average, dtype)), [
+        averages,
+        weights,
+    ]
+
+
+def copy_of(improved, memory):
+    target, source = memory(SIZE, dtype=torch.uint8), memory(SIZE, dtype=torch.uint8)
+    flag = memory(dtype=torch.bool).fill_(True) if improved else None
+    return ops.copy_if_launch(tables(target, source, ops.BYTES), flag), [target, source]
+
+
+def tables(target, source, tile):
+    return table_of(target.device, ((target.data_ptr(),), (SIZE,), (source.data_ptr(),)), tile)

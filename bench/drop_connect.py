@@ -109,12 +109,12 @@ def of_weights(name: str, features: int, ours, plain, check) -> Case:
     )
 
 
-def case(features: int, p: float, plain, mask: str = "example") -> Case:
-    form = "" if mask == "example" else f' mask="{mask}"'
+def case(features: int, p: float, plain, mode: str = "example") -> Case:
+    form = "" if mode == "example" else f' mode="{mode}"'
     return of_weights(
         f"drop_connect_linear{form} p={p:g}",
         features,
-        lambda v, weight, bias: fast.drop_connect_linear(v, weight, bias, p, mask=mask),
+        lambda v, weight, bias: fast.drop_connect_linear(v, weight, bias, p, mode=mode),
         plain,
         has_the_moments(p),
     )
@@ -168,7 +168,7 @@ def variants(dtype, size, p, activation=None, note="", headline=False):
         for shape in ((examples, inputs), (outputs, inputs), (examples, outputs), (outputs,))
     )
     chance = streams.chance(p)
-    form = ops._Form(*chance, 1, 1 / chance.probability, activation)
+    form = ops.Form(*chance, 1, 1 / chance.probability, activation)
     connections = examples * outputs * inputs
     moved = dtype.itemsize * (v.numel() + weight.numel() + z.numel()) / connections
     label = short_name(dtype)
@@ -223,7 +223,7 @@ def shared_variants(dtype, examples, group_size):
         torch.empty(shape, dtype=dtype, device="meta")
         for shape in ((examples, inputs), (outputs, inputs), (examples, outputs))
     )
-    form = ops._Form(*streams.chance(0.5), group_size, 2.0)
+    form = ops.Form(*streams.chance(0.5), group_size, 2.0)
     connections = examples * outputs * inputs
     moved = dtype.itemsize * (v.numel() + weight.numel() + z.numel()) / connections
     stream = Stream(1)
@@ -254,7 +254,7 @@ def masking(dtype, p):
     """Of an element of W: one pass over it."""
     weight = torch.empty(4096, 4096, dtype=dtype, device="meta")
     chance = streams.chance(p)
-    (launch,) = ops.mask_launches(weight, weight, 0, Stream(1), ops._Form(*chance, ops.BATCH, 2.0))
+    (launch,) = ops.mask_launches(weight, weight, 0, Stream(1), ops.Form(*chance, ops.BATCH, 2.0))
     budget = Budget(
         max_instructions=14 + 5 * (chance.digits - 1) if dtype.itemsize == 2 else 18,
         shared_bytes=0 if dtype.itemsize == 2 else 2048,  # a thread draws for 8 neighbours and stores 4

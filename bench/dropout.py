@@ -219,7 +219,7 @@ def variants(
     stream = Stream(torch.empty(1, dtype=torch.int64, device="meta") if seed_in_memory else 1)
     bias = None if form.bias_dim is None else x.new_empty(x.shape[form.bias_dim])
     kept = x if form.keeps_input else None
-    tiles = tiling(ops._tiled(x, form), form.mask_dims, form.bias_dim)
+    tiles = tiling(ops.tiled(x, form), form.mask_dims, form.bias_dim)
     e = dtype.itemsize
     read = e * 0.9 if tiles.mask == "row" else e  # what a mask of rows drops is not read
     label = short_name(dtype)

@@ -28,13 +28,13 @@ def kernels() -> list[Kernel]:
 def variants(dtype, size, name, activation=None, note="", headline=False):
     examples, outputs, inputs = size
     kind = {"gaussian": ops.GAUSSIAN, "flipout": ops.FLIPOUT, "factorised": ops.FACTORISED}[name]
-    form, stream = ops._Form(kind, activation=activation), Stream(1)
+    form, stream = ops.Form(kind, activation=activation), Stream(1)
     e, connections = dtype.itemsize, examples * outputs * inputs
 
     def empty(*shape, dtype=dtype):
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    squares = ops._second_dtype(dtype, kind)
+    squares = ops.second_dtype(dtype, kind)
     v, z, weight = empty(examples, inputs), empty(examples, outputs), empty(outputs, inputs)
     v2, z2 = empty(examples, inputs, dtype=squares), empty(examples, outputs, dtype=squares)
     bias = empty(outputs)

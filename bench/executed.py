@@ -39,8 +39,8 @@ def execute(kernel: Kernel, cc: int) -> Executed:
     """Runs a sample of the programs of a declared launch."""
     from .machine import Launch, Options, Program, Unknown
 
-    launch = kernel.launch
-    if launch is None or any(name in launch.arguments for name in ("entries_ptr", "chunks_ptr")):
+    launch, pointed_at = kernel.real() if kernel.real else (kernel.launch, [])
+    if launch is None or ("entries_ptr" in launch.arguments and not pointed_at):
         raise InspectError(f"{kernel.name}: without its tables it cannot run")
     grid = (*launch.grid, 1, 1)[:3]
     moves = kernel.elements * kernel.bytes_per_element
@@ -49,7 +49,8 @@ def execute(kernel: Kernel, cc: int) -> Executed:
     tensors = {
         name: _real(value) for name, value in launch.arguments.items() if isinstance(value, torch.Tensor)
     }
-    if sum(x.nbytes for x in tensors.values()) > MEMORY:
+    memory = [*tensors.items(), *((f"table -> {tuple(x.shape)} {x.dtype}", x) for x in pointed_at)]
+    if sum(x.nbytes for _, x in memory) > MEMORY:
         raise InspectError(f"{kernel.name}: its tensors are too large to execute")
     numbers = sampled(prod(grid), kernel.elements)
     binary = binary_for(kernel, cc)
@@ -62,13 +63,13 @@ def execute(kernel: Kernel, cc: int) -> Executed:
         grid,
         32 * kernel.num_warps,
         _parameters(kernel, launch.arguments | tensors),
-        [_region(name, x) for name, x in tensors.items()],
+        [_region(name, x) for name, x in memory],
         binary.metadata.shared,
         Options(ordered=False, counting=True, programs=numbers),
     )
     counters = run.run()
     scale = prod(grid) / len(numbers)
-    moved = sum(_moved(counters, x, scale) for x in tensors.values()) / (prod(grid) * kernel.elements)
+    moved = sum(_moved(counters, x, scale) for _, x in memory) / (prod(grid) * kernel.elements)
     return _per_element(counters, len(numbers) * kernel.elements, moved)
 
 
@@ -82,8 +83,20 @@ def _moved(counters: Counters, x: torch.Tensor, scale: float) -> float:
     return read + written
 
 
+def absent(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor without memory, as kernels are declared with."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """The same with memory, which the system gives where it is touched."""
+    return _real(absent(*shape, dtype=dtype))
+
+
 def _real(x: torch.Tensor) -> torch.Tensor:
-    """A tensor of zeros of this shape, whose memory the system gives where it is touched."""
+    """A tensor of zeros of this shape and layout; what has memory stays."""
+    if x.device.type != "meta":
+        return x
     count = 1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))
     memory = np.zeros(count * x.element_size() + ALIGNED, np.uint8)
     memory = memory[-memory.ctypes.data % ALIGNED :][: count * x.element_size()]

@@ -102,33 +102,33 @@ def seam(p: float, features: int) -> Case:
     return Case(
         f"dropout+add+layer_norm p={p:g} C={features}" if p else f"add+layer_norm C={features}",
         shapes(features, 2),
-        ours=lambda x, r, w, b: fast.dropout_add_layer_norm(x, r, w.shape, w, b, p, eps=EPS),
+        ours=lambda x, r, w, b: fast.dropout_add_layer_norm(x, r, w.shape, w, b, EPS, p),
         torch=eager,
-        forward_bytes=lambda e: 4 * e,  # read x and the residual, write h and y
+        forward_bytes=lambda e: 4 * e,  # read x and skip, write h and y
         backward_bytes=lambda e: (
             (4 if p else 3) * e
-        ),  # read dy and h, write dx and, where it is not dx, dresidual
+        ),  # read dy and h, write dx and, where it is not dx, dskip
         check=follows_its_mask(p) if p else close_to(eager, rowwise=True),
         peers={"flash_attn": flash_attention(p)},
     )
 
 
 def follows_its_mask(p: float):
-    """The check of the seam: its mask, which no result shows, is where dx is not 0 but the residual's gradient is."""
+    """The check of the seam: its mask, which no result shows, is where the gradient of skip is not 0, but dx is."""
 
     def check(inputs, y, dy, grads):
-        x, residual, weight, bias = (t.detach().float() for t in inputs)
-        dx, dresidual = grads[0].float(), grads[1].float()
+        x, skip, weight, bias = (t.detach().float() for t in inputs)
+        dx, dskip = grads[0].float(), grads[1].float()
         tolerance = TOLERANCE[inputs[0].dtype]
-        clear = dresidual.abs() > tolerance  # elsewhere, a kept gradient may round to 0
+        clear = dskip.abs() > tolerance  # elsewhere, a kept gradient may round to 0
         keep = dx != 0
         rate = float((~keep & clear).sum() / clear.sum().clamp(min=1))
         # 6 standard errors (one false alarm in 10⁹), plus the 1/256 to which some peers round p.
         if abs(rate - p) > 6 * (p * (1 - p) / max(1, int(clear.sum()))) ** 0.5 + 1 / 256:
             return f"drop rate {rate:.4f}, not {p}"
-        if not torch.isclose(dx, dresidual / (1 - p), rtol=tolerance, atol=tolerance)[keep].all():
-            return "the gradient is not that of the residual, scaled"
-        h = residual + torch.where(keep, x / (1 - p), 0)
+        if not torch.isclose(dx, dskip / (1 - p), rtol=tolerance, atol=tolerance)[keep].all():
+            return "the gradient is not that of skip, scaled"
+        h = skip + torch.where(keep, x / (1 - p), 0)
         # A row with an element whose mask is not known says nothing.
         known = clear.all(-1)
         wrong = ~torch.isclose(y.float(), layer_norm(h, weight, bias), rtol=tolerance, atol=4 * tolerance)
@@ -199,7 +199,7 @@ def variants(
     **show,
 ):
     """Forward and backward kernels of one form."""
-    form = ops._Form(size[1], EPS, dtype, activation, round(p * 2**16), 1 / (1 - p))
+    form = ops.Form(size[1], EPS, dtype, activation, round(p * 2**16), 1 / (1 - p))
     add = add or p > 0
     x = torch.empty(size, dtype=dtype, device="meta")
     parameter = x.new_empty(form.columns)

@@ -72,7 +72,7 @@ def variants(
     """The forward and the backward kernel of one form."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     x = x.to(memory_format=torch.channels_last) if layout == "NHWC" else x
-    form = ops._Form(size, 1e-4, beta, 1.0, activation)
+    form = ops.Form(size, 1e-4, beta, 1.0, activation)
     e = dtype.itemsize
     label = short_name(dtype)
     other = x if residual else None
@@ -98,7 +98,9 @@ def budget_of(arguments, e, headroom) -> Budget:
         # assembler loads only the part that is used.
         access_bytes=min(16, arguments["VECTOR"] * e),
         narrow_loads=1000 if arguments["LAST"] else 0,
-        sectors=2 if arguments["LAST"] else 1,  # as counted
+        # Where channels are last a thread has 16 neighbouring ones, in two vectors (four of fp32): lanes of a request
+        # are 32 (64) bytes apart, each with half of its sector. Another request of the thread has the rest, from L1.
+        sectors=2 if arguments["LAST"] else 1,
         # A B200 reads a bf16 element in the time of 20 instructions, and n = 8 with mish takes a little more.
         min_headroom={80: 1, 90: 1.5, 100: 0.75} if headroom is None else headroom,
     )

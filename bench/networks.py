@@ -26,15 +26,15 @@ class PlainNorm(nn.BatchNorm2d):
 
 
 class PlainSeam(nn.LayerNorm):
-    """(norm(h), h) for h = residual + dropout(x)."""
+    """(norm(h), h) for h = skip + dropout(x)."""
 
     def __init__(self, width: int, p: float) -> None:
         super().__init__(width)
         self.p = p
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> tuple[Tensor, Tensor]:
         h = F.dropout(x, self.p, self.training)
-        h = h if residual is None else h + residual
+        h = h if skip is None else h + skip
         return super().forward(h), h
 
 
@@ -48,12 +48,12 @@ class FusedNorm(fnn.BatchNorm2d):
 
 class FusedSeam(fnn.DropoutAddLayerNorm):
     def __init__(self, width: int, p: float) -> None:
-        super().__init__(width, p, prenorm=True)
+        super().__init__(width, p=p, prenorm=True)
 
 
 @dataclass(frozen=True)
 class Layers:
-    """The makers of what differs: norm(channels, activation), called with (x, residual); seam(width, p)."""
+    """The makers of what differs: norm(channels, activation), called with (x, residual); seam(width, p): (x, skip)."""
 
     norm: Callable[..., nn.Module]
     seam: Callable[..., nn.Module]
@@ -122,15 +122,15 @@ class GPTBlock(nn.Module):
         self.up = nn.Linear(width, 4 * width)
         self.down = nn.Linear(4 * width, width)
 
-    def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The branch that the next seam drops and adds, and the residual stream."""
-        y, residual = self.seam1(x, residual)
+    def forward(self, x: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The branch that the next seam drops and adds, and the stream beside it."""
+        y, skip = self.seam1(x, skip)
         q, k, v = (
             part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(y).chunk(3, dim=-1)
         )
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        y, residual = self.seam2(self.project(attended.transpose(1, 2).flatten(2)), residual)
-        return self.down(F.gelu(self.up(y), approximate="tanh")), residual
+        y, skip = self.seam2(self.project(attended.transpose(1, 2).flatten(2)), skip)
+        return self.down(F.gelu(self.up(y), approximate="tanh")), skip
 
 
 class GPT(nn.Module):
@@ -154,7 +154,7 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, vocabulary, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x, residual = self.embedding(tokens) + self.positions[: tokens.shape[1]], None
+        x, skip = self.embedding(tokens) + self.positions[: tokens.shape[1]], None
         for block in self.blocks:
-            x, residual = block(x, residual)
-        return self.head(self.seam(x, residual)[0])
+            x, skip = block(x, skip)
+        return self.head(self.seam(x, skip)[0])

@@ -105,7 +105,7 @@ def kernels() -> list[Kernel]:
 def variant(dtype, name, size, *, seed_in_memory=False, budget=None, **show) -> Kernel:
     x = torch.empty(size, dtype=dtype, device="meta")
     stream = Stream(torch.empty(1, dtype=torch.int64, device="meta") if seed_in_memory else 1)
-    (launch,) = ops.launches(x, x, stream, ops._Form(0.1, name == "multiplicative"))
+    (launch,) = ops.launches(x, x, stream, ops.Form(0.1, name == "multiplicative"))
     label = short_name(dtype)
     return Kernel.of(
         f"{label} {name}",

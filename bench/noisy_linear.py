@@ -36,7 +36,7 @@ def factorised(v, weight, bias):
     return mean + noise * factors(mean)
 
 
-def noisy(kind: str):
+def noisy(mode: str):
     """The check of any implementation: the noise has its mean and variance, and the gradients follow it, for z - b is
     linear in the length of v: (dv, v) = (dz, z - b)."""
 
@@ -45,14 +45,14 @@ def noisy(kind: str):
         if z.shape != (len(v), len(weight)):
             return f"output is {tuple(z.shape)}"
         mean, deviation = F.linear(v, weight, bias), SIGMA * v.norm(dim=1, keepdim=True)
-        if kind == "multiplicative":
+        if mode == "multiplicative":
             deviation = SIGMA * (v.square() @ weight.square().t()).sqrt()
-        if kind == "factorised":  # two factors, each with the variance E |x| = sqrt(2 / pi)
+        if mode == "factorised":  # two factors, each with the variance E |x| = sqrt(2 / pi)
             deviation = deviation * (2 / torch.pi) ** 0.5
         normal = (z - mean) / deviation
         # Rounding of z, which is random too. All outputs of an example share its e_in, and so a part of their variance.
         rounding = float(torch.finfo(inputs[0].dtype).eps * z.square().mean().sqrt() / deviation.mean())
-        count = len(v) if kind == "factorised" else normal.numel()
+        count = len(v) if mode == "factorised" else normal.numel()
         tolerance = 6 * (8 / count) ** 0.5 + 4 * rounding**2
         if abs(normal.mean()) > 6 * (2 / normal.numel()) ** 0.5 + rounding:
             return f"the mean of the noise is {normal.mean():.4f} of its deviation"
@@ -68,13 +68,13 @@ def noisy(kind: str):
     return check
 
 
-def case(kind: str, plain, features: int = 4096) -> Case:
+def case(mode: str, plain, features: int = 4096) -> Case:
     return of_weights(
-        f"noisy_linear {kind}",
+        f"noisy_linear {mode}",
         features,
-        lambda v, weight, bias: fast.noisy_linear(v, weight, bias, SIGMA, kind=kind),
+        lambda v, weight, bias: fast.noisy_linear(v, weight, bias, SIGMA, mode=mode),
         plain,
-        noisy(kind),
+        noisy(mode),
     )
 
 

@@ -1,16 +1,19 @@
 """Steps of optimizers: one large parameter, very many tiny ones, and everything that a step can do in one pass."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 
 import torch
 from torch import Tensor, nn
 
 from fastreg import optim
+from fastreg.ops.backend import Launch
 from fastreg.ops.multi_tensor import optimizers as ops
 from fastreg.ops.multi_tensor.optimizers import Batch, Member, Rule
 
 from .cases import TOLERANCE, Case
+from .executed import absent, zeros
 from .sass import Budget, Kernel, short_name
 
 LR, DECAY, BETAS, EPS = 1e-3, 0.1, (0.9, 0.95), 1e-8
@@ -227,31 +230,14 @@ def kernels() -> list[Kernel]:
         variant("AdamW, max-norm of the tensor", ADAM._replace(rows=False), fp32),
     ]
     for dtype in (fp32, bf16):
-        batch = batch_of(ADAM, dtype)
-        found += [
-            Kernel.of(
-                f"{short_name(dtype)} squares of gradients",
-                *ops.squares_launches(batch.table.entries, batch.table.chunks, batch.partials, batch.form),
-                SIZE,
-                dtype.itemsize,
-                trips=0,
-                budget=Budget(**SCALARS, shared_bytes=64),
-            )
-        ]
-    long = batch_of(ADAM._replace(rows=False), fp32)
-    found += [
-        Kernel.of(
-            "fp32 projection of the tensor",
-            *ops.project_launches(
-                long.table.entries, long.table.chunks, long.chunk_units, long.scalars, long.squared, long.form
-            ),
-            SIZE,
-            2 * fp32.itemsize,
-            trips=0,
-            budget=Budget(**UNROLLED),
-        )
+        budget = Budget(**SCALARS, shared_bytes=64)
+        name = f"{short_name(dtype)} squares of gradients"
+        found += [declared(name, partial(launch_of, squares, ADAM, dtype), dtype.itemsize, budget)]
+    projection = partial(launch_of, project, ADAM._replace(rows=False), fp32)
+    return [
+        *found,
+        declared("fp32 projection of the tensor", projection, 2 * fp32.itemsize, Budget(**UNROLLED)),
     ]
-    return found
 
 
 # The tables of a program: what it works on, its addresses, its numbers; and partial sums.
@@ -270,10 +256,27 @@ def budget_of(rule: Rule, dtype: torch.dtype) -> Budget:
     return Budget(**(UNROLLED if short else SCALARS), shared_bytes=exchanges, min_headroom=least)
 
 
-def batch_of(rule: Rule, dtype: torch.dtype, moments: torch.dtype | None = None, row: int = 0) -> Batch:
+def squares(batch: Batch) -> Launch:
+    return ops.squares_launches(batch.table.entries, batch.table.chunks, batch.partials, batch.form)[0]
+
+
+def step(batch: Batch, everything: bool) -> Launch:
+    """everything: with coupled penalties and proximal L1."""
+    tables = batch.table.entries, batch.table.chunks
+    return ops.step_launches(*tables, batch.scalars, batch.partials, everything, everything, batch.form)[0]
+
+
+def project(batch: Batch) -> Launch:
+    tables = batch.table.entries, batch.table.chunks
+    return ops.project_launches(*tables, batch.chunk_units, batch.scalars, batch.squared, batch.form)[0]
+
+
+def launch_of(stage, rule, dtype, memory, moments=None, row=0):
+    """A stage of a batch, and the tensors that its table points to."""
+
     def like(dtype, wanted=True):
         shape = (SIZE // row, row) if row else (SIZE,)
-        return torch.empty(shape, dtype=dtype, device="meta") if wanted else None
+        return memory(*shape, dtype=dtype) if wanted else None
 
     wide = ops.compute_dtype(dtype)
     member = Member(
@@ -284,24 +287,25 @@ def batch_of(rule: Rule, dtype: torch.dtype, moments: torch.dtype | None = None,
         like(moments or dtype, rule.amsgrad),
         like(wide, rule.master),
         like(wide, rule.average),
-        torch.empty((), dtype=torch.float32, device="meta"),
+        memory(dtype=torch.float32),
     )
-    return Batch(rule, [member])
+    batch = Batch(rule, [member])
+    batch.scalars.fill_(1.0)  # the step is taken
+    if batch.form.projection == "partial":
+        batch.squared.fill_(4.0)  # outside of the ball
+    return stage(batch), [x for x in vars(member).values() if isinstance(x, Tensor)]
+
+
+def declared(name, launch, bytes_per_element, budget, **rest) -> Kernel:
+    rest |= {"trips": 0, "budget": budget, "real": partial(launch, memory=zeros)}
+    return Kernel.of(name, launch(memory=absent)[0], SIZE, bytes_per_element, **rest)
 
 
 def variant(name, rule, dtype, *, moments=None, row=0, everything=False, headline=False) -> Kernel:
-    batch = batch_of(rule, dtype, moments, row)
-    tables = batch.table.entries, batch.table.chunks
-    (launch,) = ops.step_launches(*tables, batch.scalars, batch.partials, everything, everything, batch.form)
-    return Kernel.of(
-        f"{short_name(dtype)} {name}",
-        launch,
-        SIZE,
-        bytes_of(rule, dtype, moments or dtype),
-        trips=0,
-        budget=budget_of(rule, dtype),
-        headline=headline,
-    )
+    stage = partial(step, everything=everything)
+    launch = partial(launch_of, stage, rule, dtype, moments=moments, row=row)
+    budget, bytes_ = budget_of(rule, dtype), bytes_of(rule, dtype, moments or dtype)
+    return declared(f"{short_name(dtype)} {name}", launch, bytes_, budget, headline=headline)
 
 
 def bytes_of(rule: Rule, dtype: torch.dtype, moments: torch.dtype) -> int:

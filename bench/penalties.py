@@ -1,5 +1,7 @@
 """Penalties with their gradients, and projections: what ``torch`` does in several passes over the weights."""
 
+from functools import partial
+
 import torch
 
 from fastreg import penalties
@@ -8,6 +10,7 @@ from fastreg.ops.multi_tensor.penalties import Form
 from fastreg.ops.multi_tensor.tables import table_of
 
 from .cases import TOLERANCE, Case, random, rows
+from .executed import absent, zeros
 from .sass import Budget, Kernel, short_name
 
 
@@ -52,7 +55,6 @@ CASES = (
 # What ``fastreg inspect`` compiles
 
 SIZE = 1 << 27  # elements of one tensor
-META = torch.device("meta")
 
 
 def kernels() -> list[Kernel]:
@@ -73,24 +75,44 @@ def kernels() -> list[Kernel]:
         variant("elastic net value, gradient added", fp64, Form(1e-4, 1e-4), 3, how="add"),
     ]
     for dtype, width in ((fp32, 512), (fp32, 4096), (bf16, 4096), (fp32, 16)):
-        table = table_of(META, ((0,), (SIZE,), (width,)), (width * (ops.TILE // width),))
         name = f"max-norm of rows of {width}"
-        launch = ops._project_rows(table, 1.0, dtype, width)
         headline = (dtype, width) == (fp32, 512)
+        launch = partial(short_rows, dtype, width)
         found += [kernel(name, launch, dtype, 2, shared_bytes=EXCHANGED, headline=headline)]
-    long = ops._long_rows(META, ((0,), (SIZE,), (SIZE,)))
-    squared = torch.empty(1, dtype=fp64, device=META)
-    found += [kernel("max-norm of the tensor, second half", ops._shorten(long, squared, 1.0, fp32), fp32, 2)]
-    return found
+    return [*found, kernel("max-norm of the tensor, second half", partial(whole_tensor, fp32), fp32, 2)]
+
+
+# Each of these returns a launch, and the tensors that its table points to.
+
+
+def penalty_of(dtype, form, how, memory):
+    weights, gradients = memory(SIZE, dtype=dtype), memory(SIZE, dtype=dtype)
+    table = table_of(weights.device, ((weights.data_ptr(),), (SIZE,), (gradients.data_ptr(),)), ops.TILE)
+    partials = None if how == "write" else memory(table.programs, dtype=torch.float64)
+    gain = memory(dtype=torch.float32) if how == "write" else None
+    launch = ops.penalty_launch(table, form, (dtype, dtype), partials=partials, gain=gain, how=how)
+    return launch, [weights, gradients]
+
+
+def short_rows(dtype, width, memory):
+    weights = memory(SIZE, dtype=dtype)
+    numbers = (weights.data_ptr(),), (SIZE,), (width,)
+    table = table_of(weights.device, numbers, (width * (ops.TILE // width),))
+    return ops.project_rows_launch(table, OUTSIDE, dtype, width), [weights]
+
+
+def whole_tensor(dtype, memory):
+    weights = memory(SIZE, dtype=dtype)
+    long = ops.long_rows(weights.device, ((weights.data_ptr(),), (SIZE,), (SIZE,)))
+    squared = memory(1, dtype=torch.float64).fill_(4.0)
+    return ops.shorten_launch(long, squared, 1.0, dtype), [weights]
+
+
+OUTSIDE = -1.0  # a radius that no row is inside of: all are written
 
 
 def variant(name, dtype, form, accesses, *, how="none", **show) -> Kernel:
-    numbers = (0,), (SIZE,), (0,)
-    table = table_of(META, numbers, ops.TILE)
-    partials = None if how == "write" else torch.empty(table.programs, dtype=torch.float64, device=META)
-    gain = torch.empty((), dtype=torch.float32, device=META) if how == "write" else None
-    launch = ops._launch(table, form, (dtype, dtype), partials=partials, gain=gain, how=how)
-    return kernel(name, launch, dtype, accesses, shared_bytes=SUM, **show)
+    return kernel(name, partial(penalty_of, dtype, form, how), dtype, accesses, shared_bytes=SUM, **show)
 
 
 SUM = 8 * ops.WARPS  # of all warps
@@ -103,6 +125,6 @@ SCALARS = {"narrow_loads": 18, "narrow_stores": 4}
 def kernel(name, launch, dtype, accesses, *, shared_bytes=0, **show) -> Kernel:
     """accesses: how many times a weight or its gradient is read or written."""
     budget = Budget(**SCALARS, shared_bytes=shared_bytes)
-    return Kernel.of(
-        f"{short_name(dtype)} {name}", launch, SIZE, accesses * dtype.itemsize, trips=0, budget=budget, **show
-    )
+    declared, _ = launch(absent)
+    show |= {"trips": 0, "budget": budget, "real": partial(launch, zeros)}
+    return Kernel.of(f"{short_name(dtype)} {name}", declared, SIZE, accesses * dtype.itemsize, **show)

@@ -313,9 +313,10 @@ def results_page(
     host: Path | None = None,
     pieces: Path | None = None,
     executed: Path | None = None,
+    tests: Path | None = None,
 ) -> str:
     """The full page: one section for each device, family and dtype, the times of ``host`` and ``pieces``, the
-    counts of ``executed``, the predictions of ``static``."""
+    counts of ``executed``, the ``tests`` on executed PTX, the predictions of ``static``."""
     parts = ["# Benchmark results", LEGEND]
     for document in documents:
         origin = document["provenance"]
@@ -346,6 +347,8 @@ def results_page(
         parts += ["## On the CPU, beside torch's functions", pieces_table(json.loads(pieces.read_text()))]
     if executed is not None and executed.exists():
         parts += ["## Executed", executed_table(json.loads(executed.read_text()))]
+    if tests is not None and tests.exists():
+        parts += ["## Tests on executed PTX", tests_table(json.loads(tests.read_text()))]
     if static is not None and static.exists():
         parts += ["## Predictions", static_table(json.loads(static.read_text()))]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -455,6 +458,30 @@ def executed_table(content: dict) -> str:
         "for*: those of all requests, caches or not. *Bank turns*: of shared memory, beyond those that its bytes need."
         f"\n\n{markdown(header, lines, left=3)}"
     )
+
+
+def tests_table(content: dict) -> str:
+    """What ``pytest --machine TARGET --machine-record FILE`` has recorded, by target and Triton."""
+    lines = []
+    for name, files in content.items():
+        runs = files.values()
+        variants = {variant for run in runs for variant in run["variants"]}
+        failed, tests, launches = (sum(x) for x in zip(*map(_counts, runs), strict=True))
+        numbers = (
+            len(files),
+            tests,
+            failed,
+            len({v.partition(":")[0] for v in variants}),
+            len(variants),
+            launches,
+        )
+        lines.append([name, *map(str, numbers)])
+    header = ["target, Triton", "files", "tests passed", "failed", "kernels", "variants", "launches"]
+    return f"Tests that ran a kernel (`pytest --machine TARGET`).\n\n{markdown(header, lines)}"
+
+
+def _counts(run: dict) -> tuple[int, int, int]:
+    return len(run["failed"]), run["tests"], run["launches"]
 
 
 def family_table(content: dict, gpu: str = "H100") -> str:
@@ -617,11 +644,8 @@ def report(results: Path, page: Path, readme: Path | None = None) -> list[Path]:
     if static.exists():
         draw_predictions(json.loads(static.read_text()), static.with_suffix(".png"))
         written.append(static.with_suffix(".png"))
-    page.write_text(
-        results_page(
-            documents, page, static, results / "host.json", results / "pieces.json", results / "executed.json"
-        )
-    )
+    others = ("host.json", "pieces.json", "executed.json", "machine_tests.json")
+    page.write_text(results_page(documents, page, static, *(results / name for name in others)))
     written.append(page)
     if readme is not None:
         section = readme_section(documents, static, readme, page)

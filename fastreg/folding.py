@@ -25,8 +25,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.dropout import _DropoutNd
 
-from fastreg.nn import batch_norm
-from fastreg.ops.fused import activated, check_residual
+from fastreg.nn.batch_norm import BatchNorm1d
+from fastreg.nn.fused import FusedNorm
+from fastreg.ops.checks import check_residual
+from fastreg.ops.fused import activated
 from fastreg.population import unwrapped
 
 
@@ -40,7 +42,7 @@ class ChannelAffine(nn.Module):
 
     Args:
         weight, bias: ``[C]``.
-        activation: a name of ``fastreg.ops.fused.ACTIVATIONS``, or None.
+        activation: a name of ``fastreg.functional.ACTIVATIONS``, or None.
     """
 
     def __init__(self, weight: nn.Parameter, bias: nn.Parameter, activation: str | None = None) -> None:
@@ -68,7 +70,7 @@ class Folded(nn.Identity):
     ``forward(input, *, residual=None)`` is ``activation(input + residual)``.
 
     Args:
-        activation: a name of ``fastreg.ops.fused.ACTIVATIONS``, or None.
+        activation: a name of ``fastreg.functional.ACTIVATIONS``, or None.
         dim: the rank of the input, in the only case that was folded; None: there is only one.
     """
 
@@ -278,7 +280,7 @@ _CONVOLUTIONS = {
 }
 
 # Subclasses with a forward of their own may do anything.
-_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, batch_norm._BatchNorm.forward)
+_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm1d.forward)
 
 
 class _Replacement(NamedTuple):
@@ -355,7 +357,7 @@ def _plan(
         ):
             continue
         (place,), (region,) = places[norm], caller[norm]
-        activation = norm.activation if isinstance(norm, batch_norm._BatchNorm) else None
+        activation = norm.activation if isinstance(norm, FusedNorm) else None
         layer, weights, rank = source(norm), None, None
         if layer is not None:
             proved = all(_is_matrix(_input(node), modules) for node in nodes)

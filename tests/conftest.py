@@ -113,7 +113,7 @@ def pytest_make_parametrize_id(config, val, argname) -> None:
 def _kernels_of_any_size(request, monkeypatch) -> None:
     """On a GPU small plain tensors go to ATen, and tests of kernels, which are small, force them."""
     if "as_users" not in request.fixturenames:
-        monkeypatch.setattr(_backend, "worth_a_launch", lambda x, least: True)
+        monkeypatch.setattr(_backend, "worth_a_launch", lambda x, operation: True)
 
 
 @pytest.fixture

@@ -5,14 +5,20 @@ Whether kernels are interpreted is decided when they are imported, before pytest
 is read here, when ``conftest.py`` imports this, and handed on to processes that this one starts.
 """
 
+import ast
+import functools
+import hashlib
+import json
 import os
 import random
 import sys
 from collections import Counter
-from typing import NamedTuple
+from pathlib import Path
 
 import pytest
 import torch
+
+from fastreg import kernels
 
 _VARIABLE = "PYTEST_MACHINE"
 
@@ -39,6 +45,13 @@ def bf16(tolerance: float) -> float:
     return tolerance if TARGET is None else tolerance / 2
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """The largest relative error of storing a number in this dtype: half a unit in the last place. The interpreter
+    truncates to bf16: a whole one."""
+    unit = torch.finfo(dtype).eps
+    return unit if dtype == torch.bfloat16 and TRUNCATES else unit / 2
+
+
 if TARGET is not None:
     os.environ[_VARIABLE] = TARGET
     os.environ["TRITON_INTERPRET"] = "0"
@@ -53,7 +66,21 @@ def add_options(parser) -> None:
         "--cases", type=int, help="With --machine: of each test so many cases at most, by --seed."
     )
     parser.addoption(
+        "--every-kernel",
+        action="store_true",
+        help="With --machine: fails unless each kernel has been executed.",
+    )
+    parser.addoption(
+        "--machine-record", metavar="FILE", help="With --machine: what ran, added to this JSON file."
+    )
+    parser.addoption(
         "--machine-seed", type=int, default=0, help="The order of warps and programs; 0: all in step."
+    )
+    parser.addoption(
+        "--machine-errors",
+        type=int,
+        default=0,
+        help="A seed: approximate functions are as wrong as the ISA allows; 0: they are rounded correctly.",
     )
 
 
@@ -61,17 +88,17 @@ def configure(config) -> None:
     if config.getoption("--machine") not in (None, TARGET):
         raise pytest.UsageError("--machine has to stand on the command line")
     if TARGET is not None:
-        attach(config.getoption("--machine-seed"))
+        attach(config.getoption("--machine-seed"), config.getoption("--machine-errors"))
         config.pluginmanager.register(sys.modules[__name__])
 
 
-def attach(seed: int = 0) -> None:
+def attach(seed: int = 0, errors: int = 0) -> None:
     """From here on this process runs kernels on the machine."""
     global MACHINE
     from fastreg.bench import machine
     from fastreg.ops import backend
 
-    MACHINE = machine.attach(TARGET, machine.Options(seed=seed))
+    MACHINE = machine.attach(TARGET, machine.Options(seed=seed, errors=errors))
     backend.INTERPRETED = True  # tensors of the CPU go to the kernels
 
 
@@ -89,60 +116,100 @@ def pytest_collection_modifyitems(config, items) -> None:
     items[:] = [item for item in items if item in taken]
 
 
-class Ran(NamedTuple):
-    """What the machine did in the tests, of one process or of all."""
-
-    tests: int = 0  # passed that launched a kernel
-    variants: int = 0
-    launches: int = 0
-    kernels: tuple[str, ...] = ()
-
-    def __add__(self, other: "Ran") -> "Ran":
-        numbers = (mine + its for mine, its in zip(self[:3], other[:3], strict=True))
-        return Ran(*numbers, tuple(sorted({*self.kernels, *other.kernels})))
-
-
-_tests = 0
-_elsewhere = Ran()
-
-
-def _here() -> Ran:
-    kernels = (program.kernel for program in MACHINE.programs.values())
-    names = {f"{kernel.blocks[0][0].source.partition('.')[0]}.{kernel.name}" for kernel in kernels}
-    return Ran(_tests, len(MACHINE.programs), MACHINE.launches, tuple(sorted(names)))
+_ran: dict[str, tuple[int, list[str]]] = {}  # by test that passed: launches, and the variants of kernels
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call():
+def pytest_runtest_call(item):
     """On sm_100 products of matrices are missing: tests of kernels that have one are skipped."""
-    global _tests
     from fastreg.bench.machine import Unknown
 
+    MACHINE.ran.clear()
     before = MACHINE.launches
     try:
         result = yield
-        _tests += MACHINE.launches > before
-        return result
     except Unknown as error:
         if TARGET == "sm_100" and "tcgen05" in str(error):
             pytest.skip("has a product of matrices, which the machine does not have for sm_100")
         raise
+    if MACHINE.ran:
+        _ran[item.nodeid] = MACHINE.launches - before, sorted(map(_variant, MACHINE.ran))
+    return result
+
+
+@functools.cache
+def _variant(program) -> str:
+    """layer_norm.forward:1f2e3d4c: the kernel, and a name of its code."""
+    kernel = program.kernel
+    stem = kernel.blocks[0][0].source.partition(".")[0]
+    code = "".join(instruction.text for instruction in kernel.instructions())
+    return f"{stem}.{kernel.name}:{hashlib.sha1(code.encode()).hexdigest()[:8]}"
+
+
+@functools.cache
+def all_kernels() -> set[str]:
+    """layer_norm.forward and its like: public functions of Triton's in ``kernels/`` that no other one calls."""
+    defined, called = set(), set()
+    for path in Path(kernels.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = {}  # what is imported from where
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                names |= {alias.name: (node.module, alias.name) for alias in node.names}
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef):
+                jitted = any(ast.unparse(x).startswith("triton.jit") for x in node.decorator_list)
+                if jitted and node.name[0] != "_":
+                    defined.add((path.stem, node.name))
+            elif isinstance(node, ast.Call):
+                module, _, name = ast.unparse(node.func).rpartition(".")
+                called.add((module, name) if module else names.get(name, (path.stem, name)))
+    return {f"{module}.{name}" for module, name in defined - called}
 
 
 def pytest_sessionfinish(session) -> None:
     if hasattr(session.config, "workeroutput"):
-        session.config.workeroutput["machine"] = tuple(_here())
+        session.config.workeroutput["machine"] = _ran
+    elif session.config.getoption("--every-kernel") and (missing := all_kernels() - {*_kernels()}):
+        print(f"\nnever executed: {', '.join(sorted(missing))}")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node) -> None:
-    global _elsewhere
-    _elsewhere += Ran(*getattr(node, "workeroutput", {}).get("machine", ()))
+    _ran.update(getattr(node, "workeroutput", {}).get("machine", {}))
 
 
-def pytest_terminal_summary(terminalreporter) -> None:
-    ran = _here() + _elsewhere
+def _kernels() -> Counter[str]:
+    """The number of variants of each kernel."""
+    variants = {variant for _, variants in _ran.values() for variant in variants}
+    return Counter(variant.partition(":")[0] for variant in sorted(variants))
+
+
+def pytest_terminal_summary(terminalreporter, config) -> None:
+    found = _kernels()
     terminalreporter.write_line(
-        f"{ran.tests} tests passed on executed PTX for {TARGET}: {ran.variants} variants of {len(ran.kernels)} kernels "
-        f"({', '.join(ran.kernels)}) in {ran.launches} launches"
+        f"{len(_ran)} tests passed on executed PTX for {TARGET}: {found.total()} variants of {len(found)} kernels "
+        f"({', '.join(found)}) in {sum(launches for launches, _ in _ran.values())} launches"
     )
+    if (path := config.getoption("--machine-record")) is not None:
+        _record(Path(path), terminalreporter.stats, config)
+
+
+def _record(path: Path, stats: dict, config) -> None:
+    """Adds what ran of each file to a JSON file, in the place of an older run of the file."""
+    import triton
+
+    content = json.loads(path.read_text()) if path.exists() else {}
+    files = content.setdefault(f"{TARGET}, {triton.__version__}", {})
+    bad = [report.nodeid for kind in ("failed", "error") for report in stats.get(kind, [])]
+    for file in sorted({test.partition("::")[0] for test in [*_ran, *bad]}):
+        ran = [its for test, its in _ran.items() if test.startswith(f"{file}::")]
+        files[file] = {
+            "options": f"-m '{config.getoption('markexpr')}' --cases {config.getoption('--cases')}",
+            "tests": len(ran),
+            "failed": [test for test in bad if test.startswith(f"{file}::")],
+            "launches": sum(launches for launches, _ in ran),
+            "variants": sorted({variant for _, variants in ran for variant in variants}),
+        }
+    path.write_text(json.dumps(content, indent=1) + "\n")

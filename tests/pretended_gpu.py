@@ -661,45 +661,18 @@ def _replacements() -> dict[Any, dict[str, Any]]:
 
 
 def _driver(gpu: Gpu) -> Any:
-    from triton.backends.compiler import GPUTarget
-    from triton.backends.driver import DriverBase
+    """The active driver: what Triton asks about the GPU."""
+    from fastreg.bench.machine.driver import Driver
 
-    class Driver(DriverBase):
-        """The active driver: what Triton asks about the GPU."""
-
-        launcher_cls = staticmethod(lambda source, metadata: _launcher(gpu, source, metadata._asdict()))
-        utils = SimpleNamespace(
-            load_binary=lambda name, kernel, shared, device: (None, name, 0, 0, 1024),
-            unload_module=lambda module: None,
-            get_device_properties=lambda device: {
-                "max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32,
-            },
-        )  # fmt: skip
-
-        def __init__(self):
-            self.get_device_capability = lambda device=0: gpu.capability
-            self.get_current_stream = lambda device=0: gpu.stream(device).cuda_stream
-            self.get_current_device = lambda: gpu.current
-            self.set_current_device = _exchange
-
-        @classmethod
-        def is_active(cls):
-            return True
-
-        def map_python_to_cpp_type(self, ty):
-            return ty
-
-        def get_current_target(self):
-            major, minor = gpu.capability
-            return GPUTarget("cuda", 10 * major + minor, 32)
-
-        def get_active_torch_device(self):
-            return torch.device("cuda", gpu.current)
-
-        def get_benchmarker(self):
-            raise NotImplementedError("a pretended GPU takes no time")
-
-    return Driver()
+    return Driver(
+        launcher=lambda source, metadata: _launcher(gpu, source, metadata._asdict()),
+        load=lambda name, code: name,
+        capability=lambda: gpu.capability,
+        device=lambda: gpu.current,
+        stream=lambda device: gpu.stream(device).cuda_stream,
+        set_device=_exchange,
+        torch_device=lambda: torch.device("cuda", gpu.current),
+    )
 
 
 def _launcher(gpu: Gpu, source: Any, options: dict[str, Any]) -> Any:

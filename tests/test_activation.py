@@ -11,12 +11,12 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-import machine_option
 import pytest
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
+from machine_option import rounding
 
 from fastreg import functional
 from fastreg.kernels import activation
@@ -252,13 +252,12 @@ def test_computed(direction, name, dtype):
 @names
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_stored(direction, name, dtype):
-    """Stored in 16 bits: a rounding on top, which is most of it. The interpreter cuts bf16 off: two roundings."""
+    """Stored in 16 bits: a rounding on top, which is most of it."""
     x = samples(dtype, direction, name)
     exact, bound = exact_and_bound(direction, name, x)
-    cut_off = dtype == torch.bfloat16 and machine_option.TRUNCATES
-    half_step = UNIT[dtype] * exact.abs().clamp(min=torch.finfo(dtype).tiny)
+    stored = rounding(dtype) * exact.abs().clamp(min=torch.finfo(dtype).tiny)
     error = (run(TABLES[direction][0], name, x, dtype) - exact).abs()
-    limit = bound * (1 + 2 * UNIT[dtype]) + half_step * (2 if cut_off else 1)
+    limit = bound * (1 + 2 * UNIT[dtype]) + stored
     assert (error <= limit).all(), worst(error, limit, x)
 
 

@@ -151,14 +151,14 @@ OURS = {  # the same for what torch has no counterpart of: also whether the argu
         0.5, float, lambda v: _linear("drop_connect_linear", p=v, training=False, activation="relu"),
     ),
     "drop_connect group_size": (
-        2, int, lambda v: _linear("drop_connect_linear", mask="group", group_size=v, seed=1),
+        2, int, lambda v: _linear("drop_connect_linear", mode="group", group_size=v, seed=1),
     ),
     "drop_connect samples": (
         4, int, lambda v: _linear("drop_connect_linear", training=False, activation="silu", samples=v, seed=1),
     ),
     "noisy_linear sigma": (0.5, float, lambda v: _linear("noisy_linear", sigma=v, seed=1)),
     "noisy_linear sigma multiplicative": (
-        0.5, float, lambda v: _linear("noisy_linear", sigma=v, kind="multiplicative", seed=1),
+        0.5, float, lambda v: _linear("noisy_linear", sigma=v, mode="multiplicative", seed=1),
     ),
     "noisy_linear bias_sigma": (0.5, float, lambda v: _linear("noisy_linear", bias_sigma=v, seed=1)),
     "seed": (7, int, lambda v: lambda x: F.dropout(x, 0.5, seed=v)),
@@ -195,7 +195,7 @@ def test_numpys_bool_is_no_int_and_no_seed():
     with pytest.raises(TypeError, match="seed has to be an int"):
         F.dropout(X, 0.5, seed=np.True_)
     with pytest.raises(TypeError, match="group_size has to be an int"):
-        F.drop_connect_linear(X, WEIGHT, mask="group", group_size=np.True_)
+        F.drop_connect_linear(X, WEIGHT, mode="group", group_size=np.True_)
 
 
 def test_a_learned_deviation_keeps_its_gradient(path, device):
@@ -234,7 +234,7 @@ def test_layers_made_with_numbers_of_other_kinds(name, path, device):
 def test_our_own_layers_with_numbers_of_numpy(compiled, path, device):
     """(torch's layers keep such numbers, which torch.compile takes for arrays.)"""
     for layer in (
-        fnn.DropConnectLinear(8, 4, p=np.float32(0.5), mask="group", group_size=np.int64(2)),
+        fnn.DropConnectLinear(8, 4, p=np.float32(0.5), mode="group", group_size=np.int64(2)),
         fnn.NoisyLinear(8, 4, sigma=np.float32(0.5)),
         fnn.GaussianNoise(np.float64(0.5)),
     ):

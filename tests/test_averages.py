@@ -66,6 +66,7 @@ def assert_same(found, expected):
 # --- averages ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_follows_the_definition(path, device, dtype):
     model = Net(dtype).to(device)
@@ -307,6 +308,7 @@ def test_bits_are_copied(path, device):
     assert not bits[1 + patterns.numel() :].any()
 
 
+@pytest.mark.executed
 def test_the_memory_of_a_model_may_change(path, device):
     model = nn.Linear(7, 5).to(device)
     best, ema = BestWeights(model), ExponentialMovingAverage(model, 0.0)

@@ -51,7 +51,7 @@ def test_every_switch_for_tf32_is_read(name, switches, device):
         x = torch.randn(3, 8, device=device, dtype=dtype)
         for layer in (
             fnn.DropConnectLinear(8, 4, device=device, dtype=dtype),
-            fnn.DropConnectLinear(8, 4, mask="gaussian", device=device, dtype=dtype),
-            fnn.NoisyLinear(8, 4, kind="factorised", device=device, dtype=dtype),
+            fnn.DropConnectLinear(8, 4, mode="gaussian", device=device, dtype=dtype),
+            fnn.NoisyLinear(8, 4, mode="factorised", device=device, dtype=dtype),
         ):
             layer(x).sum().backward()

@@ -1094,3 +1094,17 @@ def test_check_fails_when_a_stage_fails_and_runs_the_others(tmp_path, monkeypatc
     assert not ok
     assert [(result["status"], result["code"]) for result in results] == [("failed", 3), ("ok", 0)]
     assert json.loads((tmp_path / "summary.json").read_text())["stages"] == results
+
+
+def test_tests_on_executed_ptx_have_a_table(tmp_path):
+    run = {
+        "options": "",
+        "tests": 3,
+        "failed": [],
+        "launches": 70,
+        "variants": ["noise.add_noise:1", "x.y:2"],
+    }
+    files = {"a.py": run, "b.py": run | {"failed": ["b.py::c"], "variants": ["x.y:2", "x.y:3"]}}
+    (tmp_path / "machine_tests.json").write_text(json.dumps({"sm_90, 3.9.0": files}))
+    report.report(tmp_path, tmp_path / "page.md")
+    assert "| sm_90, 3.9.0 | 2 | 6 | 1 | 2 | 3 | 140 |" in (tmp_path / "page.md").read_text()

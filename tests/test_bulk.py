@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from fastreg.ops.kinds import kinds_of
 from fastreg.ops.multi_tensor import bulk
 
 
@@ -179,7 +180,7 @@ def test_kinds_are_types_dtypes_devices_sizes_and_strides(kinds):
     def tensors():
         return [torch.ones(2, 3), nn.Parameter(torch.ones(4)), torch.ones(2, 2)]
 
-    known = bulk.kinds_of(tensors())
+    known = kinds_of(tensors())
     assert known.check(*tensors())
     for place, other in (
         (0, torch.ones(2, 3, dtype=torch.float64)),

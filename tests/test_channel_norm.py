@@ -253,6 +253,7 @@ def test_planes_that_no_vector_divides(sixteen_planes, device, shape, dtype, act
     check(shape, batch, exact(None), dtype=dtype, activation=activation, mean=30.0, device=device)
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("shape", ODD_PLANES, ids=str)
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_a_bad_value_spoils_no_other_plane(sixteen_planes, device, shape, bad):
@@ -283,6 +284,7 @@ def test_a_run_has_lines_of_two_units_at_most():
 LAYOUTS = ["channels_last", "channels_outermost", "planes_turned", "samples_innermost", "gaps"]
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("groups", [None, 2, pytest.param(3, marks=SLOW), pytest.param(12, marks=SLOW)])
 def test_any_layout_is_kept(plan, device, layout, groups):
@@ -360,6 +362,7 @@ def test_result_has_promoted_dtype_of_input_and_residual(path, device, dtypes):
 # --- batch normalization in evaluation, and its running statistics -----------------------------------------
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("fused", [(None, False), ("relu", False), ("silu", True), ("relu", True)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

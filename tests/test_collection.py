@@ -2,11 +2,13 @@
 
 import functools
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import machine_option
 import pytest
 
 HERE = Path(__file__).parent
@@ -19,6 +21,20 @@ def test_bytes_are_in_no_name(pytestconfig):
     assert name(val="text") is None  # pytest names it
     with pytest.raises(TypeError, match="content is bytes"):
         name(val=b"\x1f\x8b")
+
+
+def test_every_kernel_is_known_and_no_device_function_is_taken_for_one():
+    found = machine_option.all_kernels()
+    assert {"dropout.forward", "layer_norm.sum_partials", "optimizers.project", "philox.fill_lanes"} <= found
+    assert not {"fastmath.add", "activation.forward", "multi_tensor.write", "tiles.plus_product"} & found
+    launched = {
+        f"{path.stem}.{name}"
+        for path in (HERE.parent / "fastreg" / "ops").glob("*.py")
+        for name in re.findall(r"\bkernels\.([a-z]\w*)", path.read_text())
+    }
+    assert {
+        name for name in launched if name.partition(".")[0] in {x.partition(".")[0] for x in found}
+    } <= found
 
 
 @pytest.mark.slow

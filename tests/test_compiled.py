@@ -64,8 +64,8 @@ def layer_norm(x, weight, bias, **options):
     return F.layer_norm(x, x.shape[1:], weight, bias, **options)
 
 
-def dropout_add_layer_norm(x, residual, weight, bias, **options):
-    return F.dropout_add_layer_norm(x, residual, x.shape[1:], weight, bias, prenorm=True, **options)[0]
+def dropout_add_layer_norm(x, skip, weight, bias, **options):
+    return F.dropout_add_layer_norm(x, skip, x.shape[1:], weight, bias, prenorm=True, **options)[0]
 
 
 def batch_norm(x, weight, bias, residual=None, training=True, **options):
@@ -119,7 +119,7 @@ def narrow(dtype: torch.dtype) -> Iterator[Operation]:
         yield lambda: optim.SGD(_parameters(dtype, (9, 13), (3, 5001)), lr=0.1, **options).step()  # noqa: B023
         yield lambda: penalties.max_norm_(_parameters(dtype, (9, 13)), 1.0, dim)  # noqa: B023
     yield lambda: penalties.l2(_parameters(dtype, (9, 13)), 0.1).backward()
-    yield call(lambda x, w, s: F.noisy_linear(x, w, None, s, kind="multiplicative"), (5, 12), (7, 12), ())
+    yield call(lambda x, w, s: F.noisy_linear(x, w, None, s, mode="multiplicative"), (5, 12), (7, 12), ())
     yield call(lambda x, w: F.drop_connect_linear(x, w), (5, 12), (7, 12))
 
 

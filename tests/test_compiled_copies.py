@@ -16,7 +16,7 @@ OPERATIONS = {
     "bias_gelu_dropout": lambda x, r, w: F.dropout(x, 0.3, bias=w, activation="gelu"),
     "layer_norm": lambda x, r, w: F.layer_norm(x, (4,), w, w),
     "layer_norm_gelu": lambda x, r, w: F.layer_norm(x, (4,), activation="gelu"),
-    "seam": lambda x, r, w: F.dropout_add_layer_norm(x, r, (4,), None, None, 0.3),
+    "seam": lambda x, r, w: F.dropout_add_layer_norm(x, r, (4,), p=0.3),
     "local_response_norm": lambda x, r, w: F.local_response_norm(x, 3),
     "gaussian_noise": lambda x, r, w: F.gaussian_noise(x, 0.3, mode="multiplicative"),
 }

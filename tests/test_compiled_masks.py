@@ -17,7 +17,7 @@ LAYERS = {
     "Dropout": lambda: fnn.Dropout(0.2),
     "DropPath": lambda: fnn.DropPath(0.5),
     "DropConnectLinear": lambda: fnn.DropConnectLinear(8, 8, bias=False),
-    "DropConnectLinear of the batch": lambda: fnn.DropConnectLinear(8, 8, bias=False, mask="batch"),
+    "DropConnectLinear of the batch": lambda: fnn.DropConnectLinear(8, 8, bias=False, mode="batch"),
     "NoisyLinear": lambda: fnn.NoisyLinear(8, 8, bias=False),
 }
 TORCHS = pytest.param(

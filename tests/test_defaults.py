@@ -120,12 +120,12 @@ def noise():
 @case("noisy_linear")
 def noisy_linear():
     found = []
-    for kind in ("additive", "multiplicative", "factorised"):
+    for mode in ("additive", "multiplicative", "factorised"):
         for seed in (7, None):
             inputs = tensor(4, 3), tensor(5, 3, seed=1), tensor(5, seed=2)
-            found += with_gradients(F.noisy_linear, *inputs, sigma=0.3, kind=kind, seed=seed)
+            found += with_gradients(F.noisy_linear, *inputs, sigma=0.3, mode=mode, seed=seed)
             found += with_gradients(
-                F.noisy_linear, *inputs, sigma=0.3, kind=kind, seed=seed, activation="relu"
+                F.noisy_linear, *inputs, sigma=0.3, mode=mode, seed=seed, activation="relu"
             )
     sigma, bias_sigma = positive(1).requires_grad_(), positive(1)
     found += with_gradients(
@@ -141,12 +141,12 @@ def noisy_linear():
 def drop_connect_linear():
     found = []
     inputs = tensor(4, 3), tensor(5, 3, seed=1), tensor(5, seed=2)
-    for mask in ("example", "group", "batch", "flipout", "gaussian"):
-        size = 2 if mask == "group" else None
+    for mode in ("example", "group", "batch", "flipout", "gaussian"):
+        size = 2 if mode == "group" else None
         for seed in (7, None):
             for inverted in (True, False):
                 found += with_gradients(
-                    F.drop_connect_linear, *inputs, mask=mask, group_size=size, seed=seed, inverted=inverted
+                    F.drop_connect_linear, *inputs, mode=mode, group_size=size, seed=seed, inverted=inverted
                 )
     return found
 
@@ -222,7 +222,7 @@ MODULES = {
     "Dropout1d": lambda: (fnn.Dropout1d(0.3), (5, 4, 2)),
     "Dropout2d": lambda: (fnn.Dropout2d(0.3), (5, 4, 2, 2)),
     "Dropout3d": lambda: (fnn.Dropout3d(0.3), (2, 4, 2, 2, 2)),
-    "DropoutAddLayerNorm": lambda: (fnn.DropoutAddLayerNorm(4, 0.3, **HERE), (5, 4)),
+    "DropoutAddLayerNorm": lambda: (fnn.DropoutAddLayerNorm(4, p=0.3, **HERE), (5, 4)),
     "FeatureAlphaDropout": lambda: (fnn.FeatureAlphaDropout(0.3), (5, 4, 2)),
     "GaussianNoise": lambda: (fnn.GaussianNoise(0.3), (5, 4)),
     "GroupNorm": lambda: (fnn.GroupNorm(2, 4, **HERE), (5, 4, 3)),
@@ -231,7 +231,7 @@ MODULES = {
     "InstanceNorm3d": lambda: (fnn.InstanceNorm3d(4, **HERE), (3, 4, 3, 2, 2)),
     "LayerNorm": lambda: (fnn.LayerNorm(4, **HERE), (5, 4)),
     "LocalResponseNorm": lambda: (fnn.LocalResponseNorm(3), (5, 4, 3)),
-    "NoisyLinear": lambda: (fnn.NoisyLinear(4, 3, kind="factorised", **HERE), (5, 4)),
+    "NoisyLinear": lambda: (fnn.NoisyLinear(4, 3, mode="factorised", **HERE), (5, 4)),
     "SyncBatchNorm": lambda: (fnn.SyncBatchNorm(4, **HERE).eval(), (5, 4)),
 }
 

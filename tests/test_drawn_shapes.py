@@ -13,6 +13,7 @@ import pytest
 import torch
 from drawing import ACTIVATIONS, DTYPES, FLOATS, drawn, laid_out, layouts, shapes, sizes
 from hypothesis import strategies as st
+from machine_option import bf16
 
 import fastreg
 import fastreg.functional as F
@@ -27,7 +28,7 @@ ELEMENTS = 20_000  # at most, of a tensor: seven programs or so
 
 # Of the largest value, or of the sums that it comes from. 16-bit results are rounded once, and gradients of products of
 # such numbers a few times; bf16 is truncated by the interpreter.
-TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 8e-3, torch.bfloat16: 6e-2}
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 8e-3, torch.bfloat16: bf16(6e-2)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -150,9 +151,9 @@ def test_layer_norm(data):
     weight, bias = (parameter(data, *normalized, dtype=x.dtype) for _ in range(2))
     if data.draw(st.booleans(), label="dropout"):
 
-        def run(x, residual, weight, bias):
+        def run(x, skip, weight, bias):
             return F.dropout_add_layer_norm(
-                x, residual, normalized, weight, bias, 0.3, activation=activation, seed=1
+                x, skip, normalized, weight, bias, p=0.3, activation=activation, seed=1
             )
     else:
 
@@ -212,9 +213,9 @@ def linear(data) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
 @drawn(SAMPLE, SWEEP)
 def test_drop_connect_linear(data):
     operands = linear(data)
-    mask = data.draw(st.sampled_from(["example", "group", "batch", "flipout", "gaussian"]))
-    options = {"mask": mask, "seed": 1, "activation": data.draw(st.sampled_from(ACTIVATIONS))}
-    if mask == "group":
+    mode = data.draw(st.sampled_from(["example", "group", "batch", "flipout", "gaussian"]))
+    options = {"mode": mode, "seed": 1, "activation": data.draw(st.sampled_from(ACTIVATIONS))}
+    if mode == "group":
         options["group_size"] = data.draw(sizes(100))
     check(lambda *operands: F.drop_connect_linear(*operands, **options), *operands)
 
@@ -233,16 +234,16 @@ def test_expectation_of_drop_connect(data):
 @drawn(SAMPLE, SWEEP)
 def test_noisy_linear(data):
     x, weight, bias = linear(data)
-    kind = data.draw(st.sampled_from(["additive", "multiplicative", "factorised"]))
+    mode = data.draw(st.sampled_from(["additive", "multiplicative", "factorised"]))
     activation = data.draw(st.sampled_from(ACTIVATIONS))
-    sigma = 0.1 * like(weight) if kind == "factorised" else None
+    sigma = 0.1 * like(weight) if mode == "factorised" else None
     bias_sigma = None if sigma is None or bias is None else 0.1 * like(bias)
 
     def run(x, weight, bias, sigma, bias_sigma):
         if sigma is None:
             sigma = 0.1
         return F.noisy_linear(
-            x, weight, bias, sigma, kind=kind, bias_sigma=bias_sigma, activation=activation, seed=1
+            x, weight, bias, sigma, mode=mode, bias_sigma=bias_sigma, activation=activation, seed=1
         )
 
     check(run, x, weight, bias, sigma, bias_sigma)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from machine_option import bf16
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -16,7 +17,7 @@ from fastreg.ops.linear import drop_connect as ops
 from fastreg.random import Stream
 
 SEED = 0x123456789ABCDEF
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: bf16(1.6e-2)}
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def check(device, examples, outputs, inputs, *, p=0.5, dtype=torch.float32, bias
     assert z.dtype == dtype
     found = torch.autograd.grad(z, leaves, dz)
     exact = [t.detach().cpu().double().requires_grad_() for t in given]
-    group_size = examples if options.get("mask") == "batch" else options.get("group_size") or 1
+    group_size = examples if options.get("mode") == "batch" else options.get("group_size") or 1
     expected = definition(*exact, *([] if bias else [None]), p, group_size)
     near(z, expected, dtype)
     for gradient, wanted in zip(found, torch.autograd.grad(expected, exact, dz.cpu().double()), strict=True):
@@ -70,6 +71,7 @@ def check(device, examples, outputs, inputs, *, p=0.5, dtype=torch.float32, bias
 # --- the product and its gradients ------------------------------------------------------------------------
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize(
     ("examples", "outputs", "inputs", "p"),
     [
@@ -107,43 +109,43 @@ def test_dtypes(path, device, dtype):
 )
 def test_groups_share_a_mask(path, device, examples, group_size):
     """Several to a tile below 16 examples, else a tile for each; the last group is smaller; a second word of lanes."""
-    check(device, examples, 5, 9, mask="group", group_size=group_size)
+    check(device, examples, 5, 9, mode="group", group_size=group_size)
 
 
 @pytest.fixture(params=["in registers", "in memory"])
 def masked_in(request, monkeypatch) -> str:
     """Where the kernels mask what examples share: it goes by their number, and not by hundreds of them here."""
     registers = request.param == "in registers"
-    monkeypatch.setattr(ops._Form, "masks_in_registers", lambda form, examples: registers)
+    monkeypatch.setattr(ops.Form, "masks_in_registers", lambda form, examples: registers)
     return request.param
 
 
 @pytest.mark.parametrize(("examples", "p"), [(1, 0.5), (7, 0.25), (33, 0.5)])
 def test_the_batch_shares_a_mask(path, device, masked_in, examples, p):
-    check(device, examples, 5, 19, p=p, mask="batch")
+    check(device, examples, 5, 19, p=p, mode="batch")
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_dtypes_of_shared_masks(path, device, masked_in, dtype):
-    check(device, 40, 6, 21, dtype=dtype, mask="group", group_size=17)
-    check(device, 17, 6, 16, dtype=dtype, mask="batch", bias=False)
+    check(device, 40, 6, 21, dtype=dtype, mode="group", group_size=17)
+    check(device, 17, 6, 16, dtype=dtype, mode="batch", bias=False)
 
 
 def test_a_mask_for_the_batch_is_that_of_one_large_group(path, device):
     """Whatever the size of the batch, and of any other group that takes all of it."""
     v, weight, bias, _ = tensors(device, 33, 4, 5)
-    z = F.drop_connect_linear(v, weight, bias, 0.3, mask="batch", seed=SEED)
-    assert_close(F.drop_connect_linear(v[:2], weight, bias, 0.3, mask="batch", seed=SEED), z[:2])
-    one = F.drop_connect_linear(v, weight, bias, 0.3, mask="group", group_size=33, seed=SEED)
+    z = F.drop_connect_linear(v, weight, bias, 0.3, mode="batch", seed=SEED)
+    assert_close(F.drop_connect_linear(v[:2], weight, bias, 0.3, mode="batch", seed=SEED), z[:2])
+    one = F.drop_connect_linear(v, weight, bias, 0.3, mode="group", group_size=33, seed=SEED)
     assert_close(one, z)
-    unscaled = F.drop_connect_linear(v, weight, bias, 0.3, mask="batch", seed=SEED, inverted=False)
+    unscaled = F.drop_connect_linear(v, weight, bias, 0.3, mode="batch", seed=SEED, inverted=False)
     assert_close(unscaled, (z - bias) * random.chance(0.3).probability + bias, rtol=1e-4, atol=1e-5)
 
 
 def test_an_activation_behind_a_shared_mask(path, device, masked_in):
     v, weight, bias, _ = tensors(device, 17, 6, 7)
     with torch.no_grad():
-        z = F.drop_connect_linear(v, weight, bias, activation="gelu", mask="batch", seed=SEED)
+        z = F.drop_connect_linear(v, weight, bias, activation="gelu", mode="batch", seed=SEED)
     exact = (t.cpu().double() for t in (v, weight, bias))
     near(z, ACTIVATIONS["gelu"](definition(*exact, 0.5, 17)), v.dtype)
 
@@ -164,7 +166,7 @@ def test_an_activation_behind_a_shared_mask(path, device, masked_in):
 )
 def test_small_groups_mask_weights_in_registers(group_size, p, registers):
     """Up to four tiles of 128 examples at one binary digit, as two digits draw twice the numbers; one tile always."""
-    form = ops._Form(*random.chance(p), group_size, 2.0)
+    form = ops.Form(*random.chance(p), group_size, 2.0)
     assert form.masks_in_registers(4096) is registers
     assert form.masks_in_registers(100)  # of which no group is larger
 
@@ -179,7 +181,7 @@ def test_groups_that_fill_a_tile_have_it_for_themselves():
         (40, True, 64),
         (300, True, 128),
     ):
-        form = ops._Form(1, 1, group_size, 2.0)
+        form = ops.Form(1, 1, group_size, 2.0)
         arguments = ops.product_launches(v, weight, None, z, None, Stream(1), form, False, True)[0].arguments
         assert (arguments["SHARED"], arguments["BLOCK_EXAMPLES"]) == (shared, tile)
         gradient = ops.weight_gradient_launches(z, v, weight, Stream(1), form, True)[0].kernel
@@ -198,7 +200,7 @@ def check_activation(
     *given, dz = tensors(device, *size, dtype)
     exact = [t.cpu().double().requires_grad_() for t in given]
     given = given if bias else given[:2]
-    group_size = size[0] if options.get("mask") == "batch" else options.get("group_size") or 1
+    group_size = size[0] if options.get("mode") == "batch" else options.get("group_size") or 1
     expected = ACTIVATIONS[activation](definition(*exact[:2], exact[2] if bias else None, 0.5, group_size))
     with torch.no_grad():
         y = F.drop_connect_linear(*given, activation=activation, seed=SEED, **options)
@@ -239,12 +241,14 @@ def test_any_gradient_behind_an_activation(device, activation, needed):
     check_activation(device, activation, needed=needed, bias=2 in needed)
 
 
-@pytest.mark.parametrize("options", [{"mask": "batch"}, {"mask": "group", "group_size": 17}])
+@pytest.mark.executed
+@pytest.mark.parametrize("options", [{"mode": "batch"}, {"mode": "group", "group_size": 17}])
 @pytest.mark.parametrize("activation", ["sigmoid", "mish"])
 def test_activations_behind_shared_masks(device, masked_in, options, activation):
     check_activation(device, activation, size=(20, 6, 19), **options)
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("activation", ["sigmoid", "mish"])
 def test_activations_behind_columns_that_are_split(device, activation):
     check_activation(device, activation, size=(2, 5, 16 * 5 + 3))
@@ -317,7 +321,8 @@ def test_leading_dimensions_count_examples(path, device):
 def test_any_strides(path, device):
     v, weight, bias, dz = tensors(device, 6, 4, 5)
     dense = F.drop_connect_linear(v, weight, bias, seed=SEED)
-    strided = F.drop_connect_linear(v.t().contiguous().t(), weight.t().contiguous().t(), bias, seed=SEED)
+    gaps = bias.repeat_interleave(2)[::2]
+    strided = F.drop_connect_linear(v.t().contiguous().t(), weight.t().contiguous().t(), gaps, seed=SEED)
     assert_close(dense, strided)
     v, w = (t.clone().requires_grad_() for t in (v, weight))
     F.drop_connect_linear(v, w, bias, seed=SEED).backward(dz.t().contiguous().t())
@@ -342,7 +347,7 @@ def test_any_one_gradient(path, device, needed):
 def test_grids_of_large_batches_and_groups(examples, group_size):
     """A GPU takes 2^31 programs along the first axis and 65,535 along the others, and none should be idle."""
     v, weight, z = (torch.empty(*s, device="meta") for s in ((examples, 64), (96, 64), (examples, 96)))
-    form = ops._Form(1, 1, group_size, 2.0)
+    form = ops.Form(1, 1, group_size, 2.0)
     for transposed, u, out in ((False, v, z), (True, z, v)):
         launches = ops.product_launches(u, weight, None, out, None, Stream(1), form, transposed, True)
         for launch in launches:
@@ -366,10 +371,10 @@ def test_empty(path, device, shape):
 
 SHARING = {
     "example": {},
-    "few": {"mask": "group", "group_size": 3},
-    "group": {"mask": "group", "group_size": 16},
-    "batch": {"mask": "batch"},
-    "batch in memory": {"mask": "batch"},
+    "few": {"mode": "group", "group_size": 3},
+    "group": {"mode": "group", "group_size": 16},
+    "batch": {"mode": "batch"},
+    "batch in memory": {"mode": "batch"},
 }
 
 
@@ -379,7 +384,7 @@ SHARING = {
 def sharing(request, monkeypatch) -> dict:
     """What examples share a mask; in memory as a large batch has it."""
     registers = not request.param.endswith("in memory")
-    monkeypatch.setattr(ops._Form, "masks_in_registers", lambda form, examples: registers)
+    monkeypatch.setattr(ops.Form, "masks_in_registers", lambda form, examples: registers)
     return SHARING[request.param]
 
 
@@ -454,6 +459,7 @@ def test_infinite_and_huge_numbers_of_fp32(path, device, sharing, value):
     assert_close(z.cpu(), expected.float(), equal_nan=True)
 
 
+@pytest.mark.executed
 def test_a_bad_gradient_reaches_kept_weights_alone(path, device, sharing):
     v, weight, _, dz = tensors(device, 20, 5, 7)
     weight.requires_grad_()
@@ -501,7 +507,7 @@ def test_a_new_call_draws_new_masks_and_manual_seed_brings_them_back(path, devic
 @pytest.mark.parametrize("group_size", [None, 2])
 def test_derivatives(path, device, group_size):
     v, weight, bias, _ = tensors(device, 3, 2, 4, torch.float64)
-    options = {} if group_size is None else {"mask": "group", "group_size": group_size}
+    options = {} if group_size is None else {"mode": "group", "group_size": group_size}
     inputs = [t.requires_grad_() for t in (v, weight, bias)]
 
     def function(*inputs):
@@ -541,7 +547,7 @@ def test_opcheck(path, device):
     for activation in (None, "relu", "gelu"):
         if activation is not None and path == "aten":
             continue  # there it is ATen's, behind the operator
-        form = ops._Form(*random.chance(0.5), 1, 2.0, activation, path == "aten")
+        form = ops.Form(*random.chance(0.5), 1, 2.0, activation, path == "aten")
         before = torch.empty_like(dz) if activation == "gelu" else None
         given = v, weight, bias, torch.empty_like(dz), before, seed, *form
         torch.library.opcheck(torch.ops.fastreg.drop_connect.default, given)
@@ -658,7 +664,7 @@ def test_moments_are_those_of_the_paper(group_size):
     p, count = 0.3, 4_000
     torch.manual_seed(1)
     v, weight = torch.randn(1, 12, dtype=torch.float64), torch.randn(3, 12, dtype=torch.float64)
-    options = {} if group_size == 1 else {"mask": "group", "group_size": group_size}
+    options = {} if group_size == 1 else {"mode": "group", "group_size": group_size}
     z = F.drop_connect_linear(v.expand(count * group_size, -1), weight, p=p, seed=SEED, **options)
     z = z.view(count, group_size, 3)
     assert_close(z, z[:, :1].expand_as(z))
@@ -750,7 +756,7 @@ def connections(examples, outputs, inputs, **options):
     for k in range(inputs):
         v = torch.zeros(examples, inputs)
         v[:, k] = 1.0
-        z = F.drop_connect_linear(v, torch.ones(outputs, inputs), mask="flipout", seed=SEED, **options)
+        z = F.drop_connect_linear(v, torch.ones(outputs, inputs), mode="flipout", seed=SEED, **options)
         assert ((z == 0) | (z == 2)).all()
         kept.append(z == 2)
     return torch.stack(kept, -1)
@@ -776,14 +782,14 @@ def test_flipout_is_the_product_with_its_mask(path, device):
     mask = connections(3, 4, 5).double()
     v, weight, bias, dz = tensors(device, 3, 4, 5)
     leaves = [t.requires_grad_() for t in (v, weight, bias)]
-    z = F.drop_connect_linear(*leaves, mask="flipout", seed=SEED)
+    z = F.drop_connect_linear(*leaves, mode="flipout", seed=SEED)
     exact = [t.detach().cpu().double().requires_grad_() for t in leaves]
     expected = 2 * torch.einsum("bnk,nk,bk->bn", mask, *exact[1::-1]) + exact[2]
     near(z, expected, torch.float32)
     gradients = torch.autograd.grad(expected, exact, dz.cpu().double())
     for gradient, wanted in zip(torch.autograd.grad(z, leaves, dz), gradients, strict=True):
         near(gradient, wanted, torch.float32)
-    unscaled = F.drop_connect_linear(v, weight, bias, mask="flipout", seed=SEED, inverted=False)
+    unscaled = F.drop_connect_linear(v, weight, bias, mode="flipout", seed=SEED, inverted=False)
     near(unscaled, (expected - exact[2]) / 2 + exact[2], torch.float32)
 
 
@@ -793,28 +799,28 @@ def test_gaussian_has_the_moments_of_the_paper(inverted):
     p, count = 0.3, 20_000
     torch.manual_seed(1)
     v, weight = torch.randn(1, 12, dtype=torch.float64), torch.randn(3, 12, dtype=torch.float64)
-    z = F.drop_connect_linear(v.expand(count, -1), weight, p=p, mask="gaussian", inverted=inverted)
+    z = F.drop_connect_linear(v.expand(count, -1), weight, p=p, mode="gaussian", inverted=inverted)
     factor = p / (1 - p) if inverted else p * (1 - p)
     variance = factor * v.square() @ weight.square().t()
     mean = v @ weight.t() * (1 if inverted else 1 - p)
     assert_close(z.mean(0), mean[0], rtol=0, atol=6 * (variance.max() / count).sqrt().item())
     assert_close(z.var(0), variance[0], rtol=6 * math.sqrt(2 / count), atol=0)
-    other = F.drop_connect_linear(v.expand(count, -1), weight, p=p, mask="gaussian", inverted=inverted)
+    other = F.drop_connect_linear(v.expand(count, -1), weight, p=p, mode="gaussian", inverted=inverted)
     assert not torch.equal(z, other)
 
 
-@pytest.mark.parametrize("mask", ["gaussian", "flipout"])
-def test_derivatives_of_dense_products(path, device, mask):
+@pytest.mark.parametrize("mode", ["gaussian", "flipout"])
+def test_derivatives_of_dense_products(path, device, mode):
     v, weight, bias, _ = tensors(device, 3, 2, 4, torch.float64)
     inputs = [t.requires_grad_() for t in (v, weight, bias)]
 
     def function(*inputs):
-        return F.drop_connect_linear(*inputs, mask=mask, activation="silu", seed=SEED)
+        return F.drop_connect_linear(*inputs, mode=mode, activation="silu", seed=SEED)
 
     assert torch.autograd.gradcheck(function, inputs, fast_mode=True)
     assert torch.autograd.gradgradcheck(function, inputs, fast_mode=True)
     zeros = torch.zeros_like(v).requires_grad_()
-    F.drop_connect_linear(zeros, weight, bias, mask=mask, seed=SEED).sum().backward()
+    F.drop_connect_linear(zeros, weight, bias, mode=mode, seed=SEED).sum().backward()
     assert zeros.grad.isfinite().all()
 
 
@@ -881,7 +887,7 @@ def test_layer_is_torchs_linear(path, device):
     layer = fnn.DropConnectLinear(5, 4, p=0.25, activation="relu", device=device)
     assert isinstance(layer, torch.nn.Linear)
     assert repr(layer) == (
-        "DropConnectLinear(in_features=5, out_features=4, bias=True, p=0.25, mask=example, activation=relu)"
+        "DropConnectLinear(in_features=5, out_features=4, bias=True, p=0.25, mode=example, activation=relu)"
     )
     twin = torch.nn.Linear(5, 4, device=device)
     assert str(layer.load_state_dict(twin.state_dict())) == "<All keys matched successfully>"
@@ -917,11 +923,11 @@ def test_convolution_drops_weights(path, device):
     ("options", "message"),
     [
         ({"p": 1.5}, "dropout probability has to be between 0 and 1, but got 1.5"),
-        ({"mask": "sample"}, "unknown mask 'sample': choose one of example, group, batch, flipout, gaussian"),
-        ({"mask": "flipout", "p": 0.3}, 'mask="flipout" is exact for p = 0.5 alone, but got p = 0.3'),
-        ({"mask": "group"}, 'mask="group" needs a group_size'),
-        ({"group_size": 3}, 'mask="group" needs a group_size, and no other mask has one'),
-        ({"mask": "group", "group_size": 0}, "group_size has to be at least 1, but got 0"),
+        ({"mode": "sample"}, "unknown mode 'sample': choose one of example, group, batch, flipout, gaussian"),
+        ({"mode": "flipout", "p": 0.3}, 'mode="flipout" is exact for p = 0.5 alone, but got p = 0.3'),
+        ({"mode": "group"}, 'mode="group" needs a group_size'),
+        ({"group_size": 3}, 'mode="group" needs a group_size, and no other mode has one'),
+        ({"mode": "group", "group_size": 0}, "group_size has to be at least 1, but got 0"),
         ({"inference": "exact"}, "unknown inference 'exact'"),
         ({"samples": 0}, "samples has to be at least 1"),
         ({"activation": "cake"}, "unknown activation 'cake'"),

@@ -155,6 +155,7 @@ def test_bias_gradient_is_the_same_bits_every_time(device):
     assert all(torch.equal(first, gradient()) for _ in range(3))
 
 
+@pytest.mark.executed
 def test_mixed_dtypes(path, device):
     x = torch.randn(6, 16, dtype=torch.bfloat16, device=device, requires_grad=True)
     bias = torch.randn(16, device=device, requires_grad=True)
@@ -206,6 +207,7 @@ def test_backward_uses_the_layout_of_forward(path, device, dy_layout):
     torch.testing.assert_close(dx, torch.where(mask_of(x, 0.5, 6), 2 * dy, 0.0))
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize(
     "name", ["contiguous", "channels_last", "channels_last, one sample", "samples inside", "sliced"]
 )
@@ -472,6 +474,7 @@ def test_no_mask_is_saved_and_the_input_only_for_an_activation(device):
     assert saved_bytes(lambda: F.dropout(x, 0.5, seed=torch.tensor([1], device=device))) == 8
 
 
+@pytest.mark.executed
 def test_input_is_freed_when_nothing_needs_it(device):
     x = torch.randn(64, 64, device=device, requires_grad=True) * 1
     alive = weakref.ref(x)
@@ -668,7 +671,7 @@ def test_mc_dropout_keeps_all_layers_random_that_are_so_in_training(device):
             return x + torch.randn_like(x) if self.training else x
 
     layers = {
-        fnn.DropConnectLinear(8, 8, mask="gaussian"): (3, 8),
+        fnn.DropConnectLinear(8, 8, mode="gaussian"): (3, 8),
         fnn.DropConnectLinear(8, 8): (3, 8),
         fnn.DropConnectConv2d(2, 2, 3): (1, 2, 5, 5),
         fnn.GaussianNoise(): (3, 8),

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from machine_option import bf16
 from torch.testing import assert_close
 
 import fastreg.functional as F
@@ -137,6 +138,7 @@ def test_nodes_are_as_good_as_they_say(path, device, activation):
         assert_close(single.cpu().double(), found, rtol=1e-3, atol=5e-4 * max(1.0, deviation))
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("activation", WITHOUT_CLOSED_FORM)
 def test_nodes_on_kernels_are_those_of_the_definition(path, device, activation):
     mean, deviation = (t.float().to(device) for t in grid())
@@ -191,6 +193,7 @@ def by_hand(mean, deviation, activation, samples):
     return ACTIVATIONS[activation](v).mean(-1)
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("activation", ["sigmoid", "tanh", "mish"])
 @pytest.mark.parametrize("samples", [1, 2, 3, 4, 11])
 def test_draws(path, device, activation, samples):
@@ -283,6 +286,7 @@ def test_compiled(device):
             assert_close(*(torch.autograd.grad(z.square().sum(), leaves) for z in (y, expected)))
 
 
+@pytest.mark.executed
 @needs_triton
 def test_opcheck(device):
     mean, deviation, dy, y, dmean, ddeviation = (torch.rand(2, 3, device=device) for _ in range(6))
@@ -301,7 +305,7 @@ def test_inference_in_16_bits(path, device, dtype):
     assert y.dtype == dtype
     exact = F.drop_connect_linear(v.double(), weight.double(), **options)
     # The mean is rounded to the dtype, of values up to 8: half a unit in the last place there.
-    assert_close(y.double(), exact, rtol=0, atol={torch.float16: 4e-3, torch.bfloat16: 4e-2}[dtype])
+    assert_close(y.double(), exact, rtol=0, atol={torch.float16: 4e-3, torch.bfloat16: bf16(4e-2)}[dtype])
 
 
 def test_empty(path, device):

@@ -153,6 +153,7 @@ def test_every_activation(path, device, activation):
 SIZES = [(9, 1), (3, 2), (300, 3), (1, 5), (5, 8), (130, 12), (17, 100), (3, 1030), (2, 769)]
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize(("rows", "columns"), SIZES)
 def test_any_size(device, rows, columns):
     check_layer_norm(normal((rows, columns), device), (columns,), *parameters((columns,), device), eps=1e-2)
@@ -171,7 +172,7 @@ def backward_launches(x, given, wanted, activation=None):
     names = "dy", "dh", "h", "weight", "bias", "residual", "statistics"
     names += "dx", "dskip", "dweight", "dbias", "dresidual"
     tensors = [like.get(name, x) if name in {"dy", "h", *given, *wanted} else None for name in names]
-    return ops.backward_launches(*tensors, Stream(0), ops._Form(x.shape[1], 1e-5, x.dtype, activation))
+    return ops.backward_launches(*tensors, Stream(0), ops.Form(x.shape[1], 1e-5, x.dtype, activation))
 
 
 @pytest.mark.usefixtures("one_multiprocessor")
@@ -185,11 +186,12 @@ def test_a_program_walks_down_many_blocks_of_rows(device, columns):
     assert programs * block_rows * 2 < len(x)
 
 
+@pytest.mark.executed
 @pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("columns", [17, 32, 57])
 def test_long_rows(device, columns):
     x, residual = normal((5, columns), device), normal((5, columns), device)
-    form = ops._Form(columns, 1e-5, x.dtype)
+    form = ops.Form(columns, 1e-5, x.dtype)
     (forward,) = ops.forward_launches(x, None, None, None, None, x, None, x, Stream(0), form)
     assert forward.kernel is ops.kernels.forward_long
     check_layer_norm(x, (columns,), *parameters((columns,), device), residual, "gelu")
@@ -329,6 +331,7 @@ def test_constant_rows_are_zero_and_eps_decides(path, device, dtype):
     assert_near(dx, expected, dtype, terms=100)  # ten times as large as the others
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("columns", [12, 40])
 @pytest.mark.parametrize("long", [False, True])
@@ -474,32 +477,33 @@ def mask_of(x, p):
     return drawn.as_strided(x.shape, x.stride())
 
 
-def seam_reference(x, residual, shape, weight, bias, p, keep, activation=None):
+def seam_reference(x, skip, shape, weight, bias, p, keep, activation=None):
     kept = (random.LANE_VALUES - random.threshold(p)) / random.LANE_VALUES
     h = torch.where(keep, x, 0.0) / kept if keep is not None else x
-    h = h if residual is None else h + residual
+    h = h if skip is None else h + skip
     return reference(h, shape, weight, bias, activation=activation), h
 
 
-def check_seam(x, residual, shape, weight, bias, p=0.4, activation=None, dtype=None):
+def check_seam(x, skip, shape, weight, bias, p=0.4, activation=None, dtype=None):
     keep = mask_of(x, p)
 
-    def function(x, residual, weight, bias):
+    def function(x, skip, weight, bias):
         return F.dropout_add_layer_norm(
-            x, residual, shape, weight, bias, p, prenorm=True, activation=activation, seed=SEED
+            x, skip, shape, weight, bias, p=p, prenorm=True, activation=activation, seed=SEED
         )
 
-    def expected(x, residual, weight, bias):
-        return seam_reference(x, residual, shape, weight, bias, p, keep, activation)
+    def expected(x, skip, weight, bias):
+        return seam_reference(x, skip, shape, weight, bias, p, keep, activation)
 
-    return check(function, expected, (x, residual, weight, bias), dtype)
+    return check(function, expected, (x, skip, weight, bias), dtype)
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [24, 7])
 def test_seam_equals_fp64_reference(path, device, dtype, columns):
-    x, residual = normal((2, 5, columns), device, dtype), normal((2, 5, columns), device, dtype)
-    y, h = check_seam(x, residual, (columns,), *parameters((columns,), device, dtype))
+    x, skip = normal((2, 5, columns), device, dtype), normal((2, 5, columns), device, dtype)
+    y, h = check_seam(x, skip, (columns,), *parameters((columns,), device, dtype))
     assert y.dtype == h.dtype == dtype
 
 
@@ -511,22 +515,22 @@ def test_seam_without_a_residual(path, device, activation):
 @pytest.mark.usefixtures("short_rows")
 @pytest.mark.parametrize("columns", [32, 57])
 def test_seam_of_long_rows(device, columns):
-    x, residual = normal((3, columns), device), normal((3, columns), device)
-    check_seam(x, residual, (columns,), *parameters((columns,), device), activation="silu")
+    x, skip = normal((3, columns), device), normal((3, columns), device)
+    check_seam(x, skip, (columns,), *parameters((columns,), device), activation="silu")
 
 
 @pytest.mark.parametrize("training", [True, False])
 def test_seam_without_dropout(path, device, training):
-    x, residual = normal((6, 24), device), normal((6, 24), device)
+    x, skip = normal((6, 24), device), normal((6, 24), device)
 
-    def function(x, residual, weight, bias):
+    def function(x, skip, weight, bias):
         p = 0.0 if training else 0.4
-        return F.dropout_add_layer_norm(x, residual, (24,), weight, bias, p, training, prenorm=True)
+        return F.dropout_add_layer_norm(x, skip, (24,), weight, bias, 1e-5, p, training, prenorm=True)
 
-    def expected(x, residual, weight, bias):
-        return seam_reference(x, residual, (24,), weight, bias, 0.0, None)
+    def expected(x, skip, weight, bias):
+        return seam_reference(x, skip, (24,), weight, bias, 0.0, None)
 
-    check(function, expected, (x, residual, *parameters((24,), device)))
+    check(function, expected, (x, skip, *parameters((24,), device)))
     y, h = F.dropout_add_layer_norm(x, None, (24,), p=0.0, prenorm=True)
     assert h is x
     assert_near(y, reference(x.double(), (24,)), torch.float32)
@@ -534,13 +538,13 @@ def test_seam_without_dropout(path, device, training):
 
 def test_seam_drops_everything_at_p_1(path, device):
     x = torch.full((4, 8), math.nan, device=device, requires_grad=True)
-    residual = normal((4, 8), device).requires_grad_()
-    y, h = F.dropout_add_layer_norm(x, residual, (8,), p=1.0, prenorm=True)
-    assert torch.equal(h, residual)
-    assert_near(y, reference(residual.double(), (8,)), torch.float32)
+    skip = normal((4, 8), device).requires_grad_()
+    y, h = F.dropout_add_layer_norm(x, skip, (8,), p=1.0, prenorm=True)
+    assert torch.equal(h, skip)
+    assert_near(y, reference(skip.double(), (8,)), torch.float32)
     y.square().sum().backward()
     assert (x.grad == 0).all()
-    assert residual.grad.isfinite().all()
+    assert skip.grad.isfinite().all()
     y, h = F.dropout_add_layer_norm(x, None, (8,), p=1.0, prenorm=True)
     assert (h == 0).all()
     assert (y == 0).all()
@@ -549,8 +553,8 @@ def test_seam_drops_everything_at_p_1(path, device):
 @pytest.mark.parametrize("used", [(True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("p", [0.0, 0.4])
 def test_seam_gradients_of_either_result(path, device, used, p):
-    x, residual, weight = (normal(s, device).requires_grad_() for s in ((5, 16), (5, 16), (16,)))
-    exact = doubles((x, residual, weight))
+    x, skip, weight = (normal(s, device).requires_grad_() for s in ((5, 16), (5, 16), (16,)))
+    exact = doubles((x, skip, weight))
     dy, dh = normal((5, 16), device), normal((5, 16), device)
     keep = mask_of(x, p) if p else None
 
@@ -562,9 +566,9 @@ def test_seam_gradients_of_either_result(path, device, used, p):
         ]
         return sum(parts)
 
-    ours = loss(F.dropout_add_layer_norm(x, residual, (16,), weight, None, p, prenorm=True, seed=SEED))
+    ours = loss(F.dropout_add_layer_norm(x, skip, (16,), weight, p=p, prenorm=True, seed=SEED))
     theirs = loss(seam_reference(exact[0], exact[1], (16,), exact[2], None, p, keep))
-    gradients = torch.autograd.grad(ours, (x, residual, weight), allow_unused=True)
+    gradients = torch.autograd.grad(ours, (x, skip, weight), allow_unused=True)
     expected = torch.autograd.grad(theirs, exact, allow_unused=True)
     for gradient, exact_gradient in zip(gradients, expected, strict=True):
         if exact_gradient is None:
@@ -576,26 +580,26 @@ def test_seam_gradients_of_either_result(path, device, used, p):
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("subset", list(itertools.product([False, True], repeat=2)))
 def test_seam_any_subset_of_gradients(path, device, p, subset):
-    x, residual = (normal((5, 16), device).requires_grad_(wanted) for wanted in subset)
+    x, skip = (normal((5, 16), device).requires_grad_(wanted) for wanted in subset)
     weight = normal((16,), device).requires_grad_()
-    exact = doubles((x, residual, weight))
-    y = F.dropout_add_layer_norm(x, residual, (16,), weight, None, p, seed=SEED)
+    exact = doubles((x, skip, weight))
+    y = F.dropout_add_layer_norm(x, skip, (16,), weight, p=p, seed=SEED)
     expected, _ = seam_reference(exact[0], exact[1], (16,), exact[2], None, p, mask_of(x, p) if p else None)
     dy = torch.randn_like(y)
     y.backward(dy)
     gradients = torch.autograd.grad(expected, exact, dy.double())
-    for t, gradient, wanted in zip((x, residual, weight), gradients, (*subset, True), strict=True):
+    for t, gradient, wanted in zip((x, skip, weight), gradients, (*subset, True), strict=True):
         assert (t.grad is not None) == wanted
         if wanted:
             assert_near(t.grad, gradient, torch.float32, terms=5)
 
 
 def test_seam_keeps_a_residual_stream_in_fp32(path, device):
-    x, residual = normal((6, 16), device, torch.bfloat16), normal((6, 16), device)
-    y, h = check_seam(x, residual, (16,), *parameters((16,), device), dtype=torch.bfloat16)
+    x, skip = normal((6, 16), device, torch.bfloat16), normal((6, 16), device)
+    y, h = check_seam(x, skip, (16,), *parameters((16,), device), dtype=torch.bfloat16)
     assert (y.dtype, h.dtype) == (torch.bfloat16, torch.float32)
     kept = random.LANE_VALUES / (random.LANE_VALUES - random.threshold(0.4))
-    expected = torch.where(mask_of(x, 0.4), x.double(), 0.0) * kept + residual
+    expected = torch.where(mask_of(x, 0.4), x.double(), 0.0) * kept + skip
     torch.testing.assert_close(
         h.double(), expected, rtol=1e-2 if path == "aten" else 1e-6, atol=1e-2 if path == "aten" else 1e-6
     )
@@ -604,8 +608,8 @@ def test_seam_keeps_a_residual_stream_in_fp32(path, device):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_seam_normalizes_the_very_numbers_that_it_returns(device, dtype):
     """And not what they were before they were rounded: backward knows only these."""
-    x, residual = normal((6, 24), device, dtype), normal((6, 24), device, dtype)
-    y, h = F.dropout_add_layer_norm(x, residual, (24,), prenorm=True, seed=SEED)
+    x, skip = normal((6, 24), device, dtype), normal((6, 24), device, dtype)
+    y, h = F.dropout_add_layer_norm(x, skip, (24,), prenorm=True, seed=SEED)
     assert torch.equal(y, F.layer_norm(h, (24,)))
 
 
@@ -614,16 +618,16 @@ def test_seam_mask_follows_memory_in_any_layout(path, device, layout):
     if layout in ("expanded", "sliced", "rows sliced"):
         pytest.skip("not dense: which elements count where is said by the test of dropout")
     x = LAYOUTS[layout](normal((2, 4, 3, 5), device)).detach()
-    residual = normal((2, 4, 3, 5), device)
-    check_seam(x, residual, (5,), *parameters((5,), device))
+    skip = normal((2, 4, 3, 5), device)
+    check_seam(x, skip, (5,), *parameters((5,), device))
 
 
 def test_seam_draws_as_dropout_does(path, device):
-    x, residual = normal((64, 8), device), normal((64, 8), device)
+    x, skip = normal((64, 8), device), normal((64, 8), device)
     torch.manual_seed(7)
-    first, second = (F.dropout_add_layer_norm(x, residual, (8,), prenorm=True)[1] for _ in range(2))
+    first, second = (F.dropout_add_layer_norm(x, skip, (8,), prenorm=True)[1] for _ in range(2))
     torch.manual_seed(7)
-    again = F.dropout(x, residual=residual)
+    again = F.dropout(x, residual=skip)
     torch.testing.assert_close(first, again, rtol=1e-6, atol=1e-6)
     assert not first.equal(second)
     generator = torch.Generator(device).manual_seed(7)
@@ -658,7 +662,7 @@ def test_unknown_activation_and_wrong_residual_are_refused(path, device):
             function(x, (8,), activation="swish")
     with pytest.raises(ValueError, match="residual has to have the shape of the input"):
         F.layer_norm(x, (8,), residual=x[:1])
-    with pytest.raises(ValueError, match="residual has to have the shape of the input"):
+    with pytest.raises(ValueError, match="skip has to have the shape of the input"):
         F.dropout_add_layer_norm(x, x[:1], (8,))
 
 
@@ -695,7 +699,7 @@ def test_fp32_result_of_a_16_bit_input(device, monkeypatch):
 
 MODULES = {
     "LayerNorm": lambda: fnn.LayerNorm((3, 4), activation="gelu"),
-    "DropoutAddLayerNorm": lambda: fnn.DropoutAddLayerNorm((3, 4), 0.25, prenorm=True, activation="gelu"),
+    "DropoutAddLayerNorm": lambda: fnn.DropoutAddLayerNorm((3, 4), p=0.25, prenorm=True, activation="gelu"),
 }
 
 
@@ -717,17 +721,17 @@ def test_modules_survive_copy_and_pickle(path, device, name):
 
 
 def test_seam_module_is_the_function(path, device):
-    layer = fnn.DropoutAddLayerNorm(8, 0.25, 1e-3, bias=False, activation="silu").to(device)
-    x, residual = normal((6, 8), device), normal((6, 8), device)
+    layer = fnn.DropoutAddLayerNorm(8, 1e-3, bias=False, p=0.25, activation="silu").to(device)
+    x, skip = normal((6, 8), device), normal((6, 8), device)
     torch.manual_seed(3)
-    y = layer(x, residual)
+    y = layer(x, skip)
     torch.manual_seed(3)
     expected = F.dropout_add_layer_norm(
-        x, residual, (8,), layer.weight, None, 0.25, True, 1e-3, activation="silu"
+        x, skip, (8,), layer.weight, None, 1e-3, 0.25, True, activation="silu"
     )
     assert torch.equal(y, expected)
     layer.eval()
-    expected = reference((x + residual).double(), (8,), eps=1e-3, activation="silu")
-    assert_near(layer(x, residual), expected, torch.float32)
+    expected = reference((x + skip).double(), (8,), eps=1e-3, activation="silu")
+    assert_near(layer(x, skip), expected, torch.float32)
     stock = torch.nn.LayerNorm(8, 1e-3, bias=False).extra_repr()  # says more in newer versions of torch
     assert repr(layer) == f"DropoutAddLayerNorm({stock}, activation=silu, p=0.25, prenorm=False)"

@@ -74,6 +74,7 @@ def channels_last(x):
 # --- values and gradients ---------------------------------------------------------------------------------
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_fused_form_equals_fp64_reference(path, device, dtype, layout):
@@ -193,6 +194,7 @@ def test_layouts(path, device, name):
     ]
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("dy_layout", ["transposed", "expanded"])
 def test_gradients_of_any_layout(device, dy_layout):
     x = torch.randn(4, 3, 2, 2, device=device)
@@ -223,7 +225,7 @@ def test_wide_indices_give_the_same_result(device):
         results = []
         for wide in (False, True):
             y, dx = torch.empty_like(x), torch.empty_like(x)
-            form = ops._Form(2, 0.5, 0.75, 1.0)
+            form = ops.Form(2, 0.5, 0.75, 1.0)
             launches = ops.forward_launches(x, None, y, form)
             for launch in launches + ops.backward_launches(x, x, None, dx, None, form):
                 launch.arguments["WIDE"] = wide

@@ -60,6 +60,7 @@ def assert_plausible(samples, variances):
 # --- the definition ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.executed
 @both_modes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(5, 77), (1030,), ()], ids=str)
@@ -80,7 +81,7 @@ def test_every_element_is_written_and_none_behind_the_last(device, numel, dtype)
     memory = torch.full((numel + 16,), 99.0, dtype=dtype, device=device)
     x = torch.randn(numel, dtype=dtype, device=device)
     y = memory[:numel]
-    ops.launches.run(x, y, Stream(3), ops._Form(0.5, False))
+    ops.launches.run(x, y, Stream(3), ops.Form(0.5, False))
     assert (memory[numel:] == 99).all()
     assert_noisy(y, x, 0.5, "additive", 3)
 
@@ -92,7 +93,7 @@ def test_tiles_of_large_tensors_give_the_same_noise(device):
     results = []
     for changes in ({}, {"BLOCK": 4096}, {"WIDE": True}):
         y = torch.empty_like(x)
-        (launch,) = ops.launches(x, y, Stream(-3, 4), ops._Form(0.5, True))
+        (launch,) = ops.launches(x, y, Stream(-3, 4), ops.Form(0.5, True))
         launch.arguments.update(changes)
         grid = (-(-5001 // launch.arguments["BLOCK"]),)
         launch._replace(grid=grid).run(device)
@@ -104,7 +105,7 @@ def test_tiles_of_large_tensors_give_the_same_noise(device):
 def test_the_launch_follows_the_size():
     def arguments(*size, dtype=torch.bfloat16):
         x = torch.empty(size, dtype=dtype, device="meta")
-        (launch,) = ops.launches(x, x, Stream(1), ops._Form(0.1, False))
+        (launch,) = ops.launches(x, x, Stream(1), ops.Form(0.1, False))
         return launch
 
     if not backend.HAS_TRITON:
@@ -220,6 +221,7 @@ def test_noise_on_the_inputs_of_a_linear_model_is_tikhonov_regularization(aten):
 # --- where the noise comes from ---------------------------------------------------------------------------
 
 
+@pytest.mark.executed
 @both_modes
 def test_seeds_reproduce(path, device, mode):
     x = torch.randn(40, 30, device=device)

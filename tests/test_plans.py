@@ -752,9 +752,9 @@ def linear(data) -> tuple[torch.Tensor, ...]:
 @drawn(300, 3000)
 def test_drop_connect(data):
     operands = linear(data)
-    mask = data.draw(st.sampled_from(["example", "group", "batch"]))
-    options = {"mask": mask, "p": data.draw(st.sampled_from([0.5, 0.3])), "seed": 1}
-    if mask == "group":
+    mode = data.draw(st.sampled_from(["example", "group", "batch"]))
+    options = {"mode": mode, "p": data.draw(st.sampled_from([0.5, 0.3])), "seed": 1}
+    if mode == "group":
         options["group_size"] = data.draw(sizes(300))
     options["activation"] = data.draw(st.sampled_from(ACTIVATIONS))
     counts = data.draw(multiprocessor_counts)
@@ -765,8 +765,8 @@ def test_drop_connect(data):
 @drawn(300, 3000)
 def test_products_of_noise(data):
     options = {"activation": data.draw(st.sampled_from(ACTIVATIONS)), "seed": 1}
-    mask = data.draw(st.sampled_from(["flipout", "gaussian"]))
-    check_call(F.drop_connect_linear, *linear(data), mask=mask, **options)
+    mode = data.draw(st.sampled_from(["flipout", "gaussian"]))
+    check_call(F.drop_connect_linear, *linear(data), mode=mode, **options)
 
 
 @reaches(expectation, "integrate integrate_backward average average_backward")
@@ -786,10 +786,10 @@ def test_inference_of_drop_connect(data):
 @drawn(300, 3000)
 def test_noisy_linear(data):
     operands = linear(data)
-    kind = data.draw(st.sampled_from(["additive", "multiplicative", "factorised"]))
+    mode = data.draw(st.sampled_from(["additive", "multiplicative", "factorised"]))
     sigma = 0.1
-    options = {"kind": kind, "seed": 1, "activation": data.draw(st.sampled_from(ACTIVATIONS))}
-    if kind == "factorised":
+    options = {"mode": mode, "seed": 1, "activation": data.draw(st.sampled_from(ACTIVATIONS))}
+    if mode == "factorised":
         sigma = torch.empty_like(operands[1]).requires_grad_()
         if operands[2] is not None:
             options["bias_sigma"] = torch.empty_like(operands[2]).requires_grad_()

@@ -194,6 +194,7 @@ def test_lanes_of_streams(stream, vector, device):
     assert torch.equal(drawn.long(), expected)
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("vector", [8, 4, 2, 1])
 @pytest.mark.parametrize("block", [8, 32, 256, 4096])
 @pytest.mark.parametrize("numel", [1, 7, 67])
@@ -381,6 +382,7 @@ def test_normals_equal_the_definition(stream, device):
     assert normal_tolerance(exact, stream).median() < 1e-5
 
 
+@pytest.mark.executed
 @pytest.mark.parametrize("numel", [1, 3, 5, 131])
 @pytest.mark.parametrize("block", [4, 128, 2048])
 def test_normals_of_blocks(numel, block, device):
@@ -847,7 +849,7 @@ def test_graphed_callables_draw_new_masks(device):
     """Kernels that were launched in the warm-up alone: nothing may be loaded while a graph is recorded."""
     n = 1 << 9
     layer = torch.nn.Sequential(
-        fastreg.nn.Dropout(0.5, activation="relu"), fastreg.nn.DropoutAddLayerNorm(n, 0.5)
+        fastreg.nn.Dropout(0.5, activation="relu"), fastreg.nn.DropoutAddLayerNorm(n, p=0.5)
     ).to(device)
     x = torch.ones(n, n, device=device, requires_grad=True)
     graphed = torch.cuda.make_graphed_callables(layer, (x,))

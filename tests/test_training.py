@@ -289,7 +289,7 @@ def test_normalization_and_relu_are_one_layer(setting):
 
 
 def test_dropconnect_takes_the_last_hidden_layer_with_its_relu():
-    layer = "DropConnectLinear(in_features=800, out_features=800, bias=True, p=0.5, mask=example, activation=relu)"
+    layer = "DropConnectLinear(in_features=800, out_features=800, bias=True, p=0.5, mode=example, activation=relu)"
     network = MODELS["mlp"]((1, 8, 8), 4, recipe_for("dropconnect", quick_settings()))
     assert [str(found) for found in network][1:] == [
         *("Linear(in_features=64, out_features=800, bias=True)", "ReLU()", layer),
@@ -314,7 +314,7 @@ def test_weight_noise_is_on_the_hidden_dense_layers():
     network = MODELS["mlp"]((1, 8, 8), 4, recipe)
     noisy = [layer for layer in network if isinstance(layer, fnn.NoisyLinear)]
     assert [str(layer) for layer in noisy] == [
-        f"NoisyLinear(in_features={inputs}, out_features=800, bias=True, sigma=0.25, kind=additive, activation=relu)"
+        f"NoisyLinear(in_features={inputs}, out_features=800, bias=True, sigma=0.25, mode=additive, activation=relu)"
         for inputs in (64, 800)
     ]
     assert len(network) == 4  # with the flattening and the output

@@ -43,10 +43,10 @@ FUNCTIONS = {  # of an example, and the shape of one
     ),
     "drop_connect": (_linear(F.drop_connect_linear), (3, 6)),
     "drop_connect of a vector": (_linear(F.drop_connect_linear), (6,)),
-    "drop_connect group": (_linear(F.drop_connect_linear, mask="group", group_size=2), (3, 6)),
-    "drop_connect batch": (_linear(F.drop_connect_linear, mask="batch"), (3, 6)),
-    "drop_connect flipout": (_linear(F.drop_connect_linear, mask="flipout"), (3, 6)),
-    "drop_connect gaussian": (_linear(F.drop_connect_linear, mask="gaussian"), (3, 6)),
+    "drop_connect group": (_linear(F.drop_connect_linear, mode="group", group_size=2), (3, 6)),
+    "drop_connect batch": (_linear(F.drop_connect_linear, mode="batch"), (3, 6)),
+    "drop_connect flipout": (_linear(F.drop_connect_linear, mode="flipout"), (3, 6)),
+    "drop_connect gaussian": (_linear(F.drop_connect_linear, mode="gaussian"), (3, 6)),
     "drop_connect relu": (_linear(F.drop_connect_linear, activation="gelu"), (3, 6)),
     "drop_connect inference": (
         lambda x, **source: F.drop_connect_linear(
@@ -56,9 +56,9 @@ FUNCTIONS = {  # of an example, and the shape of one
     ),
     "noisy_linear": (_linear(F.noisy_linear), (3, 6)),
     "noisy_linear bias": (_linear(F.noisy_linear, bias_sigma=0.3), (3, 6)),
-    "noisy_linear multiplicative": (_linear(F.noisy_linear, kind="multiplicative"), (3, 6)),
+    "noisy_linear multiplicative": (_linear(F.noisy_linear, mode="multiplicative"), (3, 6)),
     "noisy_linear factorised": (
-        lambda x, **source: F.noisy_linear(x, WEIGHT, None, SIGMAS, kind="factorised", **source),
+        lambda x, **source: F.noisy_linear(x, WEIGHT, None, SIGMAS, mode="factorised", **source),
         (3, 6),
     ),
 }

@@ -86,7 +86,6 @@ class Accesses:
         self.local = Local(self.count * self.size, self.kernel.local_bytes)
         self.copies: list[_Copy] = []
         self.committed = np.zeros(self.shape, int64)
-        self.flights = [[]]  # of products, in groups
         self.steps = 0
 
     # --- faults
@@ -118,7 +117,7 @@ class Accesses:
         mask = np.broadcast_to(mask, shape)
         return _Selected(np.broadcast_to(address, shape)[mask], shape, mask)
 
-    def _actors(self, space: str, selected: _Selected) -> Actors | None:
+    def _actors(self, space: str, selected: _Selected, site: int) -> Actors | None:
         """An address that threads share counts for all of them. In global memory a program is one actor: where a tile
         has fewer elements than threads, Triton lets several threads read an element, of which one writes it."""
         if not self.options.ordered:
@@ -133,7 +132,7 @@ class Accesses:
             else IN_PROGRAM
         )
         values = (who, self.barriers, self.warp_barriers)
-        return Actors(*(selected.flat(x[:rows, :columns]) for x in values), scope)
+        return Actors(*(selected.flat(x[:rows, :columns]) for x in values), site, scope)
 
     def _locate(self, space: str, selected: _Selected, size: int, site: int) -> Place:
         if space == "global":
@@ -162,7 +161,7 @@ class Accesses:
             self._fault(problem, site, selected)
         if self.options.counting:
             self._count("loads" if space == "global" else "shared", address, mask, width * count)
-        found, problem = memory.read(place, width, count, self._actors(space, selected))
+        found, problem = memory.read(place, width, count, self._actors(space, selected, site))
         if problem:
             self._fault(problem, site, selected)
         return [selected.spread(x) for x in found]
@@ -189,7 +188,7 @@ class Accesses:
             self._fault(problem, site, selected)
         if self.options.counting:
             self._count("stores" if space == "global" else "shared", address, mask, width * len(values))
-        if problem := memory.write(place, width, flat, self._actors(space, selected)):
+        if problem := memory.write(place, width, flat, self._actors(space, selected, site)):
             self._fault(problem, site, selected)
 
     def _count(self, kind: str, address: ndarray, mask: Mask, size: int) -> None:
@@ -232,7 +231,7 @@ class Accesses:
             place = self._locate("global", selected, size, site)
             if self.options.counting:
                 self._count("loads", source, reading, size)
-            _, problem = self.memory.read(place, width, size // width, self._actors("global", selected))
+            _, problem = self.memory.read(place, width, size // width, self._actors("global", selected, site))
             if problem:
                 self._fault(problem, site, selected)
         if not here.any():
@@ -243,7 +242,7 @@ class Accesses:
         nothing = [np.full(len(selected.address), UNWRITTEN, np.uint8).astype(UNSIGNED[width])] * (
             size // width
         )
-        if problem := self.shared.write(place, width, nothing, self._actors("shared", selected)):
+        if problem := self.shared.write(place, width, nothing, self._actors("shared", selected, site)):
             self._fault(problem, site, selected)
         self.shared.mark_arriving(place, size, True)
         whole = (np.broadcast_to(x, self.shape) for x in (to, source))
@@ -277,7 +276,7 @@ class Accesses:
         selected, place = self._shared_place(copy.to, done, copy.size, copy.site)
         self.shared.mark_arriving(place, copy.size, False)
         flat = [selected.flat(x) for x in values]
-        if problem := self.shared.write(place, width, flat, self._actors("shared", selected)):
+        if problem := self.shared.write(place, width, flat, self._actors("shared", selected, copy.site)):
             self._fault(problem, copy.site, selected)
 
 

@@ -10,6 +10,7 @@ import struct
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -51,6 +52,7 @@ class Machine:
     keeps: bool = False  # launched
     launches: int = 0
     programs: dict[str, Program] = field(default_factory=dict)
+    ran: set[Program] = field(default_factory=set)
     detach: Callable[[], None] = lambda: None
 
     def run(
@@ -67,6 +69,7 @@ class Machine:
         program = self.programs.get(ptx)
         if program is None:
             program = self.programs[ptx] = Program(ptx)
+        self.ran.add(program)
         regions = [Region(*extent(x), label) for label, x in tensors]
         launch = Launch(program, grid, threads, parameters, regions, shared, self.options, _freed())
         launch.run()
@@ -190,28 +193,30 @@ def packed(kind: str, value: Any) -> bytes:
 _devices = itertools.count()
 
 
-class _Utils:
-    def load_binary(self, name, kernel, shared, device):
-        return None, kernel.decode() if isinstance(kernel, bytes) else kernel, 0, 0, 1024
-
-    def unload_module(self, module):
-        pass
-
-    def get_device_properties(self, device):
-        return {"max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32}
+PROPERTIES = {
+    "max_shared_mem": 232448, "multiprocessor_count": 132, "max_num_regs": 65536, "warpSize": 32,
+}  # fmt: skip
 
 
-class _Driver(DriverBase):
-    utils = _Utils()
+class Driver(DriverBase):
+    """What Triton asks about a GPU that is not there.
 
-    def __init__(self, machine: Machine):
-        self.machine = machine
-        self.launcher_cls = lambda source, metadata: _launcher(machine, source, metadata)
-        self.get_device_capability = lambda device=0: divmod(machine.cc, 10)
-        self.get_current_stream = lambda device=0: 0
-        device = next(_devices)  # Triton 3.6 keeps compiled variants by device, whatever its target
-        self.get_current_device = lambda: device
-        self.set_current_device = lambda device: None
+    launcher: of a source and its metadata, what Triton calls for each launch. load: of a kernel's name and its code,
+    the function that is launched. capability, device, stream (of a device): as they are when Triton asks.
+    """
+
+    def __init__(self, launcher, load, capability, device, stream, set_device, torch_device):
+        self.launcher_cls = launcher
+        self.utils = SimpleNamespace(
+            load_binary=lambda name, code, shared, device: (None, load(name, code), 0, 0, 1024),
+            unload_module=lambda module: None,
+            get_device_properties=lambda device: PROPERTIES,
+        )
+        self.get_device_capability = lambda device=0: capability()
+        self.get_current_stream = lambda device=0: stream(device)
+        self.get_current_device = device
+        self.set_current_device = set_device
+        self.get_active_torch_device = torch_device
 
     @classmethod
     def is_active(cls):
@@ -221,13 +226,27 @@ class _Driver(DriverBase):
         return ty
 
     def get_current_target(self):
-        return GPUTarget("cuda", self.machine.cc, 32)
+        major, minor = self.get_device_capability()
+        return GPUTarget("cuda", 10 * major + minor, 32)
 
     def get_active_torch_device(self):
-        return torch.device("cpu")
+        raise NotImplementedError
 
     def get_benchmarker(self):
-        raise NotImplementedError("this machine says nothing of time")
+        raise NotImplementedError("a GPU that is not there takes no time")
+
+
+def _driver(machine: Machine) -> Driver:
+    number = next(_devices)  # Triton 3.6 keeps compiled variants by device, whatever its target
+    return Driver(
+        launcher=lambda source, metadata: _launcher(machine, source, metadata),
+        load=lambda name, code: code.decode() if isinstance(code, bytes) else code,
+        capability=lambda: divmod(machine.cc, 10),
+        device=lambda: number,
+        stream=lambda device: 0,
+        set_device=lambda device: None,
+        torch_device=lambda: torch.device("cpu"),
+    )
 
 
 def attached(cc: int, options: Options, keeps: bool) -> Machine:
@@ -237,7 +256,7 @@ def attached(cc: int, options: Options, keeps: bool) -> Machine:
     machine = Machine(cc, options, keeps=keeps)
     backend, active = backends["nvidia"], triton.runtime.driver._active
     backends["nvidia"] = type(backend)(_ToPtx, backend.driver)
-    triton.runtime.driver.set_active(_Driver(machine))
+    triton.runtime.driver.set_active(_driver(machine))
 
     def detach():
         backends["nvidia"] = backend

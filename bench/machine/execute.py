@@ -18,7 +18,7 @@ from .memory import UNWRITTEN, Fault, Global, Region
 from .parse import Kernel, Unknown, parse
 from .races import WARP
 from .translate import NUMPY, TYPES, Translator, also, kept
-from .warpgroups import Warpgroups
+from .warpgroups import Early, Flight, Warpgroups
 
 _VECTORS = {"v2": 2, "v4": 4, "v8": 8}
 
@@ -26,6 +26,7 @@ _VECTORS = {"v2": 2, "v4": 4, "v8": 8}
 @dataclass(frozen=True)
 class Options:
     seed: int = 0  # of the order of warps and programs; 0: all in step
+    errors: int = 0  # seed of the errors of approximate functions; 0: none
     ordered: bool = True  # whether races are looked for
     counting: bool = False  # instructions, bytes and sectors
     lanes: int = 1 << 14  # threads that run at once, at most
@@ -116,6 +117,7 @@ class Run(Warpgroups):
 
     def run(self) -> None:
         self.gone: ndarray = np.zeros((1, 1), bool)
+        self.flights = [Flight()]
         self.waiting: dict[int, ndarray] = {}
         turns = self._turns()
         pending = [{0: turn} for turn in turns]
@@ -155,7 +157,10 @@ class Run(Warpgroups):
                 )
             if self.options.counting:
                 self.counters.ran(block, number, self._warps_of(q))
-            taken = block.function(self, self.R, q)
+            try:
+                taken = block.function(self, self.R, q)
+            except Early as error:
+                self._fail(block.site_of(error.__traceback__.tb_next.tb_lineno), str(error))
             rest = q
             if block.ends_with == "bar":
                 _join(self.waiting, number + 1, q)

@@ -115,10 +115,15 @@ def _division(t: Translator, f: Form) -> None:
         t.write(target, f"A.{'divide' if f.name == 'div' else 'remainder'}({a}, {b})", kind)
         return
     ftz = f.flag("ftz")
-    if f.one_of("rn", "full", "approx") is None or f.name == "rem" or kind not in ("f32", "f64"):
+    mode = f.one_of("rn", "full", "approx")
+    if mode is None or f.name == "rem" or kind not in ("f32", "f64"):
         raise Unknown("division of this kind")
-    quotient = f"A.flush(A.flush({a}) / A.flush({b}))" if ftz else f"{a} / {b}"
-    t.write(target, quotient, kind)
+    if ftz:
+        a, b = (t.let(f"A.flush({x})") for x in (a, b))
+    quotient = f"{a} / {b}"
+    if mode != "rn":
+        quotient = f"A.inexact('div', {a}, {a}.astype(f64) / {b}, m.options.errors)"
+    t.write(target, f"A.flush({quotient})" if ftz else quotient, kind)
 
 
 @form("neg", "abs")
@@ -166,7 +171,7 @@ def _function(t: Translator, f: Form) -> None:
     kind = f.type
     x, ftz, mode = t.read(x, kind), f.flag("ftz"), f.one_of("approx", "rn")
     if mode == "approx" and kind == "f32":
-        t.write(target, f"A.approximate({f.name!r}, {x}, {ftz})", kind)
+        t.write(target, f"A.approximate({f.name!r}, {x}, {ftz}, m.options.errors)", kind)
     elif mode == "approx" and kind == "f64" and f.name == "rsqrt" and not ftz:
         t.write(target, f"1.0 / np.sqrt({x})", kind)
     elif mode == "approx" and kind == "f64" and f.name in ("rcp", "rsqrt"):

@@ -24,12 +24,12 @@ class Actors(NamedTuple):
     thread: ndarray  # its number in the launch: program * threads + thread
     barriers: ndarray  # that its program has passed
     warp_barriers: ndarray  # that its warp has passed, those of the program included
+    site: int  # the instruction
     scope: int = THREAD  # wider: all threads of its warp, its program or the launch do the same
 
     def at(self, selected: ndarray) -> "Actors":
-        return Actors(
-            self.thread[selected], self.barriers[selected], self.warp_barriers[selected], self.scope
-        )
+        each = self.thread[selected], self.barriers[selected], self.warp_barriers[selected]
+        return Actors(*each, self.site, self.scope)
 
 
 class _Last:
@@ -41,6 +41,7 @@ class _Last:
         self.barriers = np.zeros(granules, np.int32)
         self.warp_barriers = np.zeros(granules, np.int32)
         self.scope = np.zeros(granules, np.int8)
+        self.site = np.full(granules, -1, np.int32)
 
     def unordered(self, granule: ndarray, actors: Actors) -> ndarray:
         """Where nothing orders the last ones before these."""
@@ -63,6 +64,7 @@ class _Last:
         self.barriers[granule] = actors.barriers
         self.warp_barriers[granule] = actors.warp_barriers
         self.scope[granule] = THREAD
+        self.site[granule] = actors.site
         beside = self.thread[granule] != actors.thread  # several at once: the last one is remembered
         if beside.any():
             scope[beside] = np.maximum(scope[beside], self._relation(granule[beside], actors.at(beside)))
@@ -95,8 +97,9 @@ class Shadow:
         return race
 
     def write(self, granule: ndarray, actors: Actors, changes: ndarray, loses: ndarray) -> Race | None:
-        """Threads of one program may write the same value. changes: which of them write another one than what lay
-        there; loses: than what lies there afterwards, as others write at once."""
+        """Threads of one program may write the same value with one instruction: where a tile has fewer elements than
+        threads, Triton gives an element to several threads, and all of them write it. changes: which threads write
+        another value than what lay there; loses: than what lies there afterwards, as others write at once."""
         race = self._first(self.reads, granule, actors, "read") or self._overwritten(granule, actors, changes)
         self.writes.record(granule, actors)
         return race or self._at_once(granule, actors, loses)
@@ -113,7 +116,7 @@ class Shadow:
         if not unordered.any():
             return None
         elsewhere = self.writes.thread[granule] // self.writes.threads != actors.thread // self.writes.threads
-        unordered &= changes | elsewhere
+        unordered &= changes | elsewhere | (self.writes.site[granule] != actors.site)
         if not unordered.any():
             return None
         place = int(unordered.argmax())

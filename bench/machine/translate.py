@@ -15,6 +15,7 @@ unknown, and an error: nothing is ignored because nobody looked.
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -92,10 +93,23 @@ class Block:
     ends_with: str = ""  # bra, ret, trap, bar; "": the next block follows
     target: int = -1
     lines: list[str] = field(default_factory=list)
+    sites: list[int] = field(default_factory=list)  # the instruction of each line
     changed: dict[str, str] = field(default_factory=dict)  # register: the variable that it is in the end
     result: str = "None"
+    name: str = ""
     source: str = ""
-    function: Callable[..., Any] = None
+    space: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def function(self) -> Callable[..., Any]:
+        """Made when it first runs, as many blocks never do."""
+        found: dict[str, Any] = {}
+        exec(compile(self.source, self.name, "exec"), self.space, found)
+        return found["block"]
+
+    def site_of(self, line: int) -> int:
+        """The instruction that a line of the source belongs to; of the last lines the last one."""
+        return self.sites[min(line - 2, len(self.sites) - 1)]
 
     def opcodes(self) -> Counter[str]:
         return Counter(instruction.opcode for instruction in self.instructions)
@@ -154,9 +168,7 @@ class Translator:
                 lines.append(f"{place} = {variable} if q is None else merge(q, {variable}, {place})")
         body = "\n    ".join([*lines, f"return {block.result}"])
         block.source = f"def block(m, R, q):\n    {body}\n"
-        code = compile(block.source, f"<{self.kernel.name}, block {number}>", "exec")
-        exec(code, self.space, found := {})
-        block.function = found["block"]
+        block.name, block.space = f"<{self.kernel.name}, block {number}>", self.space
 
     # --- what instructions write
 
@@ -166,6 +178,7 @@ class Translator:
 
     def line(self, text: str) -> None:
         self.block.lines.append(text)
+        self.block.sites.append(self.site)
 
     def let(self, expression: str) -> str:
         """A new variable of this value."""

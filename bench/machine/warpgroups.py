@@ -1,9 +1,11 @@
 """wgmma: products of four warps, whose operands lie in shared memory.
 
-A product is made at once. Until it is waited for, nothing may write to what it reads.
+A product is made at once. Until it is waited for, nothing may write to what it reads, or compute with what it writes.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy import float32, ndarray, uint64
@@ -17,8 +19,56 @@ from .warps import Warps
 GROUP = 128  # threads
 
 
+@dataclass
+class Flight:
+    """A group of products, which are waited for together."""
+
+    reads: list[tuple[Place, int]] = field(default_factory=list)
+    landed: bool = False
+
+
+class Early(Exception):
+    """Something came before what it has to wait for."""
+
+
+class Accumulators(ndarray):
+    """A register that products write. It may be moved, and accumulate more; until they have landed nothing else."""
+
+    flights: tuple[Flight, ...] = ()
+
+    def __array_finalize__(self, origin: Any) -> None:
+        self.flights = getattr(origin, "flights", ())
+
+    def __array_ufunc__(self, function, method, *inputs, **more):
+        return getattr(function, method)(*map(_landed, inputs), **more)
+
+    def __array_function__(self, function, types, inputs, more):
+        if function is np.where and len(inputs) == 3:  # a move of some threads
+            flights = tuple(flight for x in inputs for flight in getattr(x, "flights", ()))
+            return in_flight(np.where(*map(plain, inputs)), *flights)
+        return function(*map(_landed, inputs), **more)
+
+
+def plain(x: Any) -> Any:
+    return x.view(ndarray) if isinstance(x, Accumulators) else x
+
+
+def in_flight(x: ndarray, *flights: Flight) -> Accumulators:
+    x = x.view(Accumulators)
+    x.flights = flights
+    return x
+
+
+def _landed(x: Any) -> Any:
+    if isinstance(x, (tuple, list)):
+        return type(x)(map(_landed, x))
+    if isinstance(x, Accumulators) and not all(flight.landed for flight in x.flights):
+        raise Early("reads what a product still writes: nothing waited for it")
+    return plain(x)
+
+
 class Warpgroups(Warps):
-    flights: list[list[tuple[Place, int]]]  # what products read, by group of products; the last group is open
+    flights: list[Flight]  # the last one is open
 
     def _warpgroups(self, mask: Mask, site: int) -> ndarray:
         """Which warpgroups are here, [programs, warpgroups]: with all of their threads."""
@@ -35,13 +85,15 @@ class Warpgroups(Warps):
 
     def commit_products(self, mask: Mask, site: int) -> None:
         self._warpgroups(mask, site)
-        self.flights.append([])
+        self.flights.append(Flight())
 
     def wait_products(self, allowed: int, mask: Mask, site: int) -> None:
         self._warpgroups(mask, site)
         complete = max(0, len(self.flights) - 1 - allowed)
-        for place, width in (read for group in self.flights[:complete] for read in group):
-            self.shared.mark_used(place, width, -1)
+        for flight in self.flights[:complete]:
+            flight.landed = True
+            for place, width in flight.reads:
+                self.shared.mark_used(place, width, -1)
         self.flights = self.flights[complete:]
 
     def warpgroup_product(
@@ -57,7 +109,8 @@ class Warpgroups(Warps):
         right = self._operand(b, (columns, depth), kind, not transposed[1], here, site)
         product = signs[0] * signs[1] * (left @ right.swapaxes(-1, -2))
         parts = matrix.of_accumulators(product, self.shape)
-        return [self._sum(part, x, accumulates) for part, x in zip(parts, sums, strict=True)]
+        found = [self._sum(part, plain(x), accumulates) for part, x in zip(parts, sums, strict=True)]
+        return [in_flight(x, self.flights[-1]) for x in found]
 
     def _sum(self, part: ndarray, old: ndarray, accumulates: ndarray) -> ndarray:
         return (part + np.where(accumulates, old, float32(0))).astype(float32)
@@ -91,11 +144,13 @@ class Warpgroups(Warps):
         actors = None
         if self.options.ordered:
             barriers = self.barriers[row, 0]
-            actors = Actors(self.numbers[row] * self.size + GROUP * group, barriers, barriers, IN_PROGRAM)
+            actors = Actors(
+                self.numbers[row] * self.size + GROUP * group, barriers, barriers, site, IN_PROGRAM
+            )
         (bits,), problem = self.shared.read(place, width, 1, actors)
         check(problem)
         self.shared.mark_used(place, width, 1)
-        self.flights[-1].append((place, width))
+        self.flights[-1].reads.append((place, width))
         result = np.zeros((*here.shape, *sizes), UNSIGNED[width])
         result[here] = bits.reshape(-1, *sizes)
         return matrix.values(result, kind)

@@ -9,7 +9,6 @@ from torch.types import Device
 
 from fastreg import functional as F
 from fastreg.nn.fused import FusedNorm
-from fastreg.ops.norms.sync_batch_norm import sync_batch_norm
 
 
 class _BatchNorm(FusedNorm, torch.nn.modules.batchnorm._BatchNorm):
@@ -66,9 +65,10 @@ class BatchNorm1d(_BatchNorm, torch.nn.BatchNorm1d):
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in
             :class:`torch.nn.BatchNorm1d`.
-        activation: applied to the result, in the same pass: a name of ``fastreg.ops.fused.ACTIVATIONS``.
+        activation: applied to the result, in the same pass: a name of ``fastreg.functional.ACTIVATIONS``.
 
-    ``forward(input, *, residual=None)`` is activation(norm(input) + residual), with a residual of the input's shape.
+    ``forward(input, *, residual=None)`` is activation(norm(input) + residual): see
+    :func:`fastreg.functional.batch_norm`.
 
     Source: Ioffe and Szegedy 2015 (arXiv 1502.03167).
     """
@@ -121,7 +121,7 @@ class SyncBatchNorm(_BatchNorm, torch.nn.SyncBatchNorm):
     def _normalized(self, *arguments: Any, **keywords: Any) -> Tensor:
         if not self.training:
             return super()._normalized(*arguments, **keywords)
-        return sync_batch_norm(*arguments, group=self.process_group, **keywords)
+        return F.sync_batch_norm(*arguments, group=self.process_group, **keywords)
 
     @classmethod
     def convert_sync_batchnorm(cls, module: torch.nn.Module, process_group: Any = None) -> torch.nn.Module:

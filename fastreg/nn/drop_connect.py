@@ -18,7 +18,7 @@ class DropConnectLinear(Layer, torch.nn.Linear):
     Args:
         in_features, out_features, bias, device, dtype: as of :class:`torch.nn.Linear`.
         p: probability of dropping a connection.
-        mask: "example" (every example has its own), "group" (``group_size`` examples share one), "batch", "flipout",
+        mode: "example" (every example has its own), "group" (``group_size`` examples share one), "batch", "flipout",
             "gaussian".
         inverted: False scales by 1 - p in evaluation instead of 1 / (1 - p) in training.
         inference: in evaluation, "gaussian" (the paper's), "mean", or "probit" (approximate, sigmoid alone).
@@ -34,7 +34,7 @@ class DropConnectLinear(Layer, torch.nn.Linear):
 
     # Of layers whose class was changed: __init__ did not run.
     p = 0.5
-    mask = "example"
+    mode = "example"
     group_size: int | None = None
     inverted = True
     inference = "gaussian"
@@ -48,7 +48,7 @@ class DropConnectLinear(Layer, torch.nn.Linear):
         bias: bool = True,
         p: float = 0.5,
         *,
-        mask: str = "example",
+        mode: str = "example",
         group_size: int | None = None,
         inverted: bool = True,
         inference: str = "gaussian",
@@ -57,10 +57,10 @@ class DropConnectLinear(Layer, torch.nn.Linear):
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        p, group_size, samples = ops.checked_arguments(p, mask, group_size, inference, samples, activation)
+        p, group_size, samples = ops.checked_arguments(p, mode, group_size, inference, samples, activation)
         super().__init__(in_features, out_features, bias, device, dtype)
         self.p = p
-        self.mask = mask
+        self.mode = mode
         self.group_size = group_size
         self.inverted = inverted
         self.inference = inference
@@ -74,7 +74,7 @@ class DropConnectLinear(Layer, torch.nn.Linear):
             self.bias,
             self.p,
             self.training,
-            mask=self.mask,
+            mode=self.mode,
             group_size=self.group_size,
             inverted=self.inverted,
             inference=self.inference,
@@ -83,7 +83,7 @@ class DropConnectLinear(Layer, torch.nn.Linear):
         )
 
     def extra_repr(self) -> str:
-        text = f"{super().extra_repr()}, p={self.p}, mask={self.mask}"
+        text = f"{super().extra_repr()}, p={self.p}, mode={self.mode}"
         for name, default in (
             ("group_size", None),
             ("inverted", True),
@@ -125,11 +125,11 @@ class DropConnectConv2d(Layer, torch.nn.Conv2d):
         groups: int = 1,
         bias: bool = True,
         padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        p: float = 0.5,
+        *,
+        activation: str | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
-        *,
-        p: float = 0.5,
-        activation: str | None = None,
     ) -> None:
         p, _, _ = ops.checked_arguments(p, activation=activation)
         super().__init__(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastreg.nn.layer import Layer
 from fastreg.ops import dropout as ops
-from fastreg.ops.fused import check_activation
+from fastreg.ops.checks import check_activation
 
 
 class _Fused(Layer, torch.nn.modules.dropout._DropoutNd):
@@ -57,10 +57,11 @@ class Dropout(_Fused, torch.nn.Dropout):
     Args:
         p: probability of dropping.
         inplace: write into the input.
-        activation: applied before the dropout, in the same pass: a name of ``fastreg.ops.fused.ACTIVATIONS``.
+        activation: applied before the dropout, in the same pass: a name of ``fastreg.functional.ACTIVATIONS``.
         inverted: False scales by 1 - p in evaluation instead of 1 / (1 - p) in training.
 
-    ``forward(input, *, bias=None, residual=None)``: shapes as in :func:`fastreg.functional.dropout`.
+    ``forward(input, *, bias=None, residual=None)`` is D(activation(input + bias)) + residual: see
+    :func:`fastreg.functional.dropout`.
     """
 
     _function = staticmethod(ops.dropout)

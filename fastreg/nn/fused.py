@@ -1,14 +1,15 @@
 """What the normalization layers of fastreg add to torch's classes.
 
 Each takes torch's constructor arguments and the keyword ``activation``, a name of
-``fastreg.ops.fused.ACTIVATIONS``; ``forward(input, *, residual=None)`` is ``activation(norm(input) + residual)``, where
-the residual has the input's shape. Parameters, buffers, ``state_dict`` and errors are torch's.
+``fastreg.functional.ACTIVATIONS``; ``forward(input, *, residual=None)`` is ``activation(norm(input) + residual)``:
+``residual`` is added to what the operation itself gives, and has the input's shape. Parameters, buffers,
+``state_dict`` and errors are torch's.
 """
 
 from typing import Any
 
 from fastreg.nn.layer import Layer
-from fastreg.ops.fused import check_activation
+from fastreg.ops.checks import check_activation
 
 
 class FusedNorm(Layer):

@@ -15,9 +15,10 @@ class GroupNorm(FusedNorm, torch.nn.GroupNorm):
 
     Args:
         num_groups, num_channels, eps, affine, device, dtype, bias: as in :class:`torch.nn.GroupNorm`.
-        activation: applied to the result, in the same pass: a name of ``fastreg.ops.fused.ACTIVATIONS``.
+        activation: applied to the result, in the same pass: a name of ``fastreg.functional.ACTIVATIONS``.
 
-    ``forward(input, *, residual=None)`` is activation(norm(input) + residual), with a residual of the input's shape.
+    ``forward(input, *, residual=None)`` is activation(norm(input) + residual): see
+    :func:`fastreg.functional.group_norm`.
 
     Source: Wu and He 2018 (arXiv 1803.08494).
     """
@@ -109,9 +110,10 @@ class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
     Args:
         num_features, eps, momentum, affine, track_running_stats, device, dtype, bias: as in
             :class:`torch.nn.InstanceNorm1d`.
-        activation: applied to the result, in the same pass: a name of ``fastreg.ops.fused.ACTIVATIONS``.
+        activation: applied to the result, in the same pass: a name of ``fastreg.functional.ACTIVATIONS``.
 
-    ``forward(input, *, residual=None)`` is activation(norm(input) + residual), with a residual of the input's shape.
+    ``forward(input, *, residual=None)`` is activation(norm(input) + residual): see
+    :func:`fastreg.functional.instance_norm`.
 
     Source: Ulyanov, Vedaldi and Lempitsky 2016 (arXiv 1607.08022).
     """

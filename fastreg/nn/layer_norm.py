@@ -1,4 +1,4 @@
-"""Layer normalization, alone and behind a residual branch. What it adds to torch's: ``fastreg/nn/fused.py``."""
+"""Layer normalization, alone and behind a branch of a transformer. What it adds to torch's: ``fastreg/nn/fused.py``."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from torch.types import Device
 
 from fastreg import functional as F
 from fastreg.nn.fused import FusedNorm
-from fastreg.ops.arguments import number
+from fastreg.ops.checks import probability
 
 
 class LayerNorm(FusedNorm, torch.nn.LayerNorm):
@@ -16,9 +16,10 @@ class LayerNorm(FusedNorm, torch.nn.LayerNorm):
 
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as in :class:`torch.nn.LayerNorm`.
-        activation: applied to the result, in the same pass: a name of ``fastreg.ops.fused.ACTIVATIONS``.
+        activation: applied to the result, in the same pass: a name of ``fastreg.functional.ACTIVATIONS``.
 
-    ``forward(input, *, residual=None)`` is activation(norm(input) + residual), with a residual of the input's shape.
+    ``forward(input, *, residual=None)`` is activation(norm(input) + residual): see
+    :func:`fastreg.functional.layer_norm`.
 
     Source: Ba, Kiros and Hinton 2016 (arXiv 1607.06450).
     """
@@ -50,16 +51,16 @@ class LayerNorm(FusedNorm, torch.nn.LayerNorm):
 
 
 class DropoutAddLayerNorm(FusedNorm, torch.nn.LayerNorm):
-    """The seam between two blocks of a transformer in one pass: h = residual + dropout(input), then norm(h).
+    """The seam between two blocks of a transformer in one pass: h = skip + dropout(input), then norm(h).
 
     Args:
         normalized_shape, eps, elementwise_affine, bias, device, dtype: as in :class:`torch.nn.LayerNorm`, whose
-            parameters and ``state_dict`` it has.
+            parameters and ``state_dict`` it has; device and dtype by keyword.
         p: probability of dropping.
         prenorm: return (norm(h), h), as blocks that normalize first need it, instead of norm(h).
         activation: applied to the normalized values, in the same pass.
 
-    ``forward(input, residual)``: see :func:`fastreg.functional.dropout_add_layer_norm`.
+    ``forward(input, skip)``: see :func:`fastreg.functional.dropout_add_layer_norm`.
     """
 
     stochastic = True  # for mc_dropout
@@ -71,35 +72,33 @@ class DropoutAddLayerNorm(FusedNorm, torch.nn.LayerNorm):
     def __init__(
         self,
         normalized_shape: int | Sequence[int],
-        p: float = 0.5,
         eps: float = 1e-5,
         elementwise_affine: bool = True,
         bias: bool = True,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        p: float = 0.5,
         *,
         prenorm: bool = False,
         activation: str | None = None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        p = number("p", p)
-        if not 0.0 <= p <= 1.0:
-            raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
+        p = probability(p)
         self._make(normalized_shape, eps, elementwise_affine, bias, device, dtype, activation=activation)
         self.p = p
         self.prenorm = prenorm
 
     def forward(  # type: ignore[override]  # a pair with prenorm
-        self, input: Tensor, residual: Tensor | None = None
+        self, input: Tensor, skip: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         return F.dropout_add_layer_norm(
             input,
-            residual,
+            skip,
             self.normalized_shape,
             self.weight,
             self.bias,
+            self.eps,
             self.p,
             self.training,
-            self.eps,
             prenorm=self.prenorm,
             activation=self.activation,
         )

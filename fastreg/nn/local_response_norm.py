@@ -12,9 +12,10 @@ class LocalResponseNorm(FusedNorm, torch.nn.LocalResponseNorm):
 
     Args:
         size, alpha, beta, k: as in :class:`torch.nn.LocalResponseNorm`.
-        activation: applied to the result, in the same pass: a name of ``fastreg.ops.fused.ACTIVATIONS``.
+        activation: applied to the result, in the same pass: a name of ``fastreg.functional.ACTIVATIONS``.
 
-    ``forward(input, *, residual=None)`` is activation(norm(input) + residual), with a residual of the input's shape.
+    ``forward(input, *, residual=None)`` is activation(norm(input) + residual): see
+    :func:`fastreg.functional.local_response_norm`.
 
     Source: Krizhevsky, Sutskever and Hinton 2012, section 3.3.
     """

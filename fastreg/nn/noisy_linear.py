@@ -15,17 +15,17 @@ class NoisyLinear(Layer, torch.nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as of :class:`torch.nn.Linear`.
-        sigma: standard deviation of the noise. Of kind="factorised" that of its paper: the noise of a weight starts at
+        sigma: standard deviation of the noise. Of mode="factorised" that of its paper: the noise of a weight starts at
             sigma / sqrt(in_features), which is 0.5 there.
-        kind: "additive", "multiplicative" or "factorised".
-        learn_sigma: the deviation is a parameter, ``sigma``; of kind="factorised", where this is the default, one for
+        mode: "additive", "multiplicative" or "factorised".
+        learn_sigma: the deviation is a parameter, ``sigma``; of mode="factorised", where this is the default, one for
             every weight and, as ``bias_sigma``, for every bias. Otherwise it is a fixed number, and the
             ``state_dict`` that of torch's layer.
         activation: applied to the sum.
 
     Shape: ``[*, in_features]`` to ``[*, out_features]``.
 
-    With kind="factorised" weights and biases start uniform in ±1 / sqrt(in_features), as in the paper.
+    With mode="factorised" weights and biases start uniform in ±1 / sqrt(in_features), as in the paper.
 
     Source: Fortunato et al. 2018 (arXiv 1706.10295).
     """
@@ -37,7 +37,7 @@ class NoisyLinear(Layer, torch.nn.Linear):
     sigma: float | torch.nn.Parameter
     bias_sigma: float | torch.nn.Parameter | None
     initial_sigma = 0.1
-    kind = "additive"
+    mode = "additive"
     learn_sigma = False
     activation: str | None = None
 
@@ -48,18 +48,18 @@ class NoisyLinear(Layer, torch.nn.Linear):
         bias: bool = True,
         sigma: float = 0.1,
         *,
-        kind: str = "additive",
+        mode: str = "additive",
         learn_sigma: bool | None = None,
         activation: str | None = None,
         device: Device = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        sigma, _ = ops.checked_arguments(sigma, kind, None, activation)
-        self.kind, self.activation = kind, activation
+        sigma, _ = ops.checked_arguments(sigma, mode, None, activation)
+        self.mode, self.activation = mode, activation
         self.initial_sigma = sigma
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.learn_sigma = kind == "factorised" if learn_sigma is None else learn_sigma
-        factorised = kind == "factorised"
+        self.learn_sigma = mode == "factorised" if learn_sigma is None else learn_sigma
+        factorised = mode == "factorised"
         noisy_bias = factorised and bias
         if not self.learn_sigma:
             self.sigma = self._start()
@@ -73,7 +73,7 @@ class NoisyLinear(Layer, torch.nn.Linear):
 
     def _start(self) -> float:
         """Where the deviation of a weight starts."""
-        scale = 1 / math.sqrt(max(1, self.in_features)) if self.kind == "factorised" else 1.0
+        scale = 1 / math.sqrt(max(1, self.in_features)) if self.mode == "factorised" else 1.0
         return self.initial_sigma * scale
 
     def _reset_sigma(self) -> None:
@@ -83,7 +83,7 @@ class NoisyLinear(Layer, torch.nn.Linear):
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
-        if self.kind == "factorised" and self.bias is not None and self.in_features:
+        if self.mode == "factorised" and self.bias is not None and self.in_features:
             bound = 1 / math.sqrt(self.in_features)
             torch.nn.init.uniform_(self.weight, -bound, bound)
             torch.nn.init.uniform_(self.bias, -bound, bound)
@@ -97,13 +97,13 @@ class NoisyLinear(Layer, torch.nn.Linear):
             self.bias,
             getattr(self, "sigma", self.initial_sigma),
             self.training,
-            kind=self.kind,
+            mode=self.mode,
             bias_sigma=getattr(self, "bias_sigma", None),
             activation=self.activation,
         )
 
     def extra_repr(self) -> str:
-        text = f"{super().extra_repr()}, sigma={self.initial_sigma}, kind={self.kind}"
+        text = f"{super().extra_repr()}, sigma={self.initial_sigma}, mode={self.mode}"
         if self.learn_sigma:
             text += ", learn_sigma=True"
         return text if self.activation is None else f"{text}, activation={self.activation}"

@@ -64,12 +64,22 @@ def goes_with(x: Tensor, first: Tensor) -> bool:
     return is_plain(x) and x.device == first.device and x.dtype in _KERNEL_DTYPES
 
 
-def worth_a_launch(x: Tensor, least: int) -> bool:
-    """Whether a plain operation, which ATen has too, is worth a kernel of ours: on a GPU, from ``least`` elements on.
+ATEN_BELOW = {"dropout": 1 << 18, "noise": 1 << 18, "layer_norm": 1 << 18, "channel_norm": 1 << 16}
+"""Plain operations of fewer elements, which ATen has too, go to ATen on a GPU.
+
+Our launches take more of the host than torch's: a call of dropout 11 us more, one of a norm 18 us (bench/RESULTS.md, on
+the host). So a GPU must have that much to do before it waits for us, and something to gain: 2^18 elements of fp32, read
+and written once, are 0.7 us of an H100's memory, about the least that any kernel takes. ATen's batch norm reads its
+input more often, in more launches: a quarter of the elements. (Estimates, until they are timed on a GPU.)
+"""
+
+
+def worth_a_launch(x: Tensor, operation: str) -> bool:
+    """Whether a plain operation on ``x`` is worth a kernel of ours.
 
     A compiled graph takes batches of any size, and on the CPU there is no launch.
     """
-    return torch.compiler.is_compiling() or not x.is_cuda or x.numel() >= least
+    return torch.compiler.is_compiling() or not x.is_cuda or x.numel() >= ATEN_BELOW[operation]
 
 
 def watched() -> bool:

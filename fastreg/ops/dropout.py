@@ -12,21 +12,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor
-from torch.fx import Proxy
 
 from fastreg import random
 from fastreg.ops import backend
-from fastreg.ops.arguments import is_number, plain
 from fastreg.ops.backend import Launch, number
-from fastreg.ops.fused import (
-    ACTIVATIONS,
-    check_activation,
-    check_residual,
-    check_same_device,
-    derivative,
-    result_dtype,
-    sum_dtype,
-)
+from fastreg.ops.checks import check_activation, check_leaf, check_residual, check_same_device, checked_p
+from fastreg.ops.fused import ACTIVATIONS, derivative, result_dtype, sum_dtype
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import Tiling, ceil_div, dense, dense_strides, empty_dense, tiling, with_strides
 from fastreg.ops.operator import apply, by_definition, keep, kept, needs_definition, operator
@@ -36,12 +27,8 @@ from fastreg.random import LANE_VALUES, Stream
 if backend.HAS_TRITON:
     from fastreg.kernels import dropout as kernels
 
-ATEN_BELOW = 1 << 18
-"""Plain dropout of fewer elements goes to ATen: its kernel then takes about the time of its launch, so there is
-nothing to gain, and a launch of ours costs more on the host. (An estimate, to be replaced by a measurement.)"""
 
-
-class _Form(NamedTuple):
+class Form(NamedTuple):
     """What distinguishes one dropout from another: y = D(f(x + bias)) + residual."""
 
     threshold: int  # drop where lane < threshold; 0 drops nothing
@@ -68,7 +55,7 @@ def _before_mask(x: Tensor, bias: Tensor | None, activation: str | None) -> Tens
 
 
 def _mask(
-    size: torch.Size, stride: tuple[int, ...], form: _Form, stream: Stream, device: torch.device
+    size: torch.Size, stride: tuple[int, ...], form: Form, stream: Stream, device: torch.device
 ) -> Tensor:
     """The keep mask of a tensor with these dense strides, broadcast to it: elements count in memory order."""
     drawn_size = size[: form.mask_dims] if form.mask_dims else size
@@ -80,7 +67,7 @@ def _mask(
     return drawn >= form.threshold
 
 
-def _masked(v: Tensor, keep: Tensor | None, form: _Form) -> Tensor:
+def _masked(v: Tensor, keep: Tensor | None, form: Form) -> Tensor:
     if keep is not None:
         if form.kept_shift is not None:
             return torch.where(keep, v * form.scale + form.kept_shift, form.dropped_value or 0.0)
@@ -89,7 +76,7 @@ def _masked(v: Tensor, keep: Tensor | None, form: _Form) -> Tensor:
 
 
 def _definition(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, stream: Stream | None, form: _Form
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, stream: Stream | None, form: Form
 ) -> Tensor:
     keep = None
     if form.threshold:
@@ -102,7 +89,7 @@ def _definition(
 # --- the launch -------------------------------------------------------------------------------------------
 
 
-def _tiled(x: Tensor, form: _Form) -> Tensor:
+def tiled(x: Tensor, form: Form) -> Tensor:
     """``x`` in a dense layout that the kernels can tile: itself wherever possible."""
     if x.is_contiguous():
         return x
@@ -110,7 +97,7 @@ def _tiled(x: Tensor, form: _Form) -> Tensor:
     return x.contiguous() if tiling(x, form.mask_dims, form.bias_dim) is None else x
 
 
-def _tiles(x: Tensor, form: _Form) -> Tiling:
+def _tiles(x: Tensor, form: Form) -> Tiling:
     """Of a tensor that is ``_tiled``."""
     tiles = tiling(x, form.mask_dims, form.bias_dim)
     assert tiles is not None
@@ -133,7 +120,7 @@ def _blocks(x: Tensor, tiles: Tiling) -> tuple[int, int, int]:
     return max(1, size // columns), columns, vector
 
 
-def _arguments(tiles: Tiling, blocks: tuple[int, int, int], stream: Stream, form: _Form) -> dict:
+def _arguments(tiles: Tiling, blocks: tuple[int, int, int], stream: Stream, form: Form) -> dict:
     """The arguments that forward and backward kernels share."""
     rows, columns, vector = blocks
     tail = tiles.columns % vector
@@ -171,7 +158,7 @@ def _block_counts(tiles: Tiling, blocks: tuple[int, int, int]) -> tuple[int, int
 
 @planned
 def forward_launches(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor, stream: Stream, form: _Form
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor, stream: Stream, form: Form
 ) -> list[Launch]:
     """x, residual, y: dense, with one layout that can be tiled."""
     tiles = _tiles(x, form)
@@ -193,7 +180,7 @@ def backward_launches(
     bias: Tensor | None,
     dx: Tensor,
     stream: Stream,
-    form: _Form,
+    form: Form,
     dbias: Tensor | None,
 ) -> list[Launch]:
     """dy, x, dx: dense, with one layout that can be tiled. dbias: [bias size]; where the bias varies along the rows,
@@ -233,12 +220,12 @@ def backward_launches(
 
 @operator("fastreg::dropout", writes=["y"])
 def _forward(
-    x: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor, stream: Stream, form: _Form
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, y: Tensor, stream: Stream, form: Form
 ) -> None:
     """y: laid out as ``dense(x)``; it may be x itself."""
     if x.numel() == 0:
         return
-    x = _tiled(x, form)
+    x = tiled(x, form)
     result = y if y.stride() == x.stride() else torch.empty_like(x, dtype=y.dtype)
     residual = None if residual is None else with_strides(residual, x.stride())
     bias = None if bias is None else bias.contiguous()
@@ -255,7 +242,7 @@ def _backward(
     dx: Tensor,
     dbias: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
 ) -> None:
     """x, bias: what forward had, where the activation needs them.
 
@@ -266,7 +253,7 @@ def _backward(
         if dbias is not None:
             dbias.zero_()
         return
-    result = _tiled(dx, form)
+    result = tiled(dx, form)
     dy = with_strides(dy, result.stride())
     x = None if x is None else with_strides(x, result.stride())
     bias = None if bias is None else bias.contiguous()
@@ -282,7 +269,7 @@ def _backward(
 
 def activation_forward(z: Tensor, y: Tensor, activation: str) -> None:
     """y = f(z), in one pass: dropout that drops nothing. y may be z."""
-    _forward(z, None, None, y, Stream(0), _Form(0, 1.0, activation=activation))
+    _forward(z, None, None, y, Stream(0), Form(0, 1.0, activation=activation))
 
 
 def activation_backward(
@@ -292,7 +279,7 @@ def activation_backward(
 
     It is the backward pass of dropout that drops nothing. kept: z, or y where that is enough for f'.
     """
-    form = _Form(0, 1.0, bias_dim=1 if needs_bias else None, activation=derivative(activation))
+    form = Form(0, 1.0, bias_dim=1 if needs_bias else None, activation=derivative(activation))
     return _gradients(dy, kept, None, Stream(0), form, dense_strides(kept), kept.dtype, needs_bias)
 
 
@@ -301,7 +288,7 @@ def _gradients(
     x: Tensor | None,
     bias: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
     stride: tuple[int, ...],
     dtype: torch.dtype,
     needs_bias: bool,
@@ -391,7 +378,7 @@ def _dropout(
         and inverted
         and not seeded
         and p < 1
-        and not (ours and backend.worth_a_launch(input, ATEN_BELOW))
+        and not (ours and backend.worth_a_launch(input, "dropout"))
     ):
         return aten(input, p, training, inplace)
 
@@ -426,14 +413,6 @@ def _dropout(
     return input.copy_(y) if inplace else y
 
 
-def checked_p(input: Tensor, p: float, training: bool, aten: Callable[..., Tensor] = F.dropout) -> float:
-    """``p`` as Python's number. ``aten``, torch's function, refuses what is none, or out of bounds."""
-    found = plain(p)
-    if not (is_number(found) and 0.0 <= found <= 1.0 and type(training) in (bool, Proxy)):
-        aten(input, p, training, False)
-    return found
-
-
 def _on_kernels(input, bias, residual, stream, form, inplace):
     if not torch.compiler.is_compiling():
         if inplace:
@@ -452,10 +431,10 @@ def form_for(
     alpha: bool = False,
     mask_dims: int = 0,
     activation: str | None = None,
-) -> _Form:
+) -> Form:
     threshold = random.threshold(p)
     kept = (LANE_VALUES - threshold) / LANE_VALUES
-    form = _Form(threshold, 1.0, mask_dims=mask_dims, activation=activation)
+    form = Form(threshold, 1.0, mask_dims=mask_dims, activation=activation)
     if not training:
         return form._replace(threshold=0, scale=1.0 if inverted else kept)
     if threshold in (0, LANE_VALUES) or not inverted:
@@ -469,7 +448,7 @@ def form_for(
     return form._replace(scale=scale, kept_shift=shift, dropped_value=scale * saturation + shift)
 
 
-def _checked_bias(input: Tensor, bias: Tensor | None, form: _Form) -> tuple[Tensor | None, _Form]:
+def _checked_bias(input: Tensor, bias: Tensor | None, form: Form) -> tuple[Tensor | None, Form]:
     """The bias, and the form with the one dimension of ``input`` that it varies along."""
     if bias is None:
         return None, form
@@ -493,8 +472,7 @@ def _check_inplace(
     input: Tensor, bias: Tensor | None, residual: Tensor | None, activation: str | None
 ) -> None:
     if torch.is_grad_enabled():
-        if input.requires_grad and input.is_leaf:
-            raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
+        check_leaf(input)
         if activation is not None and (input.requires_grad or (bias is not None and bias.requires_grad)):
             raise RuntimeError(
                 f"inplace=True is not possible with activation={activation!r}: "
@@ -535,8 +513,9 @@ def dropout(
         inplace: write the result into ``input``. Refused where the gradient needs the input.
         bias: broadcastable to the input and varying along one dimension: ``[features]`` behind a linear layer,
             ``[channels, 1, 1]`` behind a convolution.
-        activation: one of ``ACTIVATIONS``, with torch's default parameters.
-        residual: shape of the input. The result has the promoted dtype of both.
+        activation: a name of ``fastreg.functional.ACTIVATIONS``, with torch's default parameters.
+        residual: added to what the operation itself gives: after the dropout, or before the activation of a norm. Shape
+            of the input; the result has the promoted dtype of both.
         inverted: False is the first form in the literature: nothing is scaled in training, and everything by
             1 - p otherwise.
         seed: int, or int64 tensor of one element: the mask is then that of :mod:`fastreg.random` on every device.

@@ -66,30 +66,6 @@ def activation_gradient(
     return found if dv is None else found + dv
 
 
-def check_activation(activation: str | None) -> None:
-    if activation is not None and activation not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {activation!r}: choose one of {', '.join(ACTIVATIONS)}")
-
-
-def check_residual(input: Tensor, residual: Tensor | None) -> None:
-    if residual is None:
-        return
-    if residual.shape != input.shape:
-        raise ValueError(
-            "the residual has to have the shape of the input, "
-            f"but got {tuple(residual.shape)} for an input of shape {tuple(input.shape)}"
-        )
-    check_same_device(input, residual, "residual")
-
-
-def check_same_device(input: Tensor, other: Tensor | None, name: str) -> None:
-    if other is not None and other.device != input.device:
-        raise RuntimeError(
-            "Expected all tensors to be on the same device, "
-            f"but got the input on {input.device} and the {name} on {other.device}"
-        )
-
-
 def activated(v: Tensor, activation: str | None, residual: Tensor | None = None) -> Tensor:
     """activation(v + residual), in ATen."""
     v = v if residual is None else v + residual

@@ -25,7 +25,8 @@ import torch
 from torch import Tensor
 
 from fastreg.ops import backend
-from fastreg.ops.backend import PLAIN, Launch
+from fastreg.ops.backend import Launch
+from fastreg.ops.kinds import kinds_of
 from fastreg.random import Stream
 
 if backend.HAS_TRITON:
@@ -40,27 +41,16 @@ PLANS = 1024
 """Kinds that a builder remembers. With more of them it forgets all: a plan holds nothing but what its kind says."""
 
 
-def _kinds(arguments: Sequence[Any]) -> tuple:
-    found: list[Any] = []
-    for argument in arguments:
-        kind = type(argument)
-        if kind in PLAIN:
-            found += argument.shape, argument.stride(), argument.dtype, argument.device
-        elif kind is Stream:
-            seed = argument.seed
-            found.append(None if isinstance(seed, Tensor) else seed != 0)  # see Launch.run
-        else:
-            found.append(argument)
-    return tuple(found)
-
-
 class planned:
     """Of a builder of launches: see above."""
 
     def __init__(self, build: Callable[..., list[Launch]]):
         functools.update_wrapper(self, build)
         self._build = build
-        self._plans: dict[tuple, _Plan] = {}
+        self._plans: dict[
+            tuple, list[tuple[Any, _Plan]]
+        ] = {}  # those of one key differ in the kinds of tensors
+        self._count = 0
         _builders.append(self)
 
     def __call__(self, *arguments: Any) -> list[Launch]:
@@ -68,16 +58,49 @@ class planned:
 
     def run(self, *arguments: Any) -> list[Tensor]:
         """Runs the launches. Returns their workspace, each tensor in one dimension, in the order of its first use."""
-        key = _kinds(arguments)
-        plan = self._plans.get(key)
+        tensors: list[Tensor] = []
+        rest: list[Any] = []
+        for argument in arguments:
+            if isinstance(argument, Tensor):
+                tensors.append(argument)
+                rest.append(Tensor)
+            elif type(argument) is Stream:
+                seed = argument.seed
+                rest.append(None if isinstance(seed, Tensor) else seed != 0)  # see Launch.run
+            else:
+                rest.append(argument)
+        first = tensors[0]
+        key = first.shape, first.device, *rest
+        plan = self._known(key, tensors)
         if plan is None:
-            if len(self._plans) >= PLANS:
-                self._plans.clear()
-            plan = self._plans[key] = _Plan(self._build, arguments)
+            tensors = _distinct(tensors)
+            plan = self._known(key, tensors)
+        if plan is None:
+            if self._count >= PLANS:
+                self.forget()
+            plan = _Plan(self._build, arguments)
+            self._plans.setdefault(key, []).append((kinds_of(tensors), plan))
+            self._count += 1
         return plan.run(arguments)
+
+    def _known(self, key: tuple, tensors: Sequence[Tensor]) -> "_Plan | None":
+        for kinds, plan in self._plans.get(key, ()):
+            if kinds.check(*tensors):
+                return plan
+        return None
 
     def forget(self) -> None:
         self._plans.clear()
+        self._count = 0
+
+
+def _distinct(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Another object for a tensor that is there twice, of which no kinds are known (``kinds_of``)."""
+    found: dict[int, Tensor] = {}
+    for tensor in tensors:
+        again = id(tensor) in found
+        found[-len(found) if again else id(tensor)] = tensor.detach() if again else tensor
+    return list(found.values())
 
 
 _builders: list[planned] = []
@@ -106,7 +129,9 @@ class _Plan:
         # Objects of their own, so that a tensor which is passed twice is found twice.
         arguments = [a.detach() if isinstance(a, Tensor) else a for a in arguments]
         self._workspaces: list[_Workspace] = []
-        storages: dict[int, int] = {}
+        storages: dict[int, int] = {
+            a.untyped_storage()._cdata: -1 for a in arguments if isinstance(a, Tensor)
+        }
         self._device: torch.device = next(a.device for a in arguments if isinstance(a, Tensor))
         launches = build(*arguments)
         self._steps = [
@@ -135,9 +160,11 @@ class _View(NamedTuple):
 
 
 def _view_of(x: Tensor, workspaces: list[_Workspace], storages: dict[int, int]) -> _View:
-    """storages: the place in ``workspaces`` of each storage, by its address."""
+    """storages: the place in ``workspaces`` of each storage, by its address; -1: it is an argument's."""
     storage = x.untyped_storage()
     place = storages.setdefault(storage._cdata, len(workspaces))
+    if place < 0:
+        raise AssertionError("a launch has a view of an argument, which the next call will not pass")
     if place == len(workspaces):
         workspaces.append(_Workspace(storage.nbytes() // x.element_size(), x.dtype, x.device))
     return _View(place, x.shape, x.stride(), x.storage_offset())

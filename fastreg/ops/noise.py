@@ -15,7 +15,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from fastreg import random
 from fastreg.ops import arguments, backend
 from fastreg.ops.backend import Launch, number
-from fastreg.ops.dropout import ATEN_BELOW
+from fastreg.ops.checks import check_leaf
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div, dense_strides, empty_dense, is_dense, with_strides
 from fastreg.ops.operator import apply, keep, kept, operator
@@ -27,7 +27,7 @@ if backend.HAS_TRITON:
 MODES = ("additive", "multiplicative")
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     std: float
     multiplicative: bool
 
@@ -39,7 +39,7 @@ def _computed_in(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _definition(x: Tensor, eps: Tensor, form: _Form) -> Tensor:
+def _definition(x: Tensor, eps: Tensor, form: Form) -> Tensor:
     """eps: standard normals in the dtype that is computed in; the result is rounded once."""
     y = x * (1 + form.std * eps) if form.multiplicative else torch.add(x, eps, alpha=form.std)
     return y.to(x.dtype)
@@ -55,7 +55,7 @@ def _drawn(x: Tensor, stream: Stream, stride: tuple[int, ...]) -> Tensor:
 
 
 @planned
-def launches(x: Tensor, y: Tensor, stream: Stream, form: _Form) -> list[Launch]:
+def launches(x: Tensor, y: Tensor, stream: Stream, form: Form) -> list[Launch]:
     """x, y: dense, with one layout."""
     vector = max(4, 16 // x.element_size())
     vectors, tail = divmod(x.numel(), vector)
@@ -82,7 +82,7 @@ def launches(x: Tensor, y: Tensor, stream: Stream, form: _Form) -> list[Launch]:
 
 
 @operator("fastreg::gaussian_noise", writes=["y"])
-def _noise(x: Tensor, y: Tensor, stream: Stream, form: _Form) -> None:
+def _noise(x: Tensor, y: Tensor, stream: Stream, form: Form) -> None:
     """y: of the dtype of x, which may have any layout; it may be x itself. Elements count in the memory order of
     ``dense(y)``."""
     if x.numel():
@@ -126,7 +126,7 @@ class _GaussianNoise(torch.autograd.Function):
 
 
 def _with_noise(
-    x: Tensor, stride: tuple[int, ...], stream: Stream, form: _Form, inplace: bool = False
+    x: Tensor, stride: tuple[int, ...], stream: Stream, form: Form, inplace: bool = False
 ) -> Tensor:
     """stride: of the result, dense. Elements count in the memory order of these strides."""
     if not backend.runs_kernels(x):
@@ -194,10 +194,10 @@ def gaussian_noise(
         raise TypeError(f"gaussian_noise needs a floating point input, but got {input.dtype}")
     if not training or std == 0:
         return input
-    if inplace and input.requires_grad and input.is_leaf and torch.is_grad_enabled():
-        raise RuntimeError("a leaf Variable that requires grad is being used in an in-place operation.")
-    form = _Form(std, mode == "multiplicative")
-    ours = backend.runs_kernels(input) and backend.worth_a_launch(input, ATEN_BELOW)
+    if inplace:
+        check_leaf(input)
+    form = Form(std, mode == "multiplicative")
+    ours = backend.runs_kernels(input) and backend.worth_a_launch(input, "noise")
     if ours or random.is_wanted(seed, generator):
         stream = random.stream(input.device, seed, generator)
         return _with_noise(input, dense_strides(input), stream, form, inplace)

@@ -53,6 +53,9 @@ def operator(name: str, writes: Sequence[str]) -> Callable[[Callable[..., None]]
         kinds = {parameter: hints[parameter] for parameter in inspect.signature(function).parameters}
         fields = [_fields(parameter, kind) for parameter, kind in kinds.items()]
         counts = [len(own) for own in fields]
+        names = [field for field, _ in itertools.chain(*fields)]
+        if len(set(names)) < len(names):
+            raise TypeError(f"{name}: an argument and a field of another have one name: {names}")
         schema = []
         for place, (field, kind) in enumerate(itertools.chain(*fields)):
             text = _SCHEMA[kind]

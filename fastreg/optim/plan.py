@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from fastreg.ops import backend
-from fastreg.ops.multi_tensor.bulk import Watch, addresses, equal, kinds_of
+from fastreg.ops.kinds import kinds_of
+from fastreg.ops.multi_tensor.bulk import Watch, addresses, equal
 from fastreg.ops.multi_tensor.optimizers import NUMBERS, WIDTH, Batch, Numbers, Rule, same_strides
 from fastreg.ops.multi_tensor.tables import upload
 from fastreg.optim.distributed import is_distributed

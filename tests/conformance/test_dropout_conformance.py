@@ -23,6 +23,7 @@ import fastreg.nn as fnn
 from fastreg import random
 from fastreg.ops import backend
 from fastreg.ops.dropout import ACTIVATIONS
+from fastreg.ops.fused import result_dtype
 
 SEED = 20
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -543,10 +544,14 @@ def test_batched_gradients(activation, device, path):
 
 
 def _op_arguments(device, **changed):
+    """Of the forward operator, by name, and what it writes."""
+    x = changed.pop("x", torch.randn(2, 4, 3, 2, device=device))
+    residual = changed.pop("residual", None)
     arguments = {
-        "x": torch.randn(2, 4, 3, 2, device=device),
+        "x": x,
         "bias": None,
-        "residual": None,
+        "residual": residual,
+        "y": torch.empty_like(x, dtype=result_dtype(x.dtype, residual)),
         "seed": torch.tensor([SEED], device=device),
         "threshold": random.threshold(0.4),
         "scale": 1 / 0.6,
@@ -570,43 +575,41 @@ def _bias(device, size, **options):
 
 OP_SAMPLES = {
     "plain": lambda d: {},
-    "plain_grad": lambda d: {"x": _images(d, requires_grad=True)},
     "nothing_dropped": lambda d: {"threshold": 0, "scale": 0.75},
     "channels_last": lambda d: {
-        "x": _images(d).to(memory_format=torch.channels_last).requires_grad_(),
-        "residual": _images(d, requires_grad=True),
+        "x": _images(d).to(memory_format=torch.channels_last),
+        "residual": _images(d),
     },
     "last_dimension_bias": lambda d: {
-        "x": torch.randn(5, 6, device=d, requires_grad=True),
-        "bias": _bias(d, 6, requires_grad=True),
+        "x": torch.randn(5, 6, device=d),
+        "bias": _bias(d, 6),
         "bias_dim": 1,
         "activation": "gelu",
     },
     "channel_bias": lambda d: {
-        "x": _images(d, requires_grad=True),
-        "bias": _bias(d, (4, 1, 1), requires_grad=True),
+        "x": _images(d),
+        "bias": _bias(d, (4, 1, 1)),
         "bias_dim": 1,
         "activation": "silu",
-        "residual": _images(d, requires_grad=True),
+        "residual": _images(d),
     },
-    "bias_only_has_gradient": lambda d: {"bias": _bias(d, (4, 1, 1), requires_grad=True), "bias_dim": 1},
-    "channel_mask": lambda d: {"x": _images(d, requires_grad=True), "mask_dims": 2},
+    "channel_mask": lambda d: {"x": _images(d), "mask_dims": 2},
     "channel_mask_channels_last": lambda d: {
-        "x": _images(d).to(memory_format=torch.channels_last).requires_grad_(),
+        "x": _images(d).to(memory_format=torch.channels_last),
         "mask_dims": 2,
     },
     "sample_mask": lambda d: {
-        "x": _images(d, requires_grad=True),
+        "x": _images(d),
         "mask_dims": 1,
-        "residual": _images(d, requires_grad=True),
+        "residual": _images(d),
     },
-    "alpha": lambda d: {"x": _images(d, requires_grad=True), "kept_shift": 0.3, "dropped_value": -1.0},
+    "alpha": lambda d: {"x": _images(d), "kept_shift": 0.3, "dropped_value": -1.0},
     "half_with_fp32_residual": lambda d: {
-        "x": _images(d, dtype=torch.bfloat16, requires_grad=True),
-        "residual": _images(d, requires_grad=True),
+        "x": _images(d, dtype=torch.bfloat16),
+        "residual": _images(d),
     },
-    "empty": lambda d: {"x": torch.randn(0, 4, device=d, requires_grad=True)},
-    "not_dense": lambda d: {"x": torch.randn(4, 6, device=d)[:, ::2].detach().requires_grad_()},
+    "empty": lambda d: {"x": torch.randn(0, 4, device=d)},
+    "not_dense": lambda d: {"x": torch.randn(4, 6, device=d)[:, ::2]},
 }
 
 
@@ -636,12 +639,13 @@ def test_opcheck_of_the_backward_operator(bias, mask_dims, activation, device):
         "dy": dy,
         "x": None if activation is None else x,
         "bias": _bias(device, 4) if activation and bias != "none" else None,
+        "dx": torch.empty_like(x),
+        "dbias": None if bias == "none" else torch.empty(4, device=device),
         "seed": torch.tensor([SEED], device=device),
-        "stride": x.stride(),
-        "dtype": torch.float32,
-        "needs_bias": bias != "none",
         "threshold": random.threshold(0.4),
         "scale": 1 / 0.6,
+        "kept_shift": None,
+        "dropped_value": None,
         "mask_dims": mask_dims,
         "bias_dim": None if bias == "none" else 1,
         "activation": activation,

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 import fastreg.functional as FF
 import fastreg.nn as fnn
 from fastreg.ops import backend
+from fastreg.ops.fused import result_dtype, sum_dtype
 
 CHANNELS = 6
 SHAPE = (4, CHANNELS, 5, 3)
@@ -38,11 +39,9 @@ def compiled(function, backend="aot_eager", **options):
 
 
 def graph_runs_the_kernel(counter) -> bool:
-    return any(
-        node.op == "call_function" and "fastreg" in str(node.target)
-        for graph in counter.graphs
-        for node in graph.graph.nodes
-    )
+    # An autograd.Function has graphs of its own, which are modules of the graph.
+    graphs = (module for graph in counter.graphs for module in graph.modules() if hasattr(module, "graph"))
+    return any("fastreg" in str(node.target) for graph in graphs for node in graph.graph.nodes)
 
 
 def batch_norm(x, weight, bias, mean, var, **fused):
@@ -379,17 +378,24 @@ def arguments_of(op, **given):
 
     A new argument of the operator needs an entry here.
     """
-    absent = ("weight", "bias", "residual", "mean", "var", "signs", "activation", "residual_dtype")
-    defaults = dict.fromkeys(absent) | {
-        "groups": 0,
-        "eps": 1e-5,
-        "dtype": torch.float32,
-        "differentiated": False,
-        "training": True,
-    }
     names = [argument.name for argument in op._schema.arguments]
     assert given.keys() <= set(names)
-    return {name: given[name] if name in given else defaults[name] for name in names}
+    x, groups = given["x"], given.get("groups", 0)
+    units = x.shape[0] * groups if groups else x.shape[1]
+    wide = {"dtype": sum_dtype(x.dtype), "device": x.device}
+    written = {
+        "y": torch.empty_like(x, dtype=result_dtype(x.dtype, given.get("residual"))),
+        "mean": torch.rand(units, **wide),
+        "var": torch.rand(units, **wide) + 0.5,
+        "dx": torch.empty_like(x),
+        "dweight": torch.empty(x.shape[1], **wide),
+        "dbias": torch.empty(x.shape[1], **wide),
+    }
+    absent = ("weight", "bias", "residual", "signs", "activation", "dv")
+    absent += ("running_mean", "running_var", "momentum_in_memory")
+    numbers = {"groups": 0, "eps": 1e-5, "momentum": 0.1, "training": True}
+    arguments = dict.fromkeys(absent) | numbers | written | given
+    return {name: arguments[name] for name in names}
 
 
 def _x(device, shape=SHAPE, **options):
@@ -402,73 +408,62 @@ def _vector(device, **options):
 
 OP_SAMPLES = {
     "batch": lambda d: {"x": _x(d)},
-    "batch_grad": lambda d: {"x": _x(d, requires_grad=True), "differentiated": True},
     "batch_affine": lambda d: {
-        "x": _x(d, requires_grad=True),
-        "weight": _vector(d, requires_grad=True),
-        "bias": _vector(d, requires_grad=True),
-        "differentiated": True,
+        "x": _x(d),
+        "weight": _vector(d),
+        "bias": _vector(d),
     },
-    "evaluation": lambda d: {
-        "x": _x(d, requires_grad=True),
-        "weight": _vector(d, requires_grad=True),
-        "mean": _vector(d),
-        "var": _vector(d),
-        "differentiated": True,
+    "running": lambda d: {"x": _x(d), "running_mean": _vector(d), "running_var": _vector(d)},
+    "momentum_in_memory": lambda d: {
+        "x": _x(d),
+        "running_mean": _vector(d),
+        "running_var": _vector(d),
+        "momentum_in_memory": torch.full((), 0.1, device=d),
     },
     "group_channels_last": lambda d: {
-        "x": _x(d).to(memory_format=torch.channels_last).requires_grad_(),
-        "weight": _vector(d, requires_grad=True),
-        "bias": _vector(d, requires_grad=True),
+        "x": _x(d).to(memory_format=torch.channels_last),
+        "weight": _vector(d),
+        "bias": _vector(d),
         "groups": 3,
         "activation": "silu",
-        "differentiated": True,
     },
     "instance_residual": lambda d: {
-        "x": _x(d, requires_grad=True),
-        "residual": _x(d, requires_grad=True),
+        "x": _x(d),
+        "residual": _x(d),
         "groups": CHANNELS,
         "activation": "gelu",
-        "differentiated": True,
     },
     "signs": lambda d: {
-        "x": _x(d, (2, CHANNELS, 4, 2), requires_grad=True),
-        "residual": _x(d, (2, CHANNELS, 4, 2), requires_grad=True),
+        "x": _x(d, (2, CHANNELS, 4, 2)),
+        "residual": _x(d, (2, CHANNELS, 4, 2)),
         "activation": "relu",
-        "differentiated": True,
+        "signs": torch.empty(2 * CHANNELS, dtype=torch.uint8, device=d),
     },
     "only_the_residual_has_a_gradient": lambda d: {
         "x": _x(d),
-        "residual": _x(d, requires_grad=True),
+        "residual": _x(d),
         "activation": "leaky_relu",
-        "differentiated": True,
     },
     "half_with_fp32_parameters": lambda d: {
-        "x": _x(d, dtype=torch.bfloat16, requires_grad=True),
-        "weight": _vector(d, requires_grad=True),
-        "dtype": torch.bfloat16,
-        "differentiated": True,
+        "x": _x(d, dtype=torch.bfloat16),
+        "weight": _vector(d),
     },
     "half_with_fp32_residual": lambda d: {
-        "x": _x(d, dtype=torch.bfloat16, requires_grad=True),
-        "residual": _x(d, requires_grad=True),
-        "differentiated": True,
+        "x": _x(d, dtype=torch.bfloat16),
+        "residual": _x(d),
     },
     "fp64": lambda d: {
-        "x": _x(d, dtype=torch.float64, requires_grad=True),
-        "dtype": torch.float64,
+        "x": _x(d, dtype=torch.float64),
         "groups": 2,
     },
     "not_dense": lambda d: {
-        "x": _x(d, (4, CHANNELS, 6))[..., ::2].detach().requires_grad_(),
-        "differentiated": True,
+        "x": _x(d, (4, CHANNELS, 6))[..., ::2],
     },
     "samples_inside": lambda d: {
-        "x": _x(d, (CHANNELS, 5, 4)).movedim(-1, 0).detach().requires_grad_(),
+        "x": _x(d, (CHANNELS, 5, 4)).movedim(-1, 0),
         "groups": 2,
-        "differentiated": True,
     },
-    "rows": lambda d: {"x": _x(d, (7, CHANNELS), requires_grad=True), "differentiated": True},
+    "rows": lambda d: {"x": _x(d, (7, CHANNELS))},
 }
 
 
@@ -478,12 +473,19 @@ def test_opcheck_of_the_forward_operator(sample, device):
     torch.library.opcheck(op, (), arguments_of(op, **OP_SAMPLES[sample](device)))
 
 
+@pytest.mark.parametrize("residual", [False, True])
+def test_opcheck_of_the_operator_with_given_statistics(residual, device):
+    op = operator("channel_norm_apply")
+    given = {"x": _x(device), "weight": _vector(device), "residual": _x(device) if residual else None}
+    torch.library.opcheck(op, (), arguments_of(op, **given))
+
+
 BACKWARD_SAMPLES = {
     "batch": lambda d: {},
     "affine": lambda d: {"weight": _vector(d), "bias": _vector(d)},
     "evaluation": lambda d: {"training": False, "weight": _vector(d)},
     "activation": lambda d: {"weight": _vector(d), "bias": _vector(d), "activation": "silu"},
-    "residual": lambda d: {"activation": "gelu", "residual": _x(d), "residual_dtype": torch.float32},
+    "residual": lambda d: {"activation": "gelu", "residual": _x(d), "dv": _x(d)},
     "group_channels_last": lambda d: {
         "x": _x(d).to(memory_format=torch.channels_last),
         "groups": 3,
@@ -496,8 +498,6 @@ BACKWARD_SAMPLES = {
 def test_opcheck_of_the_backward_operator(sample, device):
     op = operator("channel_norm_backward")
     given = {"dy": _x(device), "x": _x(device), **BACKWARD_SAMPLES[sample](device)}
-    units = SHAPE[0] * given["groups"] if "groups" in given else CHANNELS
-    given |= {"mean": torch.rand(units, device=device), "var": torch.rand(units, device=device) + 0.5}
     torch.library.opcheck(op, (), arguments_of(op, **given))
 
 

@@ -13,6 +13,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from machine_option import bf16
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -1700,10 +1701,8 @@ def test_autocast_gives_the_dtypes_of_torch(name, dtype, device, path):
         fused = F.gelu(expected + x)
         residual = _layer(fnn, name, affine=True, activation="gelu").to(device)(linear(x), residual=x)
         assert residual.dtype == fused.dtype
-    eps = torch.finfo(torch.bfloat16).eps
-    assert_close(
-        y.float(), expected.float(), rtol=4 * eps, atol=4 * eps
-    )  # both are bf16, torch with more roundings
+    tolerance = bf16(4 * torch.finfo(torch.bfloat16).eps)  # both are bf16, torch with more roundings
+    assert_close(y.float(), expected.float(), rtol=tolerance, atol=tolerance)
     (y.float().sum() + residual.float().sum()).backward()
     assert linear.weight.grad.dtype == layer.weight.grad.dtype == torch.float32
 

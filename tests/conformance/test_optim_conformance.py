@@ -16,6 +16,7 @@ import warnings
 
 import pytest
 import torch
+from machine_option import bf16
 from torch import nn
 from torch.optim import optimizer as hooks_of_all
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -144,7 +145,7 @@ CLOSE = {
     torch.float64: {"rtol": 1e-12, "atol": 1e-14},
     torch.float32: {"rtol": 2e-6, "atol": 1e-7},
     torch.float16: {"rtol": 2e-3, "atol": 2e-3},
-    torch.bfloat16: {"rtol": 2e-2, "atol": 2e-2},
+    torch.bfloat16: {"rtol": bf16(2e-2), "atol": bf16(2e-2)},
 }
 
 

@@ -18,7 +18,7 @@ CALLS = {
     "group_norm": lambda x: F.group_norm(x, 4, activation="relu"),
     "local_response_norm": lambda x: F.local_response_norm(x.unsqueeze(2), 5),
     "drop_connect": lambda x: F.drop_connect_linear(x[:8], x),
-    "flipout": lambda x: F.drop_connect_linear(x, x, mask="flipout"),
+    "flipout": lambda x: F.drop_connect_linear(x, x, mode="flipout"),
     "expectation": lambda x: F.drop_connect_linear(x[:2], x, training=False, activation="tanh"),
     "noisy_linear": lambda x: F.noisy_linear(x, x),
 }

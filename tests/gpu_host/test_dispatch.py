@@ -4,19 +4,18 @@ import pytest
 import torch
 
 import fastreg.functional as F
-from fastreg.ops import dropout
-from fastreg.ops.norms import channel_norm, layer_norm
+from fastreg.ops.backend import ATEN_BELOW
 
 PLAIN = {
-    "dropout": (F.dropout, dropout.ATEN_BELOW),
-    "alpha_dropout": (lambda x: F.alpha_dropout(x, training=True), dropout.ATEN_BELOW),
-    "dropout2d": (lambda x: F.dropout2d(x.view(1, -1, 2, 2)), dropout.ATEN_BELOW),
-    "drop_path": (F.drop_path, dropout.ATEN_BELOW),
-    "gaussian_noise": (F.gaussian_noise, dropout.ATEN_BELOW),
-    "layer_norm": (lambda x: F.layer_norm(x, x.shape[1:]), layer_norm.ATEN_BELOW),
-    "batch_norm": (lambda x: F.batch_norm(x, None, None, training=True), channel_norm.ATEN_BELOW),
-    "group_norm": (lambda x: F.group_norm(x, 4), channel_norm.ATEN_BELOW),
-    "instance_norm": (lambda x: F.instance_norm(x.view(4, 4, -1)), channel_norm.ATEN_BELOW),
+    "dropout": (F.dropout, ATEN_BELOW["dropout"]),
+    "alpha_dropout": (lambda x: F.alpha_dropout(x, training=True), ATEN_BELOW["dropout"]),
+    "dropout2d": (lambda x: F.dropout2d(x.view(1, -1, 2, 2)), ATEN_BELOW["dropout"]),
+    "drop_path": (F.drop_path, ATEN_BELOW["dropout"]),
+    "gaussian_noise": (F.gaussian_noise, ATEN_BELOW["noise"]),
+    "layer_norm": (lambda x: F.layer_norm(x, x.shape[1:]), ATEN_BELOW["layer_norm"]),
+    "batch_norm": (lambda x: F.batch_norm(x, None, None, training=True), ATEN_BELOW["channel_norm"]),
+    "group_norm": (lambda x: F.group_norm(x, 4), ATEN_BELOW["channel_norm"]),
+    "instance_norm": (lambda x: F.instance_norm(x.view(4, 4, -1)), ATEN_BELOW["channel_norm"]),
 }
 MORE = {
     "dropout": lambda x: F.dropout(x, activation="relu"),

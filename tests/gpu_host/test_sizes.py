@@ -141,14 +141,14 @@ def test_multi_tensor(weightless, name):
 
 LINEAR = {
     "example": lambda x, w: F.drop_connect_linear(x, w, made(len(w))),
-    "group": lambda x, w: F.drop_connect_linear(x, w, mask="group", group_size=32),
-    "batch": lambda x, w: F.drop_connect_linear(x, w, p=0.3, mask="batch", activation="gelu"),
-    "flipout": lambda x, w: F.drop_connect_linear(x, w, mask="flipout"),
-    "gaussian": lambda x, w: F.drop_connect_linear(x, w, mask="gaussian"),
+    "group": lambda x, w: F.drop_connect_linear(x, w, mode="group", group_size=32),
+    "batch": lambda x, w: F.drop_connect_linear(x, w, p=0.3, mode="batch", activation="gelu"),
+    "flipout": lambda x, w: F.drop_connect_linear(x, w, mode="flipout"),
+    "gaussian": lambda x, w: F.drop_connect_linear(x, w, mode="gaussian"),
     "draws": lambda x, w: F.drop_connect_linear(x, w, training=False, activation="tanh", samples=8),
     "nodes": lambda x, w: F.drop_connect_linear(x, w, training=False, activation="tanh"),
     "additive": lambda x, w: F.noisy_linear(x, w),
-    "factorised": lambda x, w: F.noisy_linear(x, w, kind="factorised", bias_sigma=0.1),
+    "factorised": lambda x, w: F.noisy_linear(x, w, mode="factorised", bias_sigma=0.1),
 }
 # examples, outputs, inputs
 PRODUCTS = [

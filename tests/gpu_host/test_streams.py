@@ -34,15 +34,15 @@ OPERATIONS = {
     "multiplicative noise": lambda: lambda x, **seed: F.gaussian_noise(x, mode="multiplicative", **seed),
     "dropout_add_layer_norm": lambda: _seam,
     "drop_connect, example": lambda: _linear(F.drop_connect_linear),
-    "drop_connect, batch": lambda: _linear(F.drop_connect_linear, mask="batch"),
-    "drop_connect, flipout": lambda: _linear(F.drop_connect_linear, mask="flipout"),
-    "drop_connect, gaussian": lambda: _linear(F.drop_connect_linear, mask="gaussian"),
+    "drop_connect, batch": lambda: _linear(F.drop_connect_linear, mode="batch"),
+    "drop_connect, flipout": lambda: _linear(F.drop_connect_linear, mode="flipout"),
+    "drop_connect, gaussian": lambda: _linear(F.drop_connect_linear, mode="gaussian"),
     "drop_connect, draws": lambda: _linear(
         F.drop_connect_linear, training=False, activation="tanh", samples=8
     ),
     "noisy, additive": lambda: _linear(F.noisy_linear),
-    "noisy, multiplicative": lambda: _linear(F.noisy_linear, kind="multiplicative"),
-    "noisy, factorised": lambda: _linear(F.noisy_linear, kind="factorised"),
+    "noisy, multiplicative": lambda: _linear(F.noisy_linear, mode="multiplicative"),
+    "noisy, factorised": lambda: _linear(F.noisy_linear, mode="factorised"),
 }
 
 

@@ -19,8 +19,9 @@ from torch import Generator, Tensor
 from fastreg import random
 from fastreg.ops import arguments, backend
 from fastreg.ops.backend import Launch, number
+from fastreg.ops.checks import check_activation, probability
 from fastreg.ops.dropout import activation_backward, activation_forward
-from fastreg.ops.fused import activated, check_activation, kept_of, needs_argument
+from fastreg.ops.fused import activated, kept_of, needs_argument
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div
 from fastreg.ops.linear import dual_linear, expectation
@@ -31,7 +32,7 @@ from fastreg.random import EXAMPLES_PER_LANE, Chance, Stream
 if backend.HAS_TRITON:
     from fastreg.kernels import drop_connect as kernels
 
-MASKS = ("example", "group", "batch", "flipout", "gaussian")
+MODES = ("example", "group", "batch", "flipout", "gaussian")
 INFERENCE = ("gaussian", "mean", "probit")
 INFINITE = "with p = 1 and inverted scaling the variance of the sum is infinite"
 
@@ -48,7 +49,7 @@ numbers and the AND take about 9 instructions a weight and tile, 5.5 us at 4096 
 takes 22 us. To be replaced by a measurement."""
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     """What distinguishes one masked product from another."""
 
     keep: int
@@ -62,7 +63,7 @@ class _Form(NamedTuple):
     def chance(self) -> Chance:
         return Chance(self.keep, self.digits)
 
-    def for_batch(self, examples: int) -> "_Form":
+    def for_batch(self, examples: int) -> "Form":
         """With groups no larger than the batch, which changes no mask and leaves no program idle."""
         return self._replace(group_size=min(self.group_size, examples))
 
@@ -97,7 +98,7 @@ PORTION = 1 << 18
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}  # integers by their bytes
 
 
-def _masks(v: Tensor, weight: Tensor, stream: Stream, form: _Form, whole: bool):
+def _masks(v: Tensor, weight: Tensor, stream: Stream, form: Form, whole: bool):
     """Yields (slice of examples that share a mask, slice of outputs, their mask): all bits set, or none.
 
     whole: masks are of all outputs. Others are cut, unless there is but one.
@@ -123,7 +124,7 @@ def _kept(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _aten_forward(
-    v: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, stream: Stream, form: _Form
+    v: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor, stream: Stream, form: Form
 ) -> None:
     for examples, outputs, mask in _masks(v, weight, stream, form, whole=False):
         z[examples, outputs] = v[examples] @ _kept(weight[outputs], mask).t()
@@ -139,7 +140,7 @@ def _aten_backward(
     dv: Tensor | None,
     dweight: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
 ) -> None:
     wide = None if dv is None else torch.zeros_like(dv, dtype=torch.promote_types(v.dtype, torch.float32))
     if dweight is not None:
@@ -155,7 +156,7 @@ def _aten_backward(
         dweight *= form.scale
 
 
-def _definition(v: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream, form: _Form) -> Tensor:
+def _definition(v: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream, form: Form) -> Tensor:
     """Differentiable any number of times, for which every group's masked weights stay in memory."""
     z = form.scale * torch.cat(
         [
@@ -169,7 +170,7 @@ def _definition(v: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream, 
 # --- launches ---------------------------------------------------------------------------------------------
 
 
-def _stream_arguments(stream: Stream, form: _Form) -> dict:
+def _stream_arguments(stream: Stream, form: Form) -> dict:
     return {
         **number("seed", stream.seed, 0),
         "offset": stream.offset,
@@ -198,7 +199,7 @@ def product_launches(
     z: Tensor,
     before: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
     transposed: bool,
     three: bool,
 ) -> list[Launch]:
@@ -278,7 +279,7 @@ def _takes_three(x: Tensor) -> bool:
 
 @planned
 def weight_gradient_launches(
-    dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: _Form, three: bool
+    dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: Form, three: bool
 ) -> list[Launch]:
     (examples, outputs), inputs = dz.shape, v.shape[1]
     form = form.for_batch(examples)
@@ -309,7 +310,7 @@ def weight_gradient_launches(
 
 
 @planned
-def mask_launches(weight: Tensor, masked: Tensor, group: int, stream: Stream, form: _Form) -> list[Launch]:
+def mask_launches(weight: Tensor, masked: Tensor, group: int, stream: Stream, form: Form) -> list[Launch]:
     """masked = the weights that a group keeps, unscaled. ``masked`` may be ``weight``."""
     outputs, inputs = weight.shape
     arguments = {
@@ -328,7 +329,7 @@ def mask_launches(weight: Tensor, masked: Tensor, group: int, stream: Stream, fo
     return [Launch(kernels.mask_weights, grid, arguments)]
 
 
-def _masked_products(u, weight, bias, z, stream: Stream, form: _Form, transposed: bool) -> None:
+def _masked_products(u, weight, bias, z, stream: Stream, form: Form, transposed: bool) -> None:
     """As ``product_launches``, with a copy of W that is masked for one group after the other, and dense products."""
     masked = torch.empty_like(weight)
     for group in range(form.groups(len(u))):
@@ -346,11 +347,10 @@ def _product(
     z: Tensor,
     before: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
     transposed: bool = False,
 ) -> None:
     """As ``product_launches``, wherever the weights are masked."""
-    form = form.for_batch(len(u))
     if form.masks_in_registers(len(u)):
         product_launches.run(u, weight, bias, z, before, stream, form, transposed, _takes_three(u))
         return
@@ -360,8 +360,7 @@ def _product(
         activation_forward(product, z, form.activation)
 
 
-def _weight_gradient(dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: _Form) -> None:
-    form = form.for_batch(len(v))
+def _weight_gradient(dz: Tensor, v: Tensor, dweight: Tensor, stream: Stream, form: Form) -> None:
     # fp32 alone would be better off with a dense product: the tensor cores take TF32 only along the examples.
     if form.groups(len(v)) > 1 or (v.itemsize == 2 and form.masks_in_registers(len(v))):
         weight_gradient_launches.run(dz, v, dweight, stream, form, _takes_three(v))
@@ -381,12 +380,13 @@ def _forward(
     z: Tensor,
     before: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
 ) -> None:
     """z, before: contiguous. before: what stands before the activation, if wanted."""
     if form.in_aten:
         _aten_forward(v, weight, bias, z, stream, form)
     else:
+        bias = None if bias is None else bias.contiguous()
         _product(v.contiguous(), weight.contiguous(), bias, z, before, stream, form)
 
 
@@ -400,7 +400,7 @@ def _backward(
     dweight: Tensor | None,
     dbias: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
 ) -> None:
     """dv, dweight, dbias: contiguous; None where they are not wanted. y_or_before: what the activation has kept."""
     dz, sums = dy, None
@@ -452,7 +452,7 @@ class _DropConnect(torch.autograd.Function):
         return *found, None, None, None
 
 
-def _masked_linear(v: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream, form: _Form) -> Tensor:
+def _masked_linear(v: Tensor, weight: Tensor, bias: Tensor | None, stream: Stream, form: Form) -> Tensor:
     """activation(scale (M ∘ W) v + bias) for examples v [B, inputs]."""
     if on_kernels(v, weight, bias):
         return apply(_DropConnect, v, weight, bias, *stream, form)
@@ -472,7 +472,7 @@ def drop_connect_linear(
     p: float = 0.5,
     training: bool = True,
     *,
-    mask: str = "example",
+    mode: str = "example",
     group_size: int | None = None,
     inverted: bool = True,
     inference: str = "gaussian",
@@ -493,7 +493,7 @@ def drop_connect_linear(
         bias: ``[outputs]`` or None. Never dropped.
         p: probability of dropping a connection. It is applied to 8 binary digits (more for p near 0 or 1), and the
             scale is that of the probability applied: see ``fastreg.random.chance``.
-        mask: what a mask belongs to. "example": every example has its own, as in the paper. "group": ``group_size``
+        mode: what a mask belongs to. "example": every example has its own, as in the paper. "group": ``group_size``
             neighbouring examples share one. "batch": all share one, that of a group as large as the batch.
             Two that need dense products only: "flipout" (p = 1/2) gives every example a mask with the right
             distribution, the connections of any two examples pairwise independent, but not four and more: where two
@@ -503,33 +503,33 @@ def drop_connect_linear(
             On the CPU (64 examples, 1,024 x 1,024 weights, p = 1/2) "example" takes 50 to 70 times as long as the dense
             product, half of it to draw its bits, and three times that with p = 0.1; "batch" takes 6 to 10 times as
             long as the product, "flipout" 5 times, "gaussian" 3 times.
-        group_size: of mask="group".
+        group_size: of mode="group".
         inverted: scale in training, not in evaluation.
         inference: in evaluation, "gaussian" is the paper's: the expectation of ``activation`` over a Gaussian with the
             mean and the variance that the sum has over the masks. In closed form for no activation (where it is the
             mean), relu, leaky_relu, gelu, elu and hardswish, else by quadrature. "mean" is the activation of
             the mean. "probit" is, for sigmoid alone, an approximation in closed form, off by less than 0.02.
         samples: so many draws in place of the quadrature, as in the paper, which takes 1000. The error of these is
-            larger than that of the quadrature, see ``fastreg.ops.linear.expectation.nodes``.
-        activation: a name of ``fastreg.ops.fused.ACTIVATIONS``.
+            larger than that of the quadrature, see ``fastreg/ops/linear/expectation.py``.
+        activation: a name of ``fastreg.functional.ACTIVATIONS``.
         seed, generator: as in :func:`fastreg.functional.dropout`.
 
     Returns: ``[*, outputs]``.
 
     Raises:
-        ValueError: p outside [0, 1]; mask="flipout" with another p than 1/2; inference="probit" without the sigmoid; an
-            unknown mask, inference or activation; a group_size without mask="group", or below 1; samples below 1.
+        ValueError: p outside [0, 1]; mode="flipout" with another p than 1/2; inference="probit" without the sigmoid; an
+            unknown mode, inference or activation; a group_size without mode="group", or below 1; samples below 1.
         RuntimeError: torch's own of ``linear``, for shapes, dtypes and devices that do not fit.
 
     Source: Wan, Zeiler, Zhang, LeCun, Fergus 2013 (Regularization of neural networks using DropConnect, ICML).
     """
-    p, group_size, samples = checked_arguments(p, mask, group_size, inference, samples, activation)
+    p, group_size, samples = checked_arguments(p, mode, group_size, inference, samples, activation)
     if not training:
         return _inference(input, weight, bias, p, inverted, inference, samples, activation, seed, generator)
-    if mask == "gaussian" and p == 1 and inverted:
+    if mode == "gaussian" and p == 1 and inverted:
         raise ValueError(INFINITE)
     chance = random.chance(p)
-    if mask != "gaussian" and not chance.digits:  # all connections, or none
+    if mode != "gaussian" and not chance.digits:  # all connections, or none
         weight = weight if chance.keep else weight * 0
         return activated(F.linear(input, weight, bias), activation)
     input, weight, bias = cast_by_autocast(input, weight, bias)
@@ -538,16 +538,16 @@ def drop_connect_linear(
     examples = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
     if examples.numel() == 0 or weight.numel() == 0:
         return activated(F.linear(input, weight, bias), activation)
-    if mask == "flipout":
+    if mode == "flipout":
         scale = 1.0 if inverted else 0.5
         z = dual_linear.flipout_linear(examples, weight, bias, scale, activation, seed, generator)
-    elif mask == "gaussian":
+    elif mode == "gaussian":
         scale = 1.0 if inverted else 1 - p
         sigma = math.sqrt(_variance(p, inverted))
         z = dual_linear.gaussian_linear(examples, weight, bias, scale, sigma, activation, seed, generator)
     else:
         scale = 1 / chance.probability if inverted else 1.0
-        form = _Form(*chance, BATCH if mask == "batch" else group_size or 1, scale, activation)
+        form = Form(*chance, BATCH if mode == "batch" else group_size or 1, scale, activation)
         stream = random.stream(input.device, seed, generator)
         z = _masked_linear(examples, weight, bias, stream, form)
     return z.view(*input.shape[:-1], weight.shape[0])
@@ -555,26 +555,23 @@ def drop_connect_linear(
 
 def checked_arguments(
     p: float,
-    mask: str = "example",
+    mode: str = "example",
     group_size: int | None = None,
     inference: str = "gaussian",
     samples: int | None = None,
     activation: str | None = None,
 ) -> tuple[float, int | None, int | None]:
     """p, group_size and samples as Python's numbers."""
-    if type(p) is not float:
-        p = arguments.number("p", p)
+    p = probability(p)
     group_size = None if group_size is None else arguments.integer("group_size", group_size)
     samples = None if samples is None else arguments.integer("samples", samples)
-    if not 0.0 <= p <= 1.0:
-        raise ValueError(f"dropout probability has to be between 0 and 1, but got {p}")
-    for name, value, choices in (("mask", mask, MASKS), ("inference", inference, INFERENCE)):
+    for name, value, choices in (("mode", mode, MODES), ("inference", inference, INFERENCE)):
         if value not in choices:
             raise ValueError(f"unknown {name} {value!r}: choose one of {', '.join(choices)}")
-    if (mask == "group") != (group_size is not None):
-        raise ValueError('mask="group" needs a group_size, and no other mask has one')
-    if mask == "flipout" and p != 0.5:
-        raise ValueError(f'mask="flipout" is exact for p = 0.5 alone, but got p = {p}')
+    if (mode == "group") != (group_size is not None):
+        raise ValueError('mode="group" needs a group_size, and no other mode has one')
+    if mode == "flipout" and p != 0.5:
+        raise ValueError(f'mode="flipout" is exact for p = 0.5 alone, but got p = {p}')
     if inference == "probit" and activation != "sigmoid":
         raise ValueError(
             f'inference="probit" approximates the sigmoid alone, but got activation = {activation!r}'

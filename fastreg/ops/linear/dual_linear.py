@@ -37,7 +37,7 @@ SLOPE = 3
 IN, OUT = 1, 2
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     kind: int
     scale: float = 1.0
     fixed_sigma: float = 1.0  # where it is no tensor
@@ -84,7 +84,7 @@ def squares(v: Tensor, weight: Tensor) -> Tensor:
 
 
 def _definition(
-    v, weight, bias, sigma, weight_sigma, bias_sigma, stream: Stream | None, form: _Form
+    v, weight, bias, sigma, weight_sigma, bias_sigma, stream: Stream | None, form: Form
 ) -> Tensor:
     """Differentiable any number of times. Without a stream by torch's own random numbers, which a CPU makes faster."""
     size = len(v), len(weight)
@@ -106,7 +106,7 @@ def _definition(
 # --- launches ---------------------------------------------------------------------------------------------
 
 
-def _second_dtype(dtype: torch.dtype, kind: int) -> torch.dtype:
+def second_dtype(dtype: torch.dtype, kind: int) -> torch.dtype:
     """Of v' and W': squares are no fp16 numbers."""
     return torch.bfloat16 if kind == GAUSSIAN and dtype == torch.float16 else dtype
 
@@ -124,7 +124,7 @@ def _second(
     x: Tensor,
     y: Tensor,
     stream: Stream,
-    form: _Form,
+    form: Form,
     use: int,
     sigma: Tensor | None = None,
     root: Tensor | None = None,
@@ -169,7 +169,7 @@ def _product(
     weight_sigma: Tensor | None,
     z: Tensor,
     stream: Stream,
-    form: _Form,
+    form: Form,
     precision: str,
     *,
     bias: Tensor | None = None,
@@ -232,7 +232,7 @@ def _weight_gradient(
     weight: Tensor,
     dweight: Tensor,
     stream: Stream,
-    form: _Form,
+    form: Form,
     precision: str,
 ) -> Launch:
     (examples, outputs), inputs = dz.shape, v.shape[1]
@@ -274,11 +274,11 @@ def forward_launches(
     before: Tensor | None,
     root: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
     precision: str,
 ) -> list[Launch]:
     """All contiguous. Workspace: the second input."""
-    v2 = torch.empty_like(v, dtype=_second_dtype(v.dtype, form.kind))
+    v2 = torch.empty_like(v, dtype=second_dtype(v.dtype, form.kind))
     more: dict[str, Any] = {"bias": bias, "bias_sigma": bias_sigma, "sigma": sigma}
     more |= {"before": before, "root": root}
     product = _product(v, v2, weight, weight_sigma, z, stream, form, precision, **more)
@@ -301,7 +301,7 @@ def backward_launches(
     v2: Tensor | None,
     dweight: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
     precision: str,
 ) -> list[Launch]:
     """All contiguous. Writes dz (which is dy where there is no activation), dz2, and what is given of those behind."""
@@ -338,7 +338,7 @@ def _forward(
     before: Tensor | None,
     root: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
 ) -> None:
     """z, and where they are wanted before, which stands before the activation, and root, the square root of
     (W ∘ W)(v ∘ v) in fp32, for the gradients of the Gaussian: contiguous."""
@@ -368,14 +368,14 @@ def _backward(
     dweight_sigma: Tensor | None,
     dbias_sigma: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
 ) -> None:
     """The gradients: contiguous; None where they are not wanted. y_or_before: what the activation has kept."""
     dy, v, weight = dy.contiguous(), v.contiguous(), weight.contiguous()
     (weight_sigma,) = _contiguous(weight_sigma)
     factorised = form.kind == FACTORISED
     dz = dy if y_or_before is None else torch.empty_like(dy)
-    second = _second_dtype(v.dtype, form.kind)
+    second = second_dtype(v.dtype, form.kind)
     dz2 = torch.empty_like(dz, dtype=second)
     of_kernel = None if factorised else dweight
     v2 = slope = None
@@ -435,7 +435,7 @@ class _Dual(torch.autograd.Function):
 # --- the functions ----------------------------------------------------------------------------------------
 
 
-def _dual(v, weight, bias, sigma, weight_sigma, bias_sigma, form: _Form, seed, generator) -> Tensor:
+def _dual(v, weight, bias, sigma, weight_sigma, bias_sigma, form: Form, seed, generator) -> Tensor:
     tensors = v, weight, bias, sigma, weight_sigma, bias_sigma
     # A row is a program at least.
     ours = on_kernels(*tensors) and v.shape[0] <= backend.MOST_PROGRAMS
@@ -460,7 +460,7 @@ def gaussian_linear(
     """activation(scale Wv + sigma sqrt((W ∘ W)(v ∘ v)) eps + bias). v: ``[examples, inputs]``; sigma: a number, or a
     tensor of one element, which has a gradient."""
     tensor = sigma if isinstance(sigma, Tensor) else None
-    form = _Form(GAUSSIAN, scale, 1.0 if tensor is not None else float(sigma), activation)
+    form = Form(GAUSSIAN, scale, 1.0 if tensor is not None else float(sigma), activation)
     return _dual(v, weight, bias, tensor, None, None, form, seed, generator)
 
 
@@ -474,7 +474,7 @@ def flipout_linear(
     generator=None,
 ) -> Tensor:
     """activation(scale (Wv + r ∘ (S ∘ W)(s ∘ v)) + bias). v: ``[examples, inputs]``."""
-    form = _Form(FLIPOUT, scale, activation=activation)
+    form = Form(FLIPOUT, scale, activation=activation)
     return _dual(v, weight, bias, None, None, None, form, seed, generator)
 
 
@@ -489,5 +489,5 @@ def factorised_linear(
     generator=None,
 ) -> Tensor:
     """activation(Wv + e_out ∘ (Sigma (e_in ∘ v)) + bias + bias_sigma ∘ e_out). v: ``[examples, inputs]``."""
-    form = _Form(FACTORISED, activation=activation)
+    form = Form(FACTORISED, activation=activation)
     return _dual(v, weight, bias, None, weight_sigma, bias_sigma, form, seed, generator)

@@ -14,14 +14,8 @@ from torch import Generator, Tensor
 from fastreg import random
 from fastreg.ops import arguments, backend
 from fastreg.ops.backend import Launch, number
-from fastreg.ops.fused import (
-    activated,
-    activation_gradient,
-    check_activation,
-    derivative,
-    kept_of,
-    needs_argument,
-)
+from fastreg.ops.checks import check_activation
+from fastreg.ops.fused import activated, activation_gradient, derivative, kept_of, needs_argument
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import row_blocks
 from fastreg.ops.linear import dual_linear
@@ -32,7 +26,7 @@ from fastreg.random import Stream
 if backend.HAS_TRITON:
     from fastreg.kernels import noisy_linear as kernels
 
-KINDS = ("additive", "multiplicative", "factorised")
+MODES = ("additive", "multiplicative", "factorised")
 
 
 # --- noise with a deviation for each row ------------------------------------------------------------------
@@ -137,12 +131,12 @@ class _RowNoise(torch.autograd.Function):
             dy, activation = activation_gradient(dy, y_or_before, activation, dbefore), None
         dx = None if activation is None else torch.empty_like(dy, memory_format=torch.contiguous_format)
         ddeviation = None
-        if needs_deviation:
-            ddeviation = torch.empty(dy.shape[0], dtype=torch.float32, device=dy.device)
         if needs_deviation and by_definition:
             eps = random.row_normals(dy.shape[0], dy.shape[1], stream, device=dy.device)
             ddeviation = (dy * eps).sum(1).to(torch.float32)
-        elif needs_deviation or activation is not None:
+        elif needs_deviation:
+            ddeviation = torch.empty(dy.shape[0], dtype=torch.float32, device=dy.device)
+        if not by_definition and (needs_deviation or activation is not None):
             _backward(dy, y_or_before, dx, ddeviation, stream, activation)
         return (dy if dx is None else dx) if needs_x else None, ddeviation, None, None, None
 
@@ -166,7 +160,7 @@ def noisy_linear(
     sigma: float | Tensor = 0.1,
     training: bool = True,
     *,
-    kind: str = "additive",
+    mode: str = "additive",
     bias_sigma: float | Tensor | None = None,
     activation: str | None = None,
     seed: int | Tensor | None = None,
@@ -175,7 +169,7 @@ def noisy_linear(
     """activation of a linear layer whose weights are noisy in training: every example has noise of its own.
 
     =================  ==============================================  =============================================
-    kind               weights of an example                           the sum
+    mode               weights of an example                           the sum
     =================  ==============================================  =============================================
     "additive"         W + sigma E, E standard normal                  Wv + sigma |v| eps
     "multiplicative"   W ∘ (1 + sigma E)                               Wv + sigma sqrt((W ∘ W)(v ∘ v)) eps
@@ -193,31 +187,31 @@ def noisy_linear(
             number, or ``[outputs, inputs]`` in the dtype of the weights.
         bias_sigma: deviation of noise on the bias. Of "additive" as sigma is, of "factorised" a number or
             ``[outputs]``. "multiplicative" has none.
-        activation: a name of ``fastreg.ops.fused.ACTIVATIONS``.
+        activation: a name of ``fastreg.functional.ACTIVATIONS``.
         seed, generator: as in :func:`fastreg.functional.dropout`.
 
     Returns: ``[*, outputs]``. In evaluation the layer has no noise.
 
     Raises:
-        ValueError: an unknown kind or activation; a negative number for sigma or bias_sigma; a tensor of another shape.
+        ValueError: an unknown mode or activation; a negative number for sigma or bias_sigma; a tensor of another shape.
         RuntimeError: torch's own of ``linear``, for shapes, dtypes and devices that do not fit.
 
     Source: Fortunato et al. 2018 (arXiv 1706.10295; there one draw serves a batch) for factorised noise; Kingma,
     Salimans, Welling 2015 (arXiv 1506.02557) for drawing it at the sums.
     """
-    sigma, bias_sigma = checked_arguments(sigma, kind, bias_sigma, activation)
+    sigma, bias_sigma = checked_arguments(sigma, mode, bias_sigma, activation)
     if not training:
         return activated(F.linear(input, weight, bias), activation)
     input, weight, bias = cast_by_autocast(input, weight, bias)
     if torch_refuses(input, weight, bias):
         F.linear(input, weight, bias)  # raises
-    _check_shapes(weight, sigma, kind, bias_sigma)
+    _check_shapes(weight, sigma, mode, bias_sigma)
     v = input.reshape(math.prod(input.shape[:-1]), input.shape[-1])
-    if kind == "factorised":
+    if mode == "factorised":
         weight_sigma = _filled(sigma, weight, weight.shape)
         own = None if bias_sigma is None else _filled(bias_sigma, weight, weight.shape[:1])
         z = dual_linear.factorised_linear(v, weight, weight_sigma, bias, own, activation, seed, generator)
-    elif kind == "multiplicative":
+    elif mode == "multiplicative":
         sigma = sigma.reshape(()) if isinstance(sigma, Tensor) else sigma
         z = dual_linear.gaussian_linear(v, weight, bias, 1.0, sigma, activation, seed, generator)
     else:
@@ -246,17 +240,17 @@ _Sigma = TypeVar("_Sigma", float, Tensor, float | Tensor)
 
 def checked_arguments(
     sigma: _Sigma,
-    kind: str = "additive",
+    mode: str = "additive",
     bias_sigma: float | Tensor | None = None,
     activation: str | None = None,
 ) -> tuple[_Sigma, float | Tensor | None]:
     """sigma and bias_sigma, as Python's numbers where they are no tensors."""
-    if kind not in KINDS:
-        raise ValueError(f"unknown kind {kind!r}: choose one of {', '.join(KINDS)}")
+    if mode not in MODES:
+        raise ValueError(f"unknown mode {mode!r}: choose one of {', '.join(MODES)}")
     sigma = _checked_sigma("sigma", sigma)
     bias_sigma = None if bias_sigma is None else _checked_sigma("bias_sigma", bias_sigma)
-    if kind == "multiplicative" and bias_sigma is not None:
-        raise ValueError('kind="multiplicative" has no bias_sigma')
+    if mode == "multiplicative" and bias_sigma is not None:
+        raise ValueError('mode="multiplicative" has no bias_sigma')
     check_activation(activation)
     return sigma, bias_sigma
 
@@ -271,8 +265,8 @@ def _checked_sigma(name: str, value: _Sigma) -> _Sigma:
     return value
 
 
-def _check_shapes(weight: Tensor, sigma, kind: str, bias_sigma) -> None:
-    factorised = kind == "factorised"
+def _check_shapes(weight: Tensor, sigma, mode: str, bias_sigma) -> None:
+    factorised = mode == "factorised"
     wanted = {"sigma": weight.shape, "bias_sigma": weight.shape[:1]}
     for name, value in (("sigma", sigma), ("bias_sigma", bias_sigma)):
         if not isinstance(value, Tensor):

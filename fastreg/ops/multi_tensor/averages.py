@@ -22,7 +22,7 @@ BYTES = 16384  # that a program copies
 WARPS = 8
 
 
-def _follow(table: Table, weight: float, dtypes: tuple[torch.dtype, torch.dtype]) -> Launch:
+def follow_launch(table: Table, weight: float, dtypes: tuple[torch.dtype, torch.dtype]) -> Launch:
     arguments = {
         "entries_ptr": table.entries,
         "chunks_ptr": table.chunks,
@@ -39,7 +39,7 @@ def _follow(table: Table, weight: float, dtypes: tuple[torch.dtype, torch.dtype]
     return Launch(kernels.follow, (table.programs,), arguments)
 
 
-def _copy_if(table: Table, flag: Tensor | None) -> Launch:
+def copy_if_launch(table: Table, flag: Tensor | None) -> Launch:
     arguments = {
         "entries_ptr": table.entries,
         "chunks_ptr": table.chunks,
@@ -176,7 +176,7 @@ def follow_(
     _refuse(found.unlike, found.of_inference, averages, tensors, names)
     for one in found.launched:
         table = table_of(one.device, one.rows, TILE)
-        _follow(table, 1 - decay, one.dtypes).run(one.device)
+        follow_launch(table, 1 - decay, one.dtypes).run(one.device)
         _say_written(averages, one.written)
     for (_, trained), places in found.listed.items():
         foreach.follow_(*_at(places, averages, tensors), weight=1 - decay, finite=trained)
@@ -242,7 +242,7 @@ def copy_if_(
     rest = list(found.rest)
     for one in found.launched:
         if flag.device == one.device:
-            _copy_if(table_of(one.device, one.rows, BYTES), flag).run(one.device)
+            copy_if_launch(table_of(one.device, one.rows, BYTES), flag).run(one.device)
             _say_written(targets, one.written)
         else:
             rest += one.places

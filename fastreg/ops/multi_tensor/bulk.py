@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastreg.ops import backend
 from fastreg.ops.backend import PLAIN
+from fastreg.ops.kinds import kinds_of
 
 REMEMBERED = 16  # lists of a function: of the models that are averaged at a time
 
@@ -115,36 +116,6 @@ class Watch:
     def finds(self, objects: list, dicts: Iterable[dict] = ()) -> bool:
         """Whether these are the same."""
         return self.lives and identities(objects, dicts) == self._identities
-
-
-class _Kinds:
-    """As torch's ``TensorGuards``, where they are not there."""
-
-    def __init__(self, tensors: Sequence[Tensor]):
-        self._kinds = list(map(self._of, tensors))
-
-    def check(self, *tensors: Tensor) -> bool:
-        return list(map(self._of, tensors)) == self._kinds
-
-    @staticmethod
-    def _of(x: Tensor) -> tuple:
-        return type(x), x.dtype, x.device, x.shape, x.stride(), x.requires_grad
-
-
-def kinds_of(tensors: Sequence[Tensor]) -> Any:
-    """``check(*others)`` says of strided tensors whether others have their types, dtypes, devices, sizes and strides.
-
-    Of the guards of torch.compile, which are not public, for all of them in one call. A no of theirs needs not be one
-    of ours, as where a gradient can itself be differentiated.
-    """
-    try:
-        from torch._C._dynamo.guards import TensorGuards
-
-        sizes, strides = ([list(ask(x)) for x in tensors] for ask in (Tensor.size, Tensor.stride))
-        # The stub has a number where a list of them is meant, one of each tensor.
-        return TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)  # type: ignore[arg-type]
-    except Exception:
-        return _Kinds(tensors)
 
 
 def remembered(build: Callable) -> Callable:

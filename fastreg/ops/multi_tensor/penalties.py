@@ -75,7 +75,7 @@ def _result_dtype(ps: Sequence[Tensor]) -> torch.dtype:
 # --- the launches -----------------------------------------------------------------------------------------
 
 
-def _launch(
+def penalty_launch(
     table: Table,
     form: Form,
     dtypes: tuple[torch.dtype, torch.dtype],
@@ -129,7 +129,7 @@ def _run(
         table = table_of(device, (first, tuple(ps[i].numel() for i in places), *rest), TILE)
         partials = torch.empty(table.programs, dtype=torch.float64, device=device) if valued else None
         there = gain if gain is None else gain.to(device)
-        _launch(table, form, (of_p, of_g), partials=partials, gain=there, how=how).run(device)
+        penalty_launch(table, form, (of_p, of_g), partials=partials, gain=there, how=how).run(device)
         if partials is not None:
             found.append(partials.sum())
     return found
@@ -244,7 +244,7 @@ class _LongRows(NamedTuple):
 
 
 @kept_by_stream
-def _long_rows(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> _LongRows:
+def long_rows(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> _LongRows:
     """rows: of the table: addresses, elements, elements of a row."""
     _, numel, length = (np.array(row, dtype=np.int64) for row in rows)
     (tensor, first, _), row, tiles = deal_rows(length, numel // length, TILE)
@@ -252,7 +252,7 @@ def _long_rows(device: torch.device, rows: tuple[tuple[int, ...], ...]) -> _Long
     return _LongRows(table, upload(row, device), upload(np.stack([np.cumsum(tiles) - tiles, tiles]), device))
 
 
-def _project_rows(table: Table, radius: float, dtype: torch.dtype, width: int) -> Launch:
+def project_rows_launch(table: Table, radius: float, dtype: torch.dtype, width: int) -> Launch:
     arguments = {
         "entries_ptr": table.entries,
         "chunks_ptr": table.chunks,
@@ -269,7 +269,7 @@ def _project_rows(table: Table, radius: float, dtype: torch.dtype, width: int) -
     return Launch(kernels.project_rows, (table.programs,), arguments)
 
 
-def _shorten(long: _LongRows, squared: Tensor, radius: float, dtype: torch.dtype) -> Launch:
+def shorten_launch(long: _LongRows, squared: Tensor, radius: float, dtype: torch.dtype) -> Launch:
     arguments = {
         "entries_ptr": long.table.entries,
         "chunks_ptr": long.table.chunks,
@@ -343,14 +343,14 @@ def project_(ps: Sequence[Tensor], radius: float, rows: bool) -> None:
     for device, dtype, width, entries in found.launched:
         if width:
             table = table_of(device, entries, tuple(row * (TILE // width) for row in entries[2]))
-            _project_rows(table, radius, dtype, width).run(device)
+            project_rows_launch(table, radius, dtype, width).run(device)
             continue
-        long = _long_rows(device, entries)
+        long = long_rows(device, entries)
         partials = torch.empty(long.table.programs, dtype=torch.float64, device=device)
         squared = torch.empty(long.units.shape[1], dtype=torch.float64, device=device)
         # Half of twice the squares: the same kernel as for penalties.
-        _launch(long.table, Form(l2=2.0), (dtype, dtype), partials=partials, rows=True).run(device)
+        penalty_launch(long.table, Form(l2=2.0), (dtype, dtype), partials=partials, rows=True).run(device)
         fold_launches.run(partials, long.units, squared)
-        _shorten(long, squared, radius, dtype).run(device)
+        shorten_launch(long, squared, radius, dtype).run(device)
     if found.written:
         torch.autograd.graph.increment_version([ps[i] for i in found.written])

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastreg.ops import backend
 from fastreg.ops.arguments import is_number, plain
-from fastreg.ops.fused import activated, check_activation, check_residual
+from fastreg.ops.checks import check_activation, check_residual
+from fastreg.ops.fused import activated
 from fastreg.ops.norms.channel_norm import (
     Form,
     Running,
@@ -49,8 +50,9 @@ def batch_norm(
         training: use and track the statistics of the batch.
         momentum: share of the batch in the running statistics. A tensor of one element stays on its device.
         eps: added to the variance.
-        activation: a name of ``fastreg.ops.fused.ACTIVATIONS``, with torch's default parameters.
-        residual: shape of the input. The result has the promoted dtype of both.
+        activation: a name of ``fastreg.functional.ACTIVATIONS``, with torch's default parameters.
+        residual: added to what the operation itself gives: after the dropout, or before the activation of a norm. Shape
+            of the input; the result has the promoted dtype of both.
 
     Raises:
         ValueError: one value per channel in training; eps that is not positive; unknown activation; a residual

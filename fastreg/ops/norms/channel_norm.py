@@ -33,10 +33,6 @@ from fastreg.ops.partial_sums import sum_launch
 if backend.HAS_TRITON:
     from fastreg.kernels import channel_norm as kernels
 
-ATEN_BELOW = 1 << 16
-"""Plain normalization of fewer elements goes to ATen: its kernels then take about the time of their launches.
-(An estimate, to be replaced by a measurement.)"""
-
 SIGNED = ("relu", "leaky_relu")
 """Activations whose derivative is known from the sign of their argument."""
 
@@ -717,7 +713,7 @@ def takes(
         return False
     if not (
         fused
-        or backend.worth_a_launch(input, ATEN_BELOW)
+        or backend.worth_a_launch(input, "channel_norm")
         # which ATen's group norm refuses on a GPU
         or any(t is not None and t.dtype != input.dtype for t in (weight, bias))
     ):

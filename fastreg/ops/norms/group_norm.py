@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastreg.ops.arguments import is_integer, is_number, plain
-from fastreg.ops.fused import activated, autocast_dtype, check_activation, check_residual
+from fastreg.ops.checks import check_activation, check_residual
+from fastreg.ops.fused import activated, autocast_dtype
 from fastreg.ops.norms.channel_norm import Form, Running, by_torch, normalize, plain_momentum, takes
 
 
@@ -31,8 +32,9 @@ def group_norm(
         num_groups: neighbouring channels share a group: it divides C.
         weight, bias: ``[C]``, or None. fp32 parameters go with 16-bit inputs.
         eps: added to the variance.
-        activation: a name of ``fastreg.ops.fused.ACTIVATIONS``, with torch's default parameters.
-        residual: shape of the input. The result has the promoted dtype of both.
+        activation: a name of ``fastreg.functional.ACTIVATIONS``, with torch's default parameters.
+        residual: added to what the operation itself gives: after the dropout, or before the activation of a norm. Shape
+            of the input; the result has the promoted dtype of both.
 
     Raises:
         ValueError: unknown activation; a residual that does not fit. Else whatever torch raises.

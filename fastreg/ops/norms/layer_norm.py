@@ -17,15 +17,9 @@ from fastreg import random
 from fastreg.ops import backend
 from fastreg.ops.arguments import is_number, plain, plain_shape
 from fastreg.ops.backend import Launch, number
-from fastreg.ops.dropout import checked_p, dropout
-from fastreg.ops.fused import (
-    activated,
-    autocast_dtype,
-    check_activation,
-    check_residual,
-    result_dtype,
-    sum_dtype,
-)
+from fastreg.ops.checks import check_activation, check_residual, checked_p
+from fastreg.ops.dropout import dropout
+from fastreg.ops.fused import activated, autocast_dtype, result_dtype, sum_dtype
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div
 from fastreg.ops.operator import (
@@ -43,16 +37,12 @@ from fastreg.random import LANE_VALUES, Stream
 if backend.HAS_TRITON:
     from fastreg.kernels import layer_norm as kernels
 
-ATEN_BELOW = 1 << 18
-"""Plain layer normalization of fewer elements goes to ATen: its kernel then takes about the time of its launch, so
-there is nothing to gain, and a launch of ours costs more on the host. (An estimate, to be measured.)"""
-
 ROW_BYTES = 1 << 16  # a row up to this size is held in registers
 SUMMED_COLUMNS = 8192  # with its sums for the parameters beside it, up to this length
 LONG_BLOCK = 8192  # columns of a chunk of a longer row
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     """What distinguishes one layer normalization from another."""
 
     columns: int  # of a row: what is normalized together
@@ -108,7 +98,7 @@ def _long_blocks(x: Tensor, columns: int, rows: int, block: int) -> _Blocks:
     )
 
 
-def _arguments(rows: int, blocks: _Blocks, stream: Stream, form: _Form) -> dict:
+def _arguments(rows: int, blocks: _Blocks, stream: Stream, form: Form) -> dict:
     """The arguments that forward and backward kernels share."""
     return {
         **number("seed", stream.seed, 0),
@@ -146,7 +136,7 @@ def forward_launches(
     h: Tensor | None,
     statistics: Tensor,
     stream: Stream,
-    form: _Form,
+    form: Form,
 ) -> list[Launch]:
     """All contiguous."""
     tensors = {
@@ -181,7 +171,7 @@ def backward_launches(
     dbias: Tensor | None,
     dresidual: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
 ) -> list[Launch]:
     """All contiguous. Workspace: partial sums for the parameters."""
     if form.activation is None:
@@ -221,7 +211,7 @@ def backward_launches(
     return launches
 
 
-def _columns_launch(inputs: dict, sums: _Sums, stream: Stream, form: _Form) -> Launch:
+def _columns_launch(inputs: dict, sums: _Sums, stream: Stream, form: Form) -> Launch:
     """The partial sums alone."""
     h = inputs["h_ptr"]
     rows = h.numel() // form.columns
@@ -237,7 +227,7 @@ def _columns_launch(inputs: dict, sums: _Sums, stream: Stream, form: _Form) -> L
     return Launch(kernels.backward_columns, (column_blocks, programs), tensors | arguments)
 
 
-def _partial(h: Tensor, programs: int, form: _Form, sums: _Sums) -> dict:
+def _partial(h: Tensor, programs: int, form: Form, sums: _Sums) -> dict:
     """Where the programs leave their sums: one buffer, so that one kernel adds them up."""
     count = sum(t is not None for t in sums)
     parts = torch.empty(count, programs, form.columns, dtype=sum_dtype(h.dtype), device=h.device).unbind()
@@ -273,7 +263,7 @@ def _forward(
     h: Tensor | None,
     statistics: Tensor,
     stream: Stream,
-    form: _Form,
+    form: Form,
 ) -> None:
     """y, h, statistics: contiguous. h: None where that is x. statistics: mean and rstd, fp32 (fp64) [2, rows]."""
     if x.numel():
@@ -296,7 +286,7 @@ def _backward(
     dbias: Tensor | None,
     dresidual: Tensor | None,
     stream: Stream,
-    form: _Form,
+    form: Form,
 ) -> None:
     """h: forward's, or its x. bias, residual: forward's, where the activation needs them. What is written: contiguous,
     None where it is not wanted."""
@@ -440,8 +430,9 @@ def layer_norm(
         normalized_shape: sizes of the dimensions that are normalized together, the last ones.
         weight, bias: ``normalized_shape``. May be fp32 beside a 16-bit input.
         eps: added to the variance.
-        activation: one of ``ACTIVATIONS``, with torch's default parameters.
-        residual: shape of the input. The result has the promoted dtype of both.
+        activation: a name of ``fastreg.functional.ACTIVATIONS``, with torch's default parameters.
+        residual: added to what the operation itself gives: after the dropout, or before the activation of a norm. Shape
+            of the input; the result has the promoted dtype of both.
 
     Under autocast on a GPU the result is fp32, as torch's is, while the input is read as it is.
 
@@ -458,64 +449,64 @@ def layer_norm(
     if ours and (
         activation is not None
         or residual is not None
-        or backend.worth_a_launch(input, ATEN_BELOW)
+        or backend.worth_a_launch(input, "layer_norm")
         # which ATen refuses on a GPU
         or any(t is not None and t.dtype != input.dtype for t in (weight, bias))
     ):
         dtype = result_dtype(autocast_dtype(input), residual)
-        form = _Form(math.prod(shape), float(epsilon), dtype, activation)
+        form = Form(math.prod(shape), float(epsilon), dtype, activation)
         return apply(_LayerNorm, input, None, weight, bias, residual, shape, *Stream(0), form, False)[0]
     return activated(F.layer_norm(input, normalized_shape, weight, bias, eps), activation, residual)
 
 
 def dropout_add_layer_norm(
     input: Tensor,
-    residual: Tensor | None,
+    skip: Tensor | None,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    eps: float = 1e-5,
     p: float = 0.5,
     training: bool = True,
-    eps: float = 1e-5,
     *,
     prenorm: bool = False,
     activation: str | None = None,
     seed: int | Tensor | None = None,
     generator: Generator | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The seam between two blocks of a transformer, one pass each way: h = residual + dropout(input), then LN(h).
+    """The seam between two blocks of a transformer, one pass each way: h = skip + dropout(input), then LN(h).
 
     Args:
         input: output of a block, ``[*, *normalized_shape]``.
-        residual: the stream it is added to, shape of the input, or None.
+        skip: the stream of the transformer, which passes by the block: shape of the input, or None.
         normalized_shape, weight, bias, eps: as in :func:`layer_norm`.
         p, training: as in :func:`fastreg.functional.dropout`. No mask is stored.
         prenorm: return h as well, which the next block is added to.
-        activation: of the normalized values; one of ``ACTIVATIONS``.
+        activation: of the normalized values: a name of ``fastreg.functional.ACTIVATIONS``.
         seed: int, or int64 tensor of one element: the mask is then that of :mod:`fastreg.random` on every device.
         generator: draws the seed, instead of torch's default generator.
 
     Returns: y = activation(LN(h)) in the dtype of the input, or (y, h) with h in the promoted dtype of input and
-    residual: a stream in fp32 beside 16-bit blocks stays in fp32, and y is what the next block takes.
+    skip: a stream in fp32 beside 16-bit blocks stays in fp32, and y is what the next block takes.
 
     Raises: as :func:`layer_norm` and :func:`fastreg.functional.dropout`.
 
     Source: pre-norm and post-norm blocks, Xiong et al. 2020 (arXiv 2002.04745).
     """
     check_activation(activation)
-    check_residual(input, residual)
+    check_residual(input, skip, "skip")
     if type(p) is not float or type(training) is not bool or not 0.0 <= p <= 1.0:
         p = checked_p(input, p, training)
     shape, epsilon = plain_shape(normalized_shape) or (), plain(eps)
     threshold = random.threshold(p) if training else 0
     if (
         threshold < LANE_VALUES
-        and (threshold or residual is not None)
-        and _runs_kernels(input, shape, epsilon, residual, weight, bias)
+        and (threshold or skip is not None)
+        and _runs_kernels(input, shape, epsilon, skip, weight, bias)
         and input.is_contiguous()  # the mask counts in memory order, the kernel in rows
     ):
         stream = random.stream(input.device, seed, generator) if threshold else Stream(0)
-        form = _Form(
+        form = Form(
             math.prod(shape),
             float(epsilon),
             input.dtype,
@@ -523,11 +514,11 @@ def dropout_add_layer_norm(
             threshold,
             LANE_VALUES / (LANE_VALUES - threshold),
         )
-        y, h = apply(_LayerNorm, input, residual, weight, bias, None, shape, *stream, form, prenorm)
+        y, h = apply(_LayerNorm, input, skip, weight, bias, None, shape, *stream, form, prenorm)
         return (y, h) if prenorm else y
-    h = dropout(input, p, training, residual=residual, seed=seed, generator=generator)
+    h = dropout(input, p, training, residual=skip, seed=seed, generator=generator)
     if _runs_kernels(h, shape, epsilon, None, weight, bias):
-        form = _Form(math.prod(shape), float(epsilon), input.dtype, activation)
+        form = Form(math.prod(shape), float(epsilon), input.dtype, activation)
         y, _ = apply(_LayerNorm, h, None, weight, bias, None, shape, *Stream(0), form, False)
     else:
         y = _definition(h, normalized_shape, weight, bias, eps, activation, None).to(input.dtype)

@@ -15,7 +15,8 @@ from torch import Tensor
 from fastreg.ops import backend
 from fastreg.ops.arguments import is_integer, is_number, plain
 from fastreg.ops.backend import Launch
-from fastreg.ops.fused import activated, check_activation, check_residual, result_dtype
+from fastreg.ops.checks import check_activation, check_residual
+from fastreg.ops.fused import activated, result_dtype
 from fastreg.ops.launch import planned
 from fastreg.ops.layout import ceil_div, dense, with_strides
 from fastreg.ops.operator import apply, by_definition, needs_definition, operator
@@ -27,7 +28,7 @@ WIDEST = 16
 """Windows that reach over more channels go to ATen: a thread of the kernels holds a whole window in registers."""
 
 
-class _Form(NamedTuple):
+class Form(NamedTuple):
     """What distinguishes one normalization from another: y = f(x (k + alpha/size sum x^2)^-beta + residual)."""
 
     size: int
@@ -37,7 +38,7 @@ class _Form(NamedTuple):
     activation: str | None = None
 
 
-def _definition(x: Tensor, residual: Tensor | None, form: _Form) -> Tensor:
+def _definition(x: Tensor, residual: Tensor | None, form: Form) -> Tensor:
     return activated(F.local_response_norm(x, *form[:4]), form.activation, residual)
 
 
@@ -49,7 +50,7 @@ def _window(channels: int, size: int) -> tuple[int, int]:
     return min(size // 2, channels - 1), min((size - 1) // 2, channels - 1)
 
 
-def _runs_kernels(x: Tensor, residual: Tensor | None, form: _Form) -> bool:
+def _runs_kernels(x: Tensor, residual: Tensor | None, form: Form) -> bool:
     """Whether the kernels can do it. What they leave to ATen: all that torch refuses; windows wider than WIDEST; and
     parameters with which the denominator may be 0 or negative, or its power is of no use."""
     return (
@@ -67,7 +68,7 @@ def _runs_kernels(x: Tensor, residual: Tensor | None, form: _Form) -> bool:
     )
 
 
-def _launch(kernel, tensors: dict[str, Tensor | None], x: Tensor, form: _Form) -> Launch:
+def _launch(kernel, tensors: dict[str, Tensor | None], x: Tensor, form: Form) -> Launch:
     """x, tensors: dense, with one layout."""
     channels = x.shape[1]
     inner = x.stride(1) if channels > 1 else x.numel()
@@ -117,13 +118,13 @@ def _launch(kernel, tensors: dict[str, Tensor | None], x: Tensor, form: _Form) -
 
 
 @planned
-def forward_launches(x: Tensor, residual: Tensor | None, y: Tensor, form: _Form) -> list[Launch]:
+def forward_launches(x: Tensor, residual: Tensor | None, y: Tensor, form: Form) -> list[Launch]:
     return [_launch(kernels.forward, {"x_ptr": x, "residual_ptr": residual, "y_ptr": y}, x, form)]
 
 
 @planned
 def backward_launches(
-    dy: Tensor, x: Tensor, residual: Tensor | None, dx: Tensor, dresidual: Tensor | None, form: _Form
+    dy: Tensor, x: Tensor, residual: Tensor | None, dx: Tensor, dresidual: Tensor | None, form: Form
 ) -> list[Launch]:
     tensors = {"dy_ptr": dy, "x_ptr": x, "residual_ptr": residual, "dx_ptr": dx, "dresidual_ptr": dresidual}
     return [_launch(kernels.backward, tensors, x, form)]
@@ -133,7 +134,7 @@ def backward_launches(
 
 
 @operator("fastreg::local_response_norm", writes=["y"])
-def _forward(x: Tensor, residual: Tensor | None, y: Tensor, form: _Form) -> None:
+def _forward(x: Tensor, residual: Tensor | None, y: Tensor, form: Form) -> None:
     """y: laid out as ``dense(x)``."""
     if x.numel():
         x = dense(x)
@@ -143,7 +144,7 @@ def _forward(x: Tensor, residual: Tensor | None, y: Tensor, form: _Form) -> None
 
 @operator("fastreg::local_response_norm_backward", writes=["dx", "dresidual"])
 def _backward(
-    dy: Tensor, x: Tensor, residual: Tensor | None, dx: Tensor, dresidual: Tensor | None, form: _Form
+    dy: Tensor, x: Tensor, residual: Tensor | None, dx: Tensor, dresidual: Tensor | None, form: Form
 ) -> None:
     """residual: forward's, where the activation needs it. dx, dresidual: laid out as ``dense(x)``."""
     if x.numel():
@@ -216,8 +217,9 @@ def local_response_norm(
         input: ``[N, C, *]`` of three dimensions or more, in any dense layout (others cost a copy).
         size: channels of a window, centred on its own. An even one reaches one further back than forward.
         alpha, beta, k: as in the formula. Channels outside the tensor count as zeros in the mean.
-        activation: one of ``ACTIVATIONS``, with torch's default parameters.
-        residual: shape of the input. The result has the promoted dtype of both.
+        activation: a name of ``fastreg.functional.ACTIVATIONS``, with torch's default parameters.
+        residual: added to what the operation itself gives: after the dropout, or before the activation of a norm. Shape
+            of the input; the result has the promoted dtype of both.
 
     Raises:
         ValueError: fewer than three dimensions; unknown activation; a residual of another shape.
@@ -228,7 +230,7 @@ def local_response_norm(
     check_activation(activation)
     check_residual(input, residual)
     whole = plain(size)
-    form = _Form(whole if is_integer(whole) else size, alpha, beta, k, activation)
+    form = Form(whole if is_integer(whole) else size, alpha, beta, k, activation)
     if not _runs_kernels(input, residual, form):
         return _definition(input, residual, form)
     return apply(_LocalResponseNorm, input, residual, form)

@@ -16,7 +16,8 @@ from torch import distributed as dist
 
 from fastreg.ops import backend
 from fastreg.ops.arguments import number
-from fastreg.ops.fused import activated, check_activation, check_residual, result_dtype, sum_dtype
+from fastreg.ops.checks import check_activation, check_residual
+from fastreg.ops.fused import activated, result_dtype, sum_dtype
 from fastreg.ops.layout import dense_strides, with_strides
 from fastreg.ops.norms.batch_norm import batch_norm
 from fastreg.ops.norms.channel_norm import (

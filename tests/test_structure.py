@@ -1,0 +1,214 @@
+"""How the source hangs together, read from it: which way imports run, what stays in its file, where a family is found.
+
+``CONTRIBUTING.md`` promises all of it.
+"""
+
+import ast
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+from fastreg.bench import FAMILIES
+
+ROOT = Path(__file__).parent.parent
+
+# The parts of fastreg, each with those it may import. "" is fastreg itself: its version, and the names it hands on.
+LOWER = {
+    "kernels": set(),
+    "random": {"ops"},  # what every kernel draws; it needs ops.backend and ops.arguments alone
+    "ops": {"random", "kernels"},
+    "functional": {"ops"},
+    "nn": {"functional", "ops"},
+    "optim": {"ops"},
+    "averages": {"optim", "ops"},
+    "penalties": {"optim", "ops"},
+    "population": {"ops"},
+    "folding": {"nn", "population", "ops"},
+    "": {"functional", "nn", "optim", "averages", "penalties", "population", "folding", "random"},
+    "training": {"", "nn", "optim"},
+    "bench": {
+        "",
+        "functional",
+        "nn",
+        "optim",
+        "averages",
+        "penalties",
+        "random",
+        "ops",
+        "kernels",
+        "training",
+    },
+    "doctor": {"", "bench", "ops"},
+    "cli": {"", "training", "bench", "doctor"},
+}
+
+# Families that are no layers, and where they are.
+ELSEWHERE = {
+    "dual_linear": "fastreg/functional.py",  # two dense products, for drop_connect_linear and noisy_linear
+    "optimizers": "fastreg/optim/__init__.py",
+    "penalties": "fastreg/penalties.py",
+    "averages": "fastreg/averages.py",
+}
+
+OF_NAMED_TUPLES = {"_replace", "_fields", "_asdict", "_make"}
+
+
+class Import(NamedTuple):
+    module: str
+    name: str | None  # what is taken out of it; None: the module itself
+    alias: str  # by what it is known then
+    late: bool  # not while the module is imported
+
+
+@cache
+def sources() -> dict[str, Path]:
+    """All modules that are installed, by name. (fastreg/kernels and fastreg/bench are links.)"""
+    found = {}
+    for folder in ("fastreg", "kernels", "bench"):
+        for path in (ROOT / folder).rglob("*.py"):
+            place = path.relative_to(ROOT)
+            if place.parts[:2] not in (("fastreg", "kernels"), ("fastreg", "bench")):
+                parts = [*([] if folder == "fastreg" else ["fastreg"]), *place.with_suffix("").parts]
+                found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    return ast.parse(sources()[module].read_text(encoding="utf-8"))
+
+
+def runs_later(node: ast.AST) -> bool:
+    """Functions, and what is for a type checker alone."""
+    if isinstance(node, ast.If):
+        return isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+    return isinstance(node, ast.FunctionDef)
+
+
+@cache
+def imports(module: str) -> list[Import]:
+    """What it imports of fastreg and of others, anywhere in it."""
+    late = {id(node) for block in ast.walk(tree(module)) if runs_later(block) for node in ast.walk(block)}
+    package = module if sources()[module].name == "__init__.py" else module.rpartition(".")[0]
+    found = []
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                alias = name.asname or name.name.partition(".")[0]
+                found.append(Import(name.name, None, alias, id(node) in late))
+        elif isinstance(node, ast.ImportFrom):
+            parts = package.split(".") if node.level else []
+            base = ".".join([*parts[: len(parts) + 1 - node.level], *([node.module] if node.module else [])])
+            for name in node.names:
+                alias, whole = name.asname or name.name, f"{base}.{name.name}"
+                is_module = whole in sources()
+                found.append(
+                    Import(whole, None, alias, id(node) in late)
+                    if is_module
+                    else Import(base, name.name, alias, id(node) in late)
+                )
+    return found
+
+
+def of_fastreg(module: str) -> list[Import]:
+    return [found for found in imports(module) if found.module.partition(".")[0] == "fastreg"]
+
+
+def part_of(module: str) -> str:
+    return module.partition(".")[2].partition(".")[0]
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in OF_NAMED_TUPLES
+
+
+def private_names(module: str) -> Iterator[str]:
+    """Private names of other modules that it uses."""
+    others = [found for found in of_fastreg(module) if found.module != module]
+    for found in others:
+        if any(map(is_private, (*found.module.split("."), found.name or ""))):
+            yield f"{found.module}.{found.name}"
+    known = {found.alias for found in others}
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.Attribute) and is_private(node.attr):
+            owner = node.value
+            while isinstance(owner, ast.Attribute):
+                owner = owner.value
+            if isinstance(owner, ast.Name) and owner.id in known:
+                yield ast.unparse(node)
+
+
+def test_every_part_has_its_place():
+    assert {part_of(module) for module in sources()} == set(LOWER)
+
+
+def test_imports_run_one_way():
+    wrong = [
+        f"{module} imports {found.module}"
+        for module in sources()
+        for found in of_fastreg(module)
+        if part_of(found.module) not in {part_of(module), *LOWER[part_of(module)]}
+    ]
+    assert wrong == []
+
+
+def test_parts_stand_in_an_order():
+    """All but random and ops, which need each other; the next test shows that their modules do not."""
+    order = list(LOWER)
+    upwards = [
+        (part, other) for part in order for other in LOWER[part] if order.index(other) > order.index(part)
+    ]
+    assert upwards == [("random", "ops")]
+
+
+def test_no_modules_need_each_other():
+    needs = {
+        module: {found.module for found in of_fastreg(module) if not found.late} - {module, "fastreg"}
+        for module in sources()
+    }
+    done: set[str] = set()
+
+    def visit(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " imports ".join((*way[way.index(module) :], module))
+        if module not in done:
+            for other in needs[module]:
+                visit(other, (*way, module))
+            done.add(module)
+
+    for module in needs:
+        visit(module, ())
+
+
+def test_kernels_import_nothing_but_triton():
+    found = {
+        other.module.partition(".")[0]
+        for module in sources()
+        if part_of(module) == "kernels"
+        for other in imports(module)
+    }
+    assert found == {
+        "fastreg",
+        "triton",
+        "math",
+        "os",
+    }  # the last two are Python's, for constants and a setting
+
+
+def test_private_names_stay_in_their_file():
+    found = {module: list(private_names(module)) for module in sources()}
+    assert {module: names for module, names in found.items() if names} == {}
+
+
+def test_a_family_is_one_stem():
+    missing = []
+    for family in FAMILIES:
+        places = (
+            f"kernels/{family}.py",
+            f"fastreg/ops/**/{family}.py",
+            ELSEWHERE.get(family, f"fastreg/nn/{family}.py"),
+            f"tests/test_{family}.py",
+            f"bench/{family}.py",
+        )
+        missing += [place for place in places if len(list(ROOT.glob(place))) != 1]
+    assert missing == []
