@@ -25,7 +25,12 @@ def test_bytes_are_in_no_name(pytestconfig):
 
 def test_every_kernel_is_known_and_no_device_function_is_taken_for_one():
     found = machine_option.all_kernels()
-    assert {"dropout.forward", "partial_sums.sum_partials", "optimizers.project", "philox.fill_lanes"} <= found
+    assert {
+        "dropout.forward",
+        "partial_sums.sum_partials",
+        "optimizers.project",
+        "philox.fill_lanes",
+    } <= found
     assert not {"fastmath.add", "activation.forward", "multi_tensor.write", "tiles.plus_product"} & found
     launched = {
         f"{path.stem}.{name}"

@@ -1,5 +1,7 @@
 """The checks of arguments that several families share. Those of numbers alone: ``arguments.py``."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -9,7 +11,7 @@ from fastreg.ops.arguments import is_number, number, plain
 from fastreg.ops.fused import ACTIVATIONS
 
 
-def checked_p(input: Tensor, p: float, training: bool, aten=F.dropout) -> float:
+def checked_p(input: Tensor, p: float, training: bool, aten: Callable[..., Tensor] = F.dropout) -> float:
     """``p`` as Python's number. ``aten``, torch's function, refuses what is none, or out of bounds."""
     found = plain(p)
     if not (is_number(found) and 0.0 <= found <= 1.0 and type(training) in (bool, Proxy)):
