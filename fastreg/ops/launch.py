@@ -18,7 +18,7 @@ its workspace by ``torch.empty``, and reads no values.
 
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +38,8 @@ DIRECT = backend.HAS_TRITON and {"run", "launch_metadata"} <= set(vars(CompiledK
 """Whether this version of Triton starts kernels as those do that ``_Variant`` was written for: 3.6 to 3.9."""
 
 PLANS = 1024
-"""Kinds that a builder remembers. With more of them it forgets all: a plan holds nothing but what its kind says."""
+"""Kinds that a builder remembers. With more of them it forgets the oldest: a plan holds nothing but what its kind says,
+and is made again. (A probability or a momentum that changes at every step is another kind at every step.)"""
 
 
 class planned:
@@ -77,7 +78,7 @@ class planned:
             plan = self._known(key, tensors)
         if plan is None:
             if self._count >= PLANS:
-                self.forget()
+                self._count -= len(self._plans.pop(next(iter(self._plans))))
             plan = _Plan(self._build, arguments)
             self._plans.setdefault(key, []).append((kinds_of(tensors), plan))
             self._count += 1
@@ -108,7 +109,7 @@ _builders: list[planned] = []
 
 def forget() -> None:
     """Forgets all plans: for whoever changes what a builder reads beside its arguments, such as the number of
-    multiprocessors."""
+    multiprocessors, or switches Triton to debugging."""
     for builder in _builders:
         builder.forget()
 
@@ -200,20 +201,23 @@ class _Step:
         self._variant: _Variant | None = None
 
     def run(self, arguments: Sequence[Any], workspaces: list[Tensor], device: torch.device) -> None:
-        if self._variant is not None and self._variant.start(arguments, workspaces, device):
+        variant = self._variant  # asked once: it may come from another thread
+        if variant is not None and variant.start(arguments, workspaces, device):
             return
         values = {name: arguments[place] for name, place in self.given}
         values |= {name: view.of(workspaces) for name, view in self.views}
+        aligned = not any(tensor.data_ptr() % 16 for tensor in values.values())
         if self.stream is not None:
             seed, values["offset"] = arguments[self.stream]
             values["seed_ptr" if isinstance(seed, Tensor) else "seed"] = seed
         compiled = self.launch._replace(arguments=self.launch.arguments | values).run(device)
-        if compiled is not None and DIRECT and not self.launch.kernel.pre_run_hooks:
-            self._variant = _Variant(compiled, self) if _aligned(values.values()) else None
+        if compiled is not None and DIRECT and aligned:
+            self._variant = _Variant(compiled, self)
 
 
-def _aligned(values: Iterable[Any]) -> bool:
-    return not any(isinstance(value, Tensor) and value.data_ptr() % 16 for value in values)
+def _is_heard(hook: Any) -> bool:
+    """Whether a hook of Triton does anything: it is a chain of calls, or one, or None."""
+    return bool(getattr(hook, "calls", hook))
 
 
 class _Variant:
@@ -222,7 +226,7 @@ class _Variant:
 
     def __init__(self, compiled: Any, step: _Step):
         names = step.launch.kernel.arg_names
-        self._compiled = compiled
+        self._compiled, self._kernel = compiled, step.launch.kernel
         self._grid = (*step.launch.grid, 1, 1)[:3]
         self._values = [step.launch.arguments.get(name) for name in names]
         self._given = [(names.index(name), place) for name, place in step.given]
@@ -245,7 +249,8 @@ class _Variant:
             seed, values[self._offset] = arguments[self._stream]
             values[self._seed_ptr if isinstance(seed, Tensor) else self._seed] = seed
         runtime = knobs.runtime
-        if addresses % 16 or runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls:
+        heard = _is_heard(runtime.launch_enter_hook) or _is_heard(runtime.launch_exit_hook)
+        if addresses % 16 or heard or self._kernel.pre_run_hooks:
             return False
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             self._start(values)

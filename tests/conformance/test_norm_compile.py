@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
+from torch.utils.checkpoint import checkpoint
 
 import fastreg.functional as FF
 import fastreg.nn as fnn
@@ -499,6 +500,23 @@ def test_opcheck_of_the_backward_operator(sample, device):
     op = operator("channel_norm_backward")
     given = {"dy": _x(device), "x": _x(device), **BACKWARD_SAMPLES[sample](device)}
     torch.library.opcheck(op, (), arguments_of(op, **given))
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "aot_eager_decomp_partition"])
+def test_statistics_of_a_checkpoint_are_updated_once_in_a_graph(compiler, device, path):
+    """What is computed again in the backward pass needs nothing that the forward pass has overwritten."""
+    layer = fnn.BatchNorm2d(CHANNELS).to(device)
+    twin = copy.deepcopy(layer)
+    x, y = (torch.randn(SHAPE, device=device).requires_grad_() for _ in range(2))
+    y.data.copy_(x.data)
+
+    def block(x):
+        return checkpoint(lambda x: layer(x.relu()), x, use_reentrant=False).square().sum()
+
+    torch.compile(block, backend=compiler, fullgraph=True)(x).backward()
+    twin(y.relu()).square().sum().backward()
+    assert_close(x.grad, y.grad, rtol=1e-4, atol=1e-5)
+    assert_close(dict(layer.state_dict()), dict(twin.state_dict()), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")

@@ -44,7 +44,16 @@ def test_an_address_that_is_no_multiple_of_16_is_another_variant(gpu, bound):
     F.dropout(x[1:], seed=1)
     assert len(bound) > before
     assert len({id(one) for one in gpu.compiled if one.name == "forward"}) >= 2
+    before = len(bound)
     F.dropout(x[:-1], seed=1)
+    assert len(bound) == before  # the first is still known
+
+
+def test_a_seed_in_memory_may_lie_anywhere(gpu, bound):
+    seeds = torch.arange(1, 7, device="cuda")
+    for i in range(6):
+        F.dropout(values(), seed=seeds[i : i + 1])
+    assert len(bound) == 1
 
 
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
@@ -60,6 +69,23 @@ def test_hooks_hear_of_every_launch(gpu, bound, hook):
         F.dropout(values(), seed=1)
     finally:
         chain.remove(hear)
+    assert len(bound) == before + 1
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_hook_may_be_no_chain(gpu, bound, monkeypatch, hook):
+    F.dropout(values(), seed=1)
+    before = len(bound)
+    monkeypatch.setattr(triton.knobs.runtime, hook, None)
+    F.dropout(values(), seed=1)
+    assert len(bound) == before
+
+
+def test_a_hook_of_a_kernel_hears_of_every_launch(gpu, bound, monkeypatch):
+    F.dropout(values(), seed=1)
+    before = len(bound)
+    monkeypatch.setattr(kernels.forward, "pre_run_hooks", [lambda *arguments, **options: None])
+    F.dropout(values(), seed=1)
     assert len(bound) == before + 1
 
 

@@ -659,9 +659,11 @@ def _normalized(x, weight, bias, residual, y, signs, running, form) -> tuple[Ten
     dtype, device = sum_dtype(x.dtype), x.device
     mean = torch.empty(units, dtype=dtype, device=device)
     var = torch.empty(units, dtype=dtype, device=device)
-    # The kernels update statistics of channels, where they lie side by side.
-    dense = running is not None and all(t is None or t.is_contiguous() for t in running[:2])
-    kept = running if dense and not form.groups else Running(None, None, 0.0)
+    # The kernels update statistics of channels that lie side by side. Not in a graph: computed again in the backward
+    # pass, as checkpoints are, it would need the statistics from before, which are overwritten by then.
+    updates = running is not None and not form.groups and not torch.compiler.is_compiling()
+    updates = updates and all(t is None or t.is_contiguous() for t in running[:2])
+    kept = running if updates else Running(None, None, 0.0)
     in_memory = isinstance(kept.momentum, Tensor)
     momentum = (0.0, kept.momentum) if in_memory else (kept.momentum, None)
     forward(x, weight, bias, residual, y, signs, mean, var, *kept[:2], *momentum, form)
