@@ -162,9 +162,9 @@ def pytest_sessionfinish(session) -> None:
 # Thousands of cases, minutes on the interpreter: by default these run on ATen, and with ``-m slow`` on the kernels.
 # Tests marked ``sampled`` choose themselves which of their cases run in every run.
 _SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py")
-# Of the many cases of a test, on each backend, a quarter runs by default, always the same, but no fewer than these;
+# Of the many cases of a test, on each backend, a fifth runs by default, always the same, but no fewer than these;
 # with ``-m slow`` the others. Cases of these files are no more of the same.
-_LEAST = 6
+_LEAST = 5
 _ALL = (
     "test_gpu_host.py",
     "test_inspect.py",
@@ -196,7 +196,7 @@ def pytest_collection_modifyitems(config, items) -> None:
             item.add_marker(pytest.mark.slow)
     for cases in _cases_of_tests(items):
         cases.sort(key=lambda item: random.Random(item.name).random())
-        for item in cases[max(_LEAST, len(cases) // 4) :]:
+        for item in cases[max(_LEAST, len(cases) // 5) :]:
             item.add_marker(pytest.mark.slow)
     items.sort(key=lambda item: item.path.name not in _LONG)
     share, seed = config.getoption("--sample"), config.getoption("--seed")
