@@ -98,7 +98,7 @@ def tiled(x: Tensor, form: Form) -> Tensor:
 
 
 def _tiles(x: Tensor, form: Form) -> Tiling:
-    """Of a tensor that is ``_tiled``."""
+    """How a tensor is tiled that ``tiled`` has laid out."""
     tiles = tiling(x, form.mask_dims, form.bias_dim)
     assert tiles is not None
     return tiles

@@ -37,6 +37,7 @@ from fastreg.ops.norms.channel_norm import (
     unpacked_signs,
 )
 from fastreg.ops.norms.lines import View, viewed
+from fastreg.ops.operator import by_definition
 
 SLOPES = {"relu": 0.0, "leaky_relu": 0.01}
 """Derivative of the activations whose signs are kept, where those are not positive."""
@@ -149,17 +150,13 @@ def _definition(x, weight, bias, residual, near, total, form, group) -> Tensor:
     return activated(_scaled(normalized, weight, bias), form.activation, residual)
 
 
-def _differentiable_backward(dy, x, weight, bias, residual, mean, total, form, group):
+def _gradients_by_definition(dy, x, weight, bias, residual, mean, total, form, group):
     """Gradients of x, weight, bias and residual, themselves differentiable (create_graph=True)."""
-    with torch.enable_grad():
-        # Views stand for the inputs, so that their gradients are those of this expression alone.
-        inputs = [None if t is None else t.view_as(t) for t in (x, weight, bias, residual)]
-        inputs = [t if t is None or t.requires_grad else t.detach().requires_grad_() for t in inputs]
-        x, weight, bias, residual = inputs
-        y = _definition(x, weight, bias, residual, mean, total, form, group)
-        wanted = [t for t in inputs if t is not None]
-        found = iter(torch.autograd.grad(y, wanted, dy.to(y.dtype), create_graph=True))
-    return [None if t is None else next(found) for t in inputs]
+
+    def y(x, weight, bias, residual):
+        return _definition(x, weight, bias, residual, mean, total, form, group).to(dy.dtype)
+
+    return by_definition(y, (x, weight, bias, residual), dy)
 
 
 def _aten_backward(dy, x, weight, bias, residual, mean, var, total, form, group):
@@ -271,7 +268,7 @@ class _SyncBatchNorm(torch.autograd.Function):
                 dy = torch.where(positive, dy, dy * SLOPES[form.activation])
                 form = form._replace(activation=None)
             if differentiable:
-                dx, dweight, dbias, dv = _differentiable_backward(
+                dx, dweight, dbias, dv = _gradients_by_definition(
                     dy, x, weight, bias, residual, mean, total, form, ctx.group
                 )
             else:
