@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compiled_graphs import graph_runs_the_kernel
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 
@@ -38,12 +39,6 @@ def compiled(function, backend="aot_eager", **options):
 
 def seed_tensor(device):
     return torch.tensor([SEED], device=device)
-
-
-def graph_runs_the_kernel(counter) -> bool:
-    # An autograd.Function has graphs of its own, which are modules of the graph.
-    graphs = (module for graph in counter.graphs for module in graph.modules() if hasattr(module, "graph"))
-    return any("fastreg" in str(node.target) for graph in graphs for node in graph.graph.nodes)
 
 
 @all_forms

@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from compiled_graphs import graph_runs_the_kernel
 from machine_option import bf16
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -370,15 +371,6 @@ def compiled(function, backend="aot_eager", **options):
     """The compiled function (one graph, or an error) and the counter of its compilations."""
     counter = CompileCounterWithBackend(backend)
     return torch.compile(function, backend=counter, fullgraph=True, **options), counter
-
-
-def graph_runs_the_kernel(counter) -> bool:
-    # An autograd.Function has graphs of its own, which are modules of the graph.
-    graphs = [
-        m.graph for graph in counter.graphs for m in graph.modules() if isinstance(m, torch.fx.GraphModule)
-    ]
-    nodes = [node for graph in graphs for node in graph.nodes]
-    return any(node.op == "call_function" and "fastreg" in str(node.target) for node in nodes)
 
 
 def seed_tensor(device):

@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+from compiled_graphs import graph_runs_the_kernel
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -37,12 +38,6 @@ def compiled(function, backend="aot_eager", **options):
     """The compiled function (one graph, or an error) and the counter of its compilations."""
     counter = CompileCounterWithBackend(backend)
     return torch.compile(function, backend=counter, fullgraph=True, **options), counter
-
-
-def graph_runs_the_kernel(counter) -> bool:
-    # An autograd.Function has graphs of its own, which are modules of the graph.
-    graphs = (module for graph in counter.graphs for module in graph.modules() if hasattr(module, "graph"))
-    return any("fastreg" in str(node.target) for graph in graphs for node in graph.graph.nodes)
 
 
 def batch_norm(x, weight, bias, mean, var, **fused):
