@@ -33,12 +33,15 @@ GPU_TESTS = "tests --ignore tests/gpu_host " + " ".join(
     f"--ignore tests/test_{name}.py"
     for name in (
         "training",
+        "train_command",
         "inspect",
         "bench",
+        "bench_report",
         "speed",
         "doctor",
         "gpu_host",
         "plans",
+        "drawn_plans",
         "packaging",
         "cli",
         "compiled",

@@ -53,6 +53,14 @@ def path(request, monkeypatch) -> str:
     return request.param
 
 
+@pytest.fixture
+def fresh_compiler():
+    """torch.compile forgets its graphs before and after a test."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(scope="module")
 def _started(request, tmp_path_factory):
     from processes import Processes
@@ -161,19 +169,34 @@ def pytest_sessionfinish(session) -> None:
 
 # Thousands of cases, minutes on the interpreter: by default these run on ATen, and with ``-m slow`` on the kernels.
 # Tests marked ``sampled`` choose themselves which of their cases run in every run.
-_SWEEPS = ("test_norm_conformance.py", "test_norm_identities.py")
+_SWEEPS = (
+    "test_norm_conformance.py",
+    "test_norm_derivatives.py",
+    "test_norm_errors.py",
+    "test_norm_identities.py",
+    "test_norm_layers.py",
+)
 # Of the many cases of a test, on each backend, a fifth runs by default, always the same, but no fewer than these;
 # with ``-m slow`` the others. Cases of these files are no more of the same.
 _LEAST = 5
+_SMOKE = 2  # cases of a smoke test on each backend
 _ALL = (
     "test_gpu_host.py",
     "test_inspect.py",
     "test_compiled.py",
     "test_compiled_masks.py",
     "test_machine.py",
+    "test_machine_arithmetic.py",
 )
 # Tests of some ten seconds each, which compile or start processes: first, so that none is left for the end.
-_LONG = ("test_gpu_host.py", "test_inspect.py", "test_compiled.py", "test_training.py", "test_bench.py")
+_LONG = (
+    "test_gpu_host.py",
+    "test_inspect.py",
+    "test_compiled.py",
+    "test_training.py",
+    "test_train_command.py",
+    "test_bench.py",
+)
 
 
 def _cases_of_tests(items) -> list[list]:
@@ -187,6 +210,17 @@ def _cases_of_tests(items) -> list[list]:
     return list(found.values())
 
 
+def _smoke(items) -> None:
+    """Of a test marked ``smoke`` two cases keep the mark on each backend, the first two that are not slow."""
+    kept = Counter()
+    for item in sorted(items, key=lambda item: random.Random(item.name).random()):
+        if item.get_closest_marker("smoke"):
+            backend = item.callspec.params.get("path") if hasattr(item, "callspec") else None
+            kept[item.function, backend] += not item.get_closest_marker("slow")
+            if item.get_closest_marker("slow") or kept[item.function, backend] > _SMOKE:
+                item.own_markers = [mark for mark in item.own_markers if mark.name != "smoke"]
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items) -> None:
     for item in items:
@@ -198,6 +232,7 @@ def pytest_collection_modifyitems(config, items) -> None:
         cases.sort(key=lambda item: random.Random(item.name).random())
         for item in cases[max(_LEAST, len(cases) // 5) :]:
             item.add_marker(pytest.mark.slow)
+    _smoke(items)
     items.sort(key=lambda item: item.path.name not in _LONG)
     share, seed = config.getoption("--sample"), config.getoption("--seed")
     if share < 1:

@@ -57,7 +57,7 @@ def values(model):
     return {name: x.detach().clone() for name, x in (*model.named_parameters(), *model.named_buffers())}
 
 
-def assert_same(found, expected):
+def assert_same_state(found, expected):
     assert found.keys() == expected.keys()
     for name, x in expected.items():
         assert torch.equal(found[name], x), name
@@ -66,6 +66,7 @@ def assert_same(found, expected):
 # --- averages ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.executed
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 def test_follows_the_definition(path, device, dtype):
@@ -142,7 +143,7 @@ def test_applied_and_back_to_the_bit(path, device):
 
     with pytest.raises(KeyError):
         validate()
-    assert_same(values(model), before)
+    assert_same_state(values(model), before)
     assert model.long.data_ptr() == memory
     other = Net(torch.bfloat16).to(device)
     ema.copy_to(other)
@@ -183,13 +184,13 @@ def test_state_is_its_own(path, device):
     kept = {name: x.clone() for name, x in ema.tensors.items()}
     disturb(model)
     ema.update()
-    assert_same(state["tensors"], kept)
+    assert_same_state(state["tensors"], kept)
     file = io.BytesIO()
     torch.save(state, file)
     file.seek(0)
     fresh = ExponentialMovingAverage(copy.deepcopy(model), 0.1)
     fresh.load_state_dict(torch.load(file, weights_only=True))
-    assert_same(fresh.tensors, kept)
+    assert_same_state(fresh.tensors, kept)
     assert (fresh.decay, fresh.updates) == (0.5, 1)
     twin = pickle.loads(pickle.dumps(ema))
     disturb(twin.model)
@@ -238,6 +239,7 @@ def test_bad_decay_in_torchs_words(decay):
 # --- the best weights -------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
 @pytest.mark.parametrize("kind", ["bool", "tensor"])
 def test_keeps_the_best(path, device, kind, dtype):
@@ -251,12 +253,12 @@ def test_keeps_the_best(path, device, kind, dtype):
         improved = torch.tensor(loss, device=device) < lowest
         best.update(improved if kind == "tensor" else bool(improved))
         lowest = torch.where(improved, loss, lowest)
-        assert_same(best.tensors, history[0 if len(history) == 1 else 1])
+        assert_same_state(best.tensors, history[0 if len(history) == 1 else 1])
     best.restore()
-    assert_same(values(model), history[1])
+    assert_same_state(values(model), history[1])
     assert model.first.weight is model.second.weight
     disturb(model)
-    assert_same(best.tensors, history[1])  # the snapshot has memory of its own
+    assert_same_state(best.tensors, history[1])  # the snapshot has memory of its own
 
 
 def test_before_any_improvement(path, device):
@@ -267,7 +269,7 @@ def test_before_any_improvement(path, device):
     best.update(torch.tensor([False], device=device))
     best.update(False)
     best.restore()
-    assert_same(values(model), first)
+    assert_same_state(values(model), first)
 
 
 def test_state_does_not_follow_the_model(path, device):
@@ -276,13 +278,13 @@ def test_state_does_not_follow_the_model(path, device):
     best = BestWeights(model)
     state, first = best.state_dict(), values(model)
     disturb(model)
-    assert_same(state["tensors"], first)
+    assert_same_state(state["tensors"], first)
     best.update(torch.tensor(True, device=device))
-    assert_same(state["tensors"], first)
+    assert_same_state(state["tensors"], first)
     best.load_state_dict(state)
     state["tensors"]["long"].zero_()
     best.restore()
-    assert_same(values(model), first)
+    assert_same_state(values(model), first)
 
 
 @pytest.mark.parametrize("copy", [copy_if_, lambda *args: list(map(copy_where_, *args[:2], 3 * [args[2]]))])
@@ -315,7 +317,7 @@ def test_the_memory_of_a_model_may_change(path, device):
     model.load_state_dict({k: torch.randn_like(x) for k, x in model.state_dict().items()}, assign=True)
     best.update(torch.tensor(True, device=device))
     ema.update()
-    assert_same(best.tensors, values(model))
+    assert_same_state(best.tensors, values(model))
     for name, x in values(model).items():
         assert_close(ema.tensors[name], x)
 
@@ -465,9 +467,9 @@ def test_a_model_that_no_longer_fits_is_named_before_anything_is_written(change,
     for _ in range(2):
         with pytest.raises(ValueError, match=name.replace(".", r"\.")):
             run(kept)
-    assert_same(kept.tensors, mine)
+    assert_same_state(kept.tensors, mine)
     if change is not on_meta:
-        assert_same(values(model), before)
+        assert_same_state(values(model), before)
     assert getattr(kept, "updates", 1) == 1 or update == "applied"
 
 
@@ -526,7 +528,9 @@ def test_a_model_that_still_fits_is_followed(change, path, device):
     last = values(model)
     disturb(model)
     best.restore()
-    assert_same(values(model), {name: x.to(best.tensors[name].dtype).to(x.dtype) for name, x in last.items()})
+    assert_same_state(
+        values(model), {name: x.to(best.tensors[name].dtype).to(x.dtype) for name, x in last.items()}
+    )
 
 
 def test_what_is_replaced_while_averages_are_applied_gets_its_weights_back(device):
@@ -536,7 +540,7 @@ def test_what_is_replaced_while_averages_are_applied_gets_its_weights_back(devic
     before = values(model)
     with ema.applied():
         loaded(model)
-    assert_same(values(model), before)
+    assert_same_state(values(model), before)
 
 
 @pytest.mark.parametrize(
@@ -569,10 +573,10 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_is_written(path, d
     ):
         with pytest.raises(ValueError, match="flags"):
             ema.load_state_dict(broken)
-        assert_same(ema.tensors, mine)
+        assert_same_state(ema.tensors, mine)
     with pytest.raises(ValueError, match="it has no updates"):
         ema.load_state_dict({key: value for key, value in state.items() if key != "updates"})
-    assert_same(ema.tensors, mine)
+    assert_same_state(ema.tensors, mine)
     assert ema.decay == 0.5
 
 
@@ -652,12 +656,12 @@ def test_a_state_in_another_order_is_taken(kind):
     state = one.state_dict()
     state["tensors"] = dict(reversed(state["tensors"].items()))
     other.load_state_dict(state)
-    assert_same(other.tensors, one.tensors)
+    assert_same_state(other.tensors, one.tensors)
     del state["tensors"]["long"]
     before = {name: x.clone() for name, x in other.tensors.items()}
     with pytest.raises(ValueError, match=r"missing \['long'\], unexpected \[\]"):
         other.load_state_dict(state)
-    assert_same(other.tensors, before)
+    assert_same_state(other.tensors, before)
 
 
 @pytest.mark.parametrize("kind", ["average", "best"])

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as TF
 from machine_option import bf16
+from shared import Marked, kept_storages, near, needs_gpu
 
 import fastreg.functional as F
 import fastreg.nn as fnn
@@ -16,7 +17,6 @@ from fastreg.ops.norms import channel_norm as ops
 from fastreg.ops.norms import lines
 
 SLOW = pytest.mark.slow  # on the interpreter
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 # Of the largest value. fp32 and fp64 are computed as such; 16-bit results are rounded once on the kernels and after
 # every operation on ATen, and truncated to bf16 by the interpreter (one more unit in the last place).
@@ -69,13 +69,6 @@ def exact(groups):
     return lambda x, w, b: TF.group_norm(x, groups, w, b)
 
 
-def near(actual, expected, dtype, scale=1.0):
-    assert actual.shape == expected.shape
-    top = expected.abs().max().item() if expected.numel() else 1.0
-    tolerance = TOLERANCE[dtype] * scale * max(1.0, top)
-    torch.testing.assert_close(actual.double(), expected, rtol=0, atol=tolerance)
-
-
 def check(
     shape, norm, reference, *, dtype=torch.float32, layout="contiguous", activation=None, residual=False,
     affine=True, parameters=None, mean=1.5, device="cpu",
@@ -97,11 +90,11 @@ def check(
 
     assert y.dtype == dtype
     assert y.stride() == torch.empty_like(tensors[0]).stride()
-    near(y.cpu(), expected, dtype)
+    near(y.cpu(), expected, TOLERANCE[dtype])
     for t, gradient, exact_gradient in zip(given, gradients, expected_gradients, strict=True):
         assert gradient.dtype == t.dtype
         # dx of few values a unit is a small difference of large terms.
-        near(gradient.cpu(), exact_gradient, dtype, scale=4.0)
+        near(gradient.cpu(), exact_gradient, 4.0 * TOLERANCE[dtype])
     return y
 
 
@@ -185,6 +178,7 @@ def test_units_kept_in_registers_and_read_twice(
     assert [tiles > 0 for tiles in tiles_kept] == [form == "kept"] * 2
 
 
+@pytest.mark.smoke
 def test_group_norm_with_a_bias_alone(path, device):
     """torch up to 2.13 fails in its backward pass on the CPU: a tensor that is not there."""
     x = torch.randn(2, 4, 2, dtype=torch.float64, device=device, requires_grad=True)
@@ -334,6 +328,7 @@ def test_16_bit_input_with_fp32_parameters(plan, device, dtype, groups):
     check((3, 16, 4, 6), norm, exact(groups), dtype=dtype, parameters=torch.float32, device=device)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("residual", [False, True])
 def test_every_activation(path, device, activation, residual):
@@ -356,12 +351,13 @@ def test_result_has_promoted_dtype_of_input_and_residual(path, device, dtypes):
     expected = activated(
         exact(None)(x.detach().double().cpu(), None, None), "relu", r.detach().double().cpu()
     )
-    near(y.cpu(), expected, torch.bfloat16)
+    near(y.cpu(), expected, TOLERANCE[torch.bfloat16])
 
 
 # --- batch normalization in evaluation, and its running statistics -----------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.executed
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("fused", [(None, False), ("relu", False), ("silu", True), ("relu", True)], ids=str)
@@ -396,8 +392,8 @@ def test_running_statistics(plan, device, dtype, momentum, shape):
     F.batch_norm(x.to(device), *ours, training=True, momentum=given)
     exact_mean, exact_var = mean.double(), var.double()
     TF.batch_norm(x.double(), exact_mean, exact_var, training=True, momentum=share)
-    near(ours[0].cpu(), exact_mean, kept)
-    near(ours[1].cpu(), exact_var, kept)
+    near(ours[0].cpu(), exact_mean, TOLERANCE[kept])
+    near(ours[1].cpu(), exact_var, TOLERANCE[kept])
 
 
 def test_running_statistics_that_are_views_are_updated_where_they_lie(device):
@@ -405,18 +401,14 @@ def test_running_statistics_that_are_views_are_updated_where_they_lie(device):
     store, exact = torch.ones(2, 8, device=device), torch.ones(2, 8, dtype=torch.float64)
     F.batch_norm(x, store[0, ::2], store[1, ::2], training=True)
     TF.batch_norm(x.cpu().double(), exact[0, ::2], exact[1, ::2], training=True)
-    near(store.cpu(), exact, torch.float32)
-
-
-class _Marked(torch.Tensor):
-    """A tensor subclass that passes through every function, as DTensor does."""
+    near(store.cpu(), exact, TOLERANCE[torch.float32])
 
 
 def test_parameters_of_a_subclass_make_a_result_of_it(path, device):
-    weight = torch.rand(4, device=device).as_subclass(_Marked)
+    weight = torch.rand(4, device=device).as_subclass(Marked)
     x = torch.randn(3, 4, 5, device=device)
-    assert type(F.batch_norm(x, None, None, weight, training=True)) is _Marked
-    assert type(F.group_norm(x, 2, weight)) is _Marked
+    assert type(F.batch_norm(x, None, None, weight, training=True)) is Marked
+    assert type(F.group_norm(x, 2, weight)) is Marked
 
 
 def test_whoever_saved_running_statistics_hears_of_their_update(device):
@@ -442,8 +434,8 @@ def test_average_over_all_batches_needs_no_number_on_the_host(path, device, monk
     monkeypatch.undo()
     for x in batches:
         exact(x.double())
-    near(layer.running_mean.cpu(), exact.running_mean, torch.float32)
-    near(layer.running_var.cpu(), exact.running_var, torch.float32)
+    near(layer.running_mean.cpu(), exact.running_mean, TOLERANCE[torch.float32])
+    near(layer.running_var.cpu(), exact.running_var, TOLERANCE[torch.float32])
     assert layer.num_batches_tracked == 5
 
 
@@ -468,7 +460,7 @@ def test_first_elements_far_from_the_rest(plan, device, layout):
     x = torch.randn(4, 6, 30, 8)
     x[0, :, 0, 0] = 3e3
     y = batch(laid_out(x, layout).to(device), None, None).cpu()
-    near(y, exact(None)(x.double(), None, None), torch.float32, scale=4.0)
+    near(y, exact(None)(x.double(), None, None), 4.0 * TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -517,8 +509,8 @@ def test_statistics_of_one_tile_of_one_split(device, shape):
     for launch in ops.statistics_launches(x, mean, var, None, seen):
         launch.run(device)
     exact_var, exact_mean = torch.var_mean(x.cpu().double().view(8, -1), 1, correction=0)
-    near(mean.cpu(), exact_mean, torch.float32)
-    near(var.cpu(), exact_var, torch.float32)
+    near(mean.cpu(), exact_mean, TOLERANCE[torch.float32])
+    near(var.cpu(), exact_var, TOLERANCE[torch.float32])
 
 
 def test_same_input_same_bits(plan, device):
@@ -561,34 +553,21 @@ def test_any_subset_of_gradients(plan, device, wanted, training, activation):
     for name, t in tensors.items():
         assert (t.grad is not None) == (name in wanted)
         if name in wanted:
-            near(t.grad.cpu(), doubles[name].grad, torch.float32, scale=4.0)
-
-
-def saved_bytes(call):
-    """Bytes that a call keeps for its backward pass, by storage."""
-    found = {}
-
-    def pack(t):
-        found[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = call()
-    return found, y
+            near(t.grad.cpu(), doubles[name].grad, 4.0 * TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("groups", [None, 4])
 def test_nothing_as_large_as_the_input_is_saved_but_the_input(device, groups):
     x = torch.randn(4, 16, 8, 8, device=device, requires_grad=True)
     norm = batch if groups is None else group(groups)
-    found, _ = saved_bytes(lambda: norm(x, None, None, activation="silu"))
+    found, _ = kept_storages(lambda: norm(x, None, None, activation="silu"))
     assert found.pop(x.untyped_storage().data_ptr()) == 4 * x.numel()
     assert sum(found.values()) <= 2 * 4 * 16 * 4  # a mean and a variance a unit
 
 
 def test_a_residual_behind_relu_costs_one_bit_an_element(device):
     x, r = (torch.randn(4, 16, 8, 8, device=device, requires_grad=True) for _ in range(2))
-    found, y = saved_bytes(lambda: batch(x, None, None, activation="relu", residual=r))
+    found, y = kept_storages(lambda: batch(x, None, None, activation="relu", residual=r))
     assert r.untyped_storage().data_ptr() not in found
     assert y.untyped_storage().data_ptr() not in found
     assert x.numel() // 8 in found.values()

@@ -14,6 +14,7 @@ import torch
 from drawing import ACTIVATIONS, DTYPES, FLOATS, drawn, laid_out, layouts, shapes, sizes
 from hypothesis import strategies as st
 from machine_option import bf16
+from shared import near
 
 import fastreg
 import fastreg.functional as F
@@ -55,12 +56,6 @@ def tensors(draw, least: int = 1, most: int = 5, dtypes=DTYPES) -> torch.Tensor:
 def like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
     """Other values of the same shape and layout."""
     return torch.empty_like(x, dtype=dtype).copy_(torch.randn(x.shape, dtype=torch.float64))
-
-
-def near(actual: torch.Tensor, reference: torch.Tensor, tolerance: float) -> None:
-    assert actual.shape == reference.shape
-    largest = max(1.0, reference.abs().max().item())
-    assert (actual.double() - reference).abs().max().item() <= tolerance * largest  # a NaN is not
 
 
 def bends_not(function, inputs, tolerance: float) -> torch.Tensor | bool:

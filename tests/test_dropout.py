@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from machine_option import bf16
+from shared import assert_near, needs_gpu, saved_bytes
 
 import fastreg
 import fastreg.functional as F
@@ -19,8 +20,6 @@ from fastreg import random
 from fastreg.ops import backend, layout
 from fastreg.ops import dropout as ops
 from fastreg.random import Stream
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 # Relative and absolute. fp32 is computed in fp32; 16-bit results are rounded once on the kernels, after every
 # operation on ATen, and truncated to bf16 by the interpreter (one more unit in the last place).
@@ -31,12 +30,6 @@ TOLERANCE = {
     torch.bfloat16: bf16(2e-2),
 }
 DTYPES = list(TOLERANCE)
-
-
-def assert_near(actual, expected, dtype, terms=1):
-    """``terms``: how many rounded terms a sum has (a bias gradient on ATen rounds each of them)."""
-    tolerance = TOLERANCE[dtype] * math.sqrt(terms)
-    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def mask_of(x, p, seed):
@@ -64,17 +57,18 @@ def check(x, keep, p, dropout, bias=None, activation=None, residual=None):
     dy = torch.randn_like(y)
     gradients = torch.autograd.grad(y, inputs, dy)
     expected_gradients = torch.autograd.grad(expected, [t for t in exact if t is not None], dy.double())
-    assert_near(y, expected, x.dtype)
+    assert_near(y, expected, TOLERANCE[x.dtype])
     for t, gradient, exact_gradient in zip(inputs, gradients, expected_gradients, strict=True):
         assert gradient.dtype == t.dtype
         assert gradient.shape == t.shape
-        assert_near(gradient, exact_gradient, x.dtype, terms=x.numel() // t.numel())
+        assert_near(gradient, exact_gradient, TOLERANCE[x.dtype], terms=x.numel() // t.numel())
     return y
 
 
 # --- the fused forms --------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("shape", "bias_shape"), [((5, 77), None), ((9, 40), (40,)), ((2, 6, 3, 5), (6, 1, 1))]
@@ -166,7 +160,9 @@ def test_mixed_dtypes(path, device):
     y.sum().backward()
     assert [t.grad.dtype for t in (x, bias, residual)] == [torch.bfloat16, torch.float32, torch.float32]
     assert_near(
-        y, reference(x.double(), mask_of(x, 0.5, 4), 0.5, bias.double(), None, residual.double()), x.dtype
+        y,
+        reference(x.double(), mask_of(x, 0.5, 4), 0.5, bias.double(), None, residual.double()),
+        TOLERANCE[x.dtype],
     )
 
 
@@ -188,6 +184,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_layout_is_kept_and_the_mask_follows_memory(path, device, name):
     x = LAYOUTS[name]().to(device)
@@ -455,14 +452,6 @@ def test_alpha_dropout_values_and_moments(path, device, function):
 # --- what is saved, what is written -----------------------------------------------------------------------
 
 
-def saved_bytes(function):
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = function()
-    assert y.requires_grad
-    return sum(t.numel() * t.element_size() for t in saved)
-
-
 def test_no_mask_is_saved_and_the_input_only_for_an_activation(device):
     x = torch.randn(64, 64, device=device, requires_grad=True)
     bias = torch.randn(64, device=device, requires_grad=True)
@@ -500,7 +489,7 @@ def test_inplace_writes_into_the_input_and_nowhere_else(path, device, name, grad
     expected = reference(before.double(), keep, 0.5, bias.double(), None, residual.double())
 
     assert F.dropout(target, 0.5, True, True, bias=bias, residual=residual, seed=1) is target
-    assert_near(target.detach(), expected, torch.float32)
+    assert_near(target.detach(), expected, TOLERANCE[torch.float32])
     if name == "sliced":
         assert torch.equal(memory.detach()[..., 1::2], neighbours)
     if grad:
@@ -631,6 +620,7 @@ def test_classic_layer(path, device):
     assert torch.equal(module.eval()(x), x / 2)
 
 
+@pytest.mark.smoke
 def test_mc_dropout_keeps_only_dropout_random(path, device):
     model = torch.nn.Sequential(
         torch.nn.Linear(8, 8),

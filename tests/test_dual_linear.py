@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from machine_option import bf16
+from shared import near
 from torch.testing import assert_close
 
 from fastreg import random
@@ -43,16 +44,8 @@ def call(kind, v, weight, bias, *more, seed=SEED, activation=None):
     return ops.gaussian_linear(v, weight, bias, 0.8, more[0] if more else 0.7, activation, seed)
 
 
-def near(actual, expected, dtype, kind=None):
-    scale = max(1.0, expected.abs().max().item())
-    tolerance = max(TOLERANCE[dtype], ROOTS if kind == "factorised" else 0.0)
-    assert_close(
-        actual.detach().cpu().double(),
-        expected.detach(),
-        rtol=0,
-        atol=tolerance * scale,
-        equal_nan=True,
-    )
+def tolerance(dtype, kind=None):
+    return max(TOLERANCE[dtype], ROOTS if kind == "factorised" else 0.0)
 
 
 def agree(device, kind, dtype=torch.float32, activation=None, **sizes):
@@ -66,9 +59,10 @@ def agree(device, kind, dtype=torch.float32, activation=None, **sizes):
     wanted = torch.autograd.grad(expected, exact, dz.double())
     for actual, target in zip((z, *found), (expected, *wanted), strict=True):
         assert actual.dtype == dtype
-        near(actual, target, dtype, kind)
+        near(actual, target, tolerance(dtype, kind), equal_nan=True)
 
 
+@pytest.mark.smoke
 @pytest.mark.executed
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
@@ -107,7 +101,7 @@ def test_activations_of_16_bits(device, kind, activation, dtype):
     behind = results(lambda leaves: ACTIVATIONS[activation](call(kind, *leaves)), behind)
     for actual, target in zip(fused, behind, strict=True):
         assert actual.dtype == dtype
-        near(actual, target.cpu().double(), dtype)
+        near(actual, target.cpu().double(), tolerance(dtype), equal_nan=True)
 
 
 @pytest.mark.parametrize(("examples", "outputs", "inputs"), [(70, 66, 130), (1, 1, 1), (17, 64, 64)])
@@ -128,17 +122,17 @@ def test_the_noise_is_that_of_the_contract(path, device):
     e_in, e_out = factors(5, 37, 1), factors(5, 19, 2)
     expected = v @ weight.t() + e_out * ((e_in * v) @ sigma.t() + bias_sigma) + bias
     given = [t.to(device, torch.float32) for t in (v, weight, bias, sigma, bias_sigma)]
-    near(call("factorised", *given), expected, torch.float32, "factorised")
+    near(call("factorised", *given), expected, tolerance(torch.float32, "factorised"), equal_nan=True)
 
     signs = [
         random.signs(*size, s).double() for size, s in zip(((19, 37), (5, 37), (5, 19)), stream, strict=True)
     ]
     expected = 0.8 * (v @ weight.t() + signs[2] * ((signs[1] * v) @ (signs[0] * weight).t())) + bias
-    near(call("flipout", *given[:3]), expected, torch.float32)
+    near(call("flipout", *given[:3]), expected, tolerance(torch.float32), equal_nan=True)
 
     eps = random.row_normals(5, 19, stream[2], dtype=torch.float64)
     expected = 0.8 * v @ weight.t() + 0.7 * (v.square() @ weight.square().t()).sqrt() * eps + bias
-    near(call("gaussian", *given[:3]), expected, torch.float32)
+    near(call("gaussian", *given[:3]), expected, tolerance(torch.float32), equal_nan=True)
 
 
 def test_signs_and_normals_start_anew_in_each_row():
@@ -202,7 +196,7 @@ def test_any_one_gradient(path, device, kind, activation):
         leaves = [t.clone().requires_grad_(i == index) for i, t in enumerate(given)]
         z = call(kind, *leaves, activation=activation)
         (gradient,) = torch.autograd.grad(z, leaves[index], dz.to(device))
-        near(gradient, target, torch.float32, kind)
+        near(gradient, target, tolerance(torch.float32, kind), equal_nan=True)
 
 
 def test_strides_seed_in_memory_and_activation(path, device):
@@ -238,7 +232,7 @@ def test_second_derivatives_of_the_kernels(device, kind, activation):
 
     for actual, target in zip(second(leaves), second(exact), strict=True):
         # Sums of squares of what has the tolerance, with derivatives of a root in them.
-        near(actual / 20, target / 20, torch.float32, kind)
+        near(actual / 20, target / 20, tolerance(torch.float32, kind), equal_nan=True)
 
 
 @pytest.mark.parametrize(

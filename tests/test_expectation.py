@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from machine_option import bf16
+from shared import needs_triton
 from torch.testing import assert_close
 
 import fastreg.functional as F
@@ -138,6 +139,7 @@ def test_nodes_are_as_good_as_they_say(path, device, activation):
         assert_close(single.cpu().double(), found, rtol=1e-3, atol=5e-4 * max(1.0, deviation))
 
 
+@pytest.mark.smoke
 @pytest.mark.executed
 @pytest.mark.parametrize("activation", WITHOUT_CLOSED_FORM)
 def test_nodes_on_kernels_are_those_of_the_definition(path, device, activation):
@@ -265,9 +267,6 @@ def test_second_derivatives_behind_the_kernel(path, device):
         (slope,) = torch.autograd.grad(function().sum(), mean, create_graph=True)
         found.append(torch.autograd.grad(slope.sum(), (mean, deviation)))
     assert_close(*found, rtol=1e-4, atol=1e-5)
-
-
-needs_triton = pytest.mark.skipif(not ops.backend.HAS_TRITON, reason="needs Triton")
 
 
 @needs_triton

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from machine_option import bf16
+from shared import assert_near, needs_gpu, saved_bytes
 
 import fastreg.functional as F
 import fastreg.nn as fnn
@@ -18,8 +19,6 @@ from fastreg.ops import backend, launch
 from fastreg.ops.fused import ACTIVATIONS
 from fastreg.ops.norms import layer_norm as ops
 from fastreg.random import Stream
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 # Relative and absolute. fp32 and fp64 take sums of up to a thousand terms of about 1. 16-bit results are rounded once
 # on the kernels, after every operation on ATen, and truncated to bf16 by the interpreter (one more unit in the last
@@ -32,12 +31,6 @@ TOLERANCE = {
 }
 DTYPES = list(TOLERANCE)
 SEED = 20
-
-
-def assert_near(actual, expected, dtype, terms=1):
-    """``terms``: how many rounded terms a sum has (the gradient of a parameter)."""
-    tolerance = TOLERANCE[dtype] * math.sqrt(terms)
-    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def reference(x, shape, weight=None, bias=None, eps=1e-5, activation=None, residual=None):
@@ -75,10 +68,12 @@ def check(function, expected, tensors, dtype=None):
         references, [t for t in exact if t is not None], [dy.double() for dy in upstream]
     )
     for y, exact_y in zip(results, references, strict=True):
-        assert_near(y, exact_y, dtype)
+        assert_near(y, exact_y, TOLERANCE[dtype])
     for t, gradient, exact_gradient in zip(leaves, gradients, exact_gradients, strict=True):
         assert (gradient.dtype, gradient.shape) == (t.dtype, t.shape)
-        assert_near(gradient, exact_gradient, dtype, terms=max(t.numel() for t in leaves) // t.numel())
+        assert_near(
+            gradient, exact_gradient, TOLERANCE[dtype], terms=max(t.numel() for t in leaves) // t.numel()
+        )
     return results
 
 
@@ -127,6 +122,7 @@ def one_multiprocessor(monkeypatch, new_plans):
 SHAPES = [((5, 24), (24,)), ((3, 2, 5, 6), (5, 6)), ((7,), (7,))]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("shape", "normalized"), SHAPES)
 def test_fused_form_equals_fp64_reference(path, device, dtype, shape, normalized):
@@ -251,7 +247,7 @@ def test_any_subset_of_gradients(path, device, activation):
         for t, gradient, wanted in zip(tensors, gradients, subset, strict=True):
             assert (t.grad is not None) == wanted
             if wanted:
-                assert_near(t.grad, gradient, torch.float32, terms=6)
+                assert_near(t.grad, gradient, TOLERANCE[torch.float32], terms=6)
 
 
 def test_frozen_tensors_cost_no_work(device):
@@ -291,7 +287,7 @@ def test_one_tensor_in_two_places(path, device):
         (dx,) = torch.autograd.grad(y, x, dy, create_graph=create_graph)
         (exact,) = doubles([x])
         expected = reference(exact, (16,), activation="silu", residual=exact)
-        assert_near(dx, torch.autograd.grad(expected, exact, dy.double())[0], torch.float32)
+        assert_near(dx, torch.autograd.grad(expected, exact, dy.double())[0], TOLERANCE[torch.float32])
 
 
 # --- numbers ----------------------------------------------------------------------------------------------
@@ -328,7 +324,7 @@ def test_constant_rows_are_zero_and_eps_decides(path, device, dtype):
     dy = torch.randn_like(y)
     (dx,) = torch.autograd.grad(y, x, dy)
     expected = 10 * (dy.double() - dy.double().mean(1, keepdim=True))
-    assert_near(dx, expected, dtype, terms=100)  # ten times as large as the others
+    assert_near(dx, expected, TOLERANCE[dtype], terms=100)  # ten times as large as the others
 
 
 @pytest.mark.executed
@@ -371,25 +367,12 @@ def test_gradients_are_the_same_bits_every_time(device):
         assert all(torch.equal(a, b) for a, b in zip(first, gradients(), strict=True))
 
 
-def saved_bytes(function):
-    """Bytes that ``function`` keeps for its backward pass, every storage once."""
-    kept = {}
-
-    def pack(t):
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        result = function()
-    return sum(kept.values()), result
-
-
 def test_no_normalized_copy_is_kept(device):
     x = normal((64, 32), device, torch.bfloat16).requires_grad_()
     weight, bias = (t.requires_grad_() for t in parameters((32,), device))
-    size, _ = saved_bytes(lambda: F.layer_norm(x, (32,), weight, bias, activation="gelu"))
+    size = saved_bytes(lambda: F.layer_norm(x, (32,), weight, bias, activation="gelu"))
     assert size == x.nbytes + weight.nbytes + bias.nbytes + 2 * 4 * len(x)
-    size, _ = saved_bytes(lambda: F.dropout_add_layer_norm(x, x, (32,), weight, bias, seed=1))
+    size = saved_bytes(lambda: F.dropout_add_layer_norm(x, x, (32,), weight, bias, seed=1))
     assert size == x.nbytes + weight.nbytes + bias.nbytes + 2 * 4 * len(x)  # h has the size of x
 
 
@@ -446,7 +429,7 @@ def test_any_layout_of_the_gradient(path, device, layout):
     (dx,) = torch.autograd.grad(y, x, dy)
     (exact,) = doubles([x])
     expected = reference(exact, (3, 5), activation="gelu")
-    assert_near(dx, torch.autograd.grad(expected, exact, dy.double())[0], torch.float32)
+    assert_near(dx, torch.autograd.grad(expected, exact, dy.double())[0], TOLERANCE[torch.float32])
 
 
 def test_parameters_of_any_layout(device):
@@ -498,6 +481,7 @@ def check_seam(x, skip, shape, weight, bias, p=0.4, activation=None, dtype=None)
     return check(function, expected, (x, skip, weight, bias), dtype)
 
 
+@pytest.mark.smoke
 @pytest.mark.executed
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("columns", [24, 7])
@@ -533,7 +517,7 @@ def test_seam_without_dropout(path, device, training):
     check(function, expected, (x, skip, *parameters((24,), device)))
     y, h = F.dropout_add_layer_norm(x, None, (24,), p=0.0, prenorm=True)
     assert h is x
-    assert_near(y, reference(x.double(), (24,)), torch.float32)
+    assert_near(y, reference(x.double(), (24,)), TOLERANCE[torch.float32])
 
 
 def test_seam_drops_everything_at_p_1(path, device):
@@ -541,7 +525,7 @@ def test_seam_drops_everything_at_p_1(path, device):
     skip = normal((4, 8), device).requires_grad_()
     y, h = F.dropout_add_layer_norm(x, skip, (8,), p=1.0, prenorm=True)
     assert torch.equal(h, skip)
-    assert_near(y, reference(skip.double(), (8,)), torch.float32)
+    assert_near(y, reference(skip.double(), (8,)), TOLERANCE[torch.float32])
     y.square().sum().backward()
     assert (x.grad == 0).all()
     assert skip.grad.isfinite().all()
@@ -574,7 +558,7 @@ def test_seam_gradients_of_either_result(path, device, used, p):
         if exact_gradient is None:
             assert gradient is None or (gradient == 0).all()
         else:
-            assert_near(gradient, exact_gradient, torch.float32, terms=5)
+            assert_near(gradient, exact_gradient, TOLERANCE[torch.float32], terms=5)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])
@@ -591,7 +575,7 @@ def test_seam_any_subset_of_gradients(path, device, p, subset):
     for t, gradient, wanted in zip((x, skip, weight), gradients, (*subset, True), strict=True):
         assert (t.grad is not None) == wanted
         if wanted:
-            assert_near(t.grad, gradient, torch.float32, terms=5)
+            assert_near(t.grad, gradient, TOLERANCE[torch.float32], terms=5)
 
 
 def test_seam_keeps_a_residual_stream_in_fp32(path, device):
@@ -691,7 +675,7 @@ def test_fp32_result_of_a_16_bit_input(device, monkeypatch):
     weight, bias = parameters((16,), device)
     y = F.layer_norm(x, (16,), weight, bias)
     assert y.dtype == torch.float32
-    assert_near(y, reference(x.double(), (16,), weight.double(), bias.double()), torch.float32)
+    assert_near(y, reference(x.double(), (16,), weight.double(), bias.double()), TOLERANCE[torch.float32])
     check_layer_norm(x, (16,), weight, bias, activation="gelu", dtype=torch.bfloat16)
 
 
@@ -733,6 +717,6 @@ def test_seam_module_is_the_function(path, device):
     assert torch.equal(y, expected)
     layer.eval()
     expected = reference((x + skip).double(), (8,), eps=1e-3, activation="silu")
-    assert_near(layer(x, skip), expected, torch.float32)
+    assert_near(layer(x, skip), expected, TOLERANCE[torch.float32])
     stock = torch.nn.LayerNorm(8, 1e-3, bias=False).extra_repr()  # says more in newer versions of torch
     assert repr(layer) == f"DropoutAddLayerNorm({stock}, activation=silu, p=0.25, prenorm=False)"

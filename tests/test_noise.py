@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from machine_option import bf16
-from torch._dynamo.testing import CompileCounterWithBackend
+from shared import compiled, needs_gpu, needs_triton
 from torch.autograd import gradcheck, gradgradcheck
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
@@ -19,8 +19,6 @@ from fastreg.ops import noise as ops
 from fastreg.ops.noise import MODES, gaussian_noise
 from fastreg.random import Stream
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-needs_triton = pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
 both_modes = pytest.mark.parametrize("mode", MODES)
 
 # The normals of the kernels are fp32 in every dtype, and tests/test_random.py bounds their error: 4e-5 holds for all
@@ -60,6 +58,7 @@ def assert_plausible(samples, variances):
 # --- the definition ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.executed
 @both_modes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -499,19 +498,6 @@ def test_a_subclass_of_tensor_stays_one(path, device):
 
 
 # --- torch.compile ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def compiled(function, **options):
-    """The compiled function (one graph, or an error) and the counter of its compilations."""
-    counter = CompileCounterWithBackend("aot_eager")
-    return torch.compile(function, backend=counter, fullgraph=True, **options), counter
 
 
 @pytest.mark.usefixtures("fresh_compiler")

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from machine_option import bf16
+from shared import near
 from torch.testing import assert_close
 
 import fastreg
@@ -29,11 +30,6 @@ def tensors(device, examples=5, outputs=19, inputs=37, dtype=torch.float32):
     return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
 
 
-def near(actual, expected, dtype, least=0.0):
-    tolerance = max(TOLERANCE[dtype], least) * max(1.0, expected.abs().max().item())
-    assert_close(actual.detach().cpu().double(), expected.detach(), rtol=0, atol=tolerance)
-
-
 def additive(v, weight, bias, sigma, bias_sigma=None):
     """The formula, in fp64."""
     eps = random.row_normals(len(v), len(weight), Stream(SEED), dtype=DOUBLE)
@@ -41,6 +37,7 @@ def additive(v, weight, bias, sigma, bias_sigma=None):
     return v @ weight.t() + bias + variance.sqrt()[:, None] * eps
 
 
+@pytest.mark.smoke
 @pytest.mark.executed
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("noisy_bias", [False, True])
@@ -58,7 +55,7 @@ def test_additive_is_the_formula(path, device, dtype, noisy_bias):
     wanted = torch.autograd.grad(expected, exact, dz.double())
     for actual, target in zip((z, *found), (expected, *wanted), strict=True):
         assert actual.dtype == dtype
-        near(actual, target, dtype)
+        near(actual, target, TOLERANCE[dtype])
 
 
 def check_activation(device, activation, dtype, sigma_is_learned):
@@ -79,7 +76,7 @@ def check_activation(device, activation, dtype, sigma_is_learned):
         (y, *found), (expected, *torch.autograd.grad(expected, twins, dy.double())), strict=True
     ):
         assert actual.dtype == dtype
-        near(actual, target, dtype)
+        near(actual, target, TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -105,17 +102,22 @@ def test_rows_of_any_length(device, examples, outputs):
     z = F.noisy_linear(v, weight, bias, 0.3, seed=SEED)
     exact = [t.detach().cpu().double().requires_grad_() for t in (v, weight, bias)]
     expected = additive(*exact, 0.3)
-    near(z, expected, torch.float32)
-    near(torch.autograd.grad(z.sum(), v)[0], torch.autograd.grad(expected.sum(), exact[0])[0], torch.float32)
+    near(z, expected, TOLERANCE[torch.float32])
+    near(
+        torch.autograd.grad(z.sum(), v)[0],
+        torch.autograd.grad(expected.sum(), exact[0])[0],
+        TOLERANCE[torch.float32],
+    )
 
 
+@pytest.mark.smoke
 def test_multiplicative_is_the_formula(path, device):
     v, weight, bias = tensors(device)
     z = F.noisy_linear(v, weight, bias, torch.tensor([0.3], device=device), mode="multiplicative", seed=SEED)
     v, weight, bias = (t.cpu().double() for t in (v, weight, bias))
     eps = random.row_normals(5, 19, Stream(SEED, 2 << 32), dtype=DOUBLE)
     deviation = 0.3 * (v.square() @ weight.square().t()).sqrt()
-    near(z, v @ weight.t() + bias + deviation * eps, torch.float32)
+    near(z, v @ weight.t() + bias + deviation * eps, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("tensor", [False, True])
@@ -136,7 +138,7 @@ def test_factorised_is_the_formula(path, device, tensor):
     # The noisy weights themselves: what the layer never makes.
     noisy = weight + sigma * e_out[:, :, None] * e_in[:, None, :]
     expected = torch.einsum("bnk,bk->bn", noisy, v) + bias + bias_sigma * e_out
-    near(z, expected, torch.float32, ROOTS)
+    near(z, expected, max(TOLERANCE[torch.float32], ROOTS))
 
 
 @pytest.mark.usefixtures("aten")
@@ -210,7 +212,7 @@ def test_second_derivatives_of_the_kernel(device, activation):
     given = tensors(device, 3, 2, 4)
     exact = [t.cpu().double().requires_grad_() for t in given]
     for actual, target in zip(second([t.requires_grad_() for t in given]), second(exact), strict=True):
-        near(actual, target, torch.float32)
+        near(actual, target, TOLERANCE[torch.float32])
 
 
 @pytest.mark.parametrize("activation", [None, "relu", "gelu"])

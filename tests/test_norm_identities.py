@@ -13,6 +13,7 @@ import torch.nn.functional as TF
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from machine_option import rounding
+from shared import assert_near, assert_same
 
 import fastreg.functional as F
 import fastreg.nn as fnn
@@ -81,16 +82,6 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 all_dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
 
-def assert_near(actual, expected, dtype, scale=1.0):
-    """scale: of the terms that the values are sums or differences of."""
-    tolerance = TOLERANCE[dtype] * scale
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=tolerance, atol=tolerance)
-
-
-def assert_same(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-
-
 def gradients(y, inputs, dy):
     return torch.autograd.grad(y, inputs, dy)
 
@@ -119,12 +110,12 @@ def test_batch_normalization_of_scaled_weights(activation, a, dtype, device, pat
 
     y, du, dw, dgamma, dbeta = run(1.0)
     scaled_y, scaled_du, scaled_dw, scaled_dgamma, scaled_dbeta = run(a)
-    assert_near(scaled_y, y, dtype)
+    assert_near(scaled_y, y, TOLERANCE[dtype])
     # Sums of eleven and of 33 terms of some units each.
-    assert_near(scaled_du, du, dtype, 10)
-    assert_near(scaled_dw * a, dw, dtype, 30)
-    assert_near(scaled_dgamma, dgamma, dtype, 30)
-    assert_near(scaled_dbeta, dbeta, dtype, 30)
+    assert_near(scaled_du, du, 10 * TOLERANCE[dtype])
+    assert_near(scaled_dw * a, dw, 30 * TOLERANCE[dtype])
+    assert_near(scaled_dgamma, dgamma, 30 * TOLERANCE[dtype])
+    assert_near(scaled_dbeta, dbeta, 30 * TOLERANCE[dtype])
 
 
 @all_dtypes
@@ -143,10 +134,10 @@ def test_scaling_the_input_leaves_the_output_and_divides_the_gradient(kind, a, l
     # A negative scale turns the standardized values around: as the weight would.
     sign = math.copysign(1.0, a)
     scaled_y, scaled_dx, scaled_dweight, scaled_dbias = run(a, sign)
-    assert_near(scaled_y, y, dtype, 4)
-    assert_near(scaled_dx * a, dx, dtype, 10)
-    assert_near(scaled_dweight * sign, dweight, dtype, 100)  # sums of 105 terms
-    assert_near(scaled_dbias, dbias, dtype, 100)
+    assert_near(scaled_y, y, 4 * TOLERANCE[dtype])
+    assert_near(scaled_dx * a, dx, 10 * TOLERANCE[dtype])
+    assert_near(scaled_dweight * sign, dweight, 100 * TOLERANCE[dtype])  # sums of 105 terms
+    assert_near(scaled_dbias, dbias, 100 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("shape", [SMALL, LARGE], ids=["small", "large"])
@@ -199,8 +190,10 @@ def test_every_unit_has_mean_beta_and_variance_gamma_squared(kind, layout, dtype
     _, var = moments(kind, x)
     expand = {"batch_norm": lambda t: t, "instance_norm": lambda t: t.repeat(shape[0])}
     per_unit = expand.get(kind, lambda t: t[::2].repeat(shape[0]))
-    assert_near(y.mean(1), per_unit(bias.double()), dtype)
-    assert_near(y.var(1, correction=0), per_unit(weight.double()) ** 2 * var / (var + 1e-3), dtype, 2)
+    assert_near(y.mean(1), per_unit(bias.double()), TOLERANCE[dtype])
+    assert_near(
+        y.var(1, correction=0), per_unit(weight.double()) ** 2 * var / (var + 1e-3), 2 * TOLERANCE[dtype]
+    )
 
 
 @pytest.mark.parametrize("mean", [1e3, 1e4])
@@ -301,8 +294,8 @@ def test_the_gradient_has_no_mean_and_no_part_along_the_standardized_input(
     scale = (
         3 * math.sqrt(count) * rstd.max().item()
     )  # of sums of that many terms: their errors are independent
-    assert_near(dx.sum(1), torch.zeros_like(var), dtype, scale)
-    assert_near((dx * xhat).sum(1), rstd * along * 1e-2 / (var + 1e-2), dtype, scale)
+    assert_near(dx.sum(1), torch.zeros_like(var), scale * TOLERANCE[dtype])
+    assert_near((dx * xhat).sum(1), rstd * along * 1e-2 / (var + 1e-2), scale * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("shape", [SMALL, LARGE, (3, CHANNELS, 5), (17, CHANNELS)], ids=str)
@@ -369,7 +362,7 @@ def test_constant_units_become_beta(kind, shape, layout, dtype, device, path):
     expected = (g - g.mean(1, keepdim=True)) * 1e-5**-0.5
     actual = units(kind, dx.double())
     zero = units(kind, (value == 0).view(1, -1, 1, 1).expand(shape))[:, 0]
-    assert_near(actual[zero], expected[zero], dtype, 1000)
+    assert_near(actual[zero], expected[zero], 1000 * TOLERANCE[dtype])
     # Elsewhere xhat is ``off`` and the part along it off^2 of that.
     assert ((actual - expected).abs() <= 316 * 10 * (TOLERANCE[dtype] + off.max() ** 2)).all()
 
@@ -401,7 +394,7 @@ def test_two_values_become_opposite(device, path):
     y = normalize("batch_norm", x)
     half = (x[0] - x[1]) / 2
     expected = half / (half.square() + 1e-5).sqrt()
-    assert_near(y, torch.stack((expected, -expected)), torch.float64)
+    assert_near(y, torch.stack((expected, -expected)), TOLERANCE[torch.float64])
 
 
 @pytest.mark.parametrize("shape", [(1, 3), (1, 3, 1), (1, 3, 1, 1)])
@@ -519,8 +512,8 @@ def test_samples_do_not_see_each_other(dtype, layout, shape, kind, device, path)
     for i in range(shape[0]):
         alone = x[i : i + 1].detach().requires_grad_()
         y_alone = normalize(kind, alone, weight, bias)
-        assert_near(y_alone, y[i : i + 1], dtype, 4)
-        assert_near(gradients(y_alone, [alone], dy[i : i + 1])[0], dx[i : i + 1], dtype, 16)
+        assert_near(y_alone, y[i : i + 1], 4 * TOLERANCE[dtype])
+        assert_near(gradients(y_alone, [alone], dy[i : i + 1])[0], dx[i : i + 1], 16 * TOLERANCE[dtype])
 
 
 @all_dtypes
@@ -534,10 +527,10 @@ def test_a_permuted_batch_gives_a_permuted_result(kind, dtype, device, path):
         y = normalize(kind, *leaves, activation="gelu")
         results.append((y.detach(), *gradients(y, leaves, permute(dy))))
     (y, dx, dweight, dbias), permuted = results
-    assert_near(permuted[0], y[order], dtype)
-    assert_near(permuted[1], dx[order], dtype, 4)
-    assert_near(permuted[2], dweight, dtype, 100)  # sums of 105 terms
-    assert_near(permuted[3], dbias, dtype, 100)
+    assert_near(permuted[0], y[order], TOLERANCE[dtype])
+    assert_near(permuted[1], dx[order], 4 * TOLERANCE[dtype])
+    assert_near(permuted[2], dweight, 100 * TOLERANCE[dtype])  # sums of 105 terms
+    assert_near(permuted[3], dbias, 100 * TOLERANCE[dtype])
 
 
 @all_kinds
@@ -546,7 +539,9 @@ def test_permuted_channels_give_permuted_results(kind, device, path):
     # Whole groups change places.
     order = torch.tensor([4, 5, 0, 1, 2, 3] if kind == "group_norm" else [3, 0, 5, 4, 1, 2], device=device)
     y = normalize(kind, x, weight, bias)
-    assert_near(normalize(kind, x[:, order], weight[order], bias[order]), y[:, order], torch.float64)
+    assert_near(
+        normalize(kind, x[:, order], weight[order], bias[order]), y[:, order], TOLERANCE[torch.float64]
+    )
 
 
 # --- one normalization as a case of another ---------------------------------------------------------------
@@ -560,7 +555,7 @@ def agree(first, second, inputs, dy, dtype, scale=10.0):
         y = function(*leaves)
         results.append((y.detach(), *gradients(y, leaves, dy)))
     for a, b in zip(*results, strict=True):
-        assert_near(a, b, dtype, scale)
+        assert_near(a, b, scale * TOLERANCE[dtype])
 
 
 @all_dtypes
@@ -658,15 +653,17 @@ def test_evaluation_is_an_affine_map_of_each_element(kind, layout, dtype, device
         return getattr(F, kind)(x, mean, var, weight, bias, False)
 
     mixed = evaluate(0.25 * x + 0.75 * other)
-    assert_near(mixed, 0.25 * evaluate(x) + 0.75 * evaluate(other), dtype, 10)
+    assert_near(mixed, 0.25 * evaluate(x) + 0.75 * evaluate(other), 10 * TOLERANCE[dtype])
     slope = weight / (var + 1e-5).sqrt()
     assert_near(
-        evaluate(x), (x - per_channel(mean, x)) * per_channel(slope, x) + per_channel(bias, x), dtype, 10
+        evaluate(x),
+        (x - per_channel(mean, x)) * per_channel(slope, x) + per_channel(bias, x),
+        10 * TOLERANCE[dtype],
     )
     assert_same(evaluate(x)[2:3], evaluate(x[2:3]))
     x.requires_grad_()
     (dx,) = gradients(evaluate(x), [x], dy)
-    assert_near(dx, dy * per_channel(slope, x), dtype, 10)
+    assert_near(dx, dy * per_channel(slope, x), 10 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -678,8 +675,8 @@ def test_no_momentum_is_the_plain_average_over_batches(dtype, device, path):
         layer(x)
         assert layer.num_batches_tracked == i
         seen = [b.double() for b in batches[:i]]
-        assert_near(layer.running_mean, torch.stack([b.mean(0) for b in seen]).mean(0), dtype, 10)
-        assert_near(layer.running_var, torch.stack([b.var(0) for b in seen]).mean(0), dtype, 10)
+        assert_near(layer.running_mean, torch.stack([b.mean(0) for b in seen]).mean(0), 10 * TOLERANCE[dtype])
+        assert_near(layer.running_var, torch.stack([b.var(0) for b in seen]).mean(0), 10 * TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("shape", [(2, CHANNELS), (3, CHANNELS), SMALL, LARGE], ids=str)
@@ -693,9 +690,11 @@ def test_running_variance_is_unbiased_and_normalization_is_not(dtype, layout, mo
     y = F.batch_norm(x, mean, var, training=True, momentum=momentum)
     batch_mean, batch_var = moments("batch_norm", x)
     count = x.numel() // CHANNELS
-    assert_near(mean, 0.5 * (1 - momentum) + momentum * batch_mean, dtype, 4)
-    assert_near(var, 0.5 * (1 - momentum) + momentum * batch_var * count / (count - 1), dtype, 10)
-    assert_near(units("batch_norm", y).var(1, correction=0), batch_var / (batch_var + 1e-5), dtype, 4)
+    assert_near(mean, 0.5 * (1 - momentum) + momentum * batch_mean, 4 * TOLERANCE[dtype])
+    assert_near(var, 0.5 * (1 - momentum) + momentum * batch_var * count / (count - 1), 10 * TOLERANCE[dtype])
+    assert_near(
+        units("batch_norm", y).var(1, correction=0), batch_var / (batch_var + 1e-5), 4 * TOLERANCE[dtype]
+    )
 
 
 @all_dtypes
@@ -704,8 +703,8 @@ def test_running_statistics_of_instance_norm_are_means_over_samples(dtype, devic
     mean, var = torch.full((2, CHANNELS), 0.5, dtype=dtype, device=device)
     F.instance_norm(x, mean, var, momentum=0.3)
     values = x.double().flatten(2)
-    assert_near(mean, 0.35 + 0.3 * values.mean(2).mean(0), dtype, 4)
-    assert_near(var, 0.35 + 0.3 * values.var(2).mean(0), dtype, 10)
+    assert_near(mean, 0.35 + 0.3 * values.mean(2).mean(0), 4 * TOLERANCE[dtype])
+    assert_near(var, 0.35 + 0.3 * values.var(2).mean(0), 10 * TOLERANCE[dtype])
 
 
 def test_training_long_enough_makes_evaluation_agree_with_training(device, path):
@@ -716,7 +715,7 @@ def test_training_long_enough_makes_evaluation_agree_with_training(device, path)
         y = layer(x)
     count = x.numel() // CHANNELS
     correction = math.sqrt((count - 1) / count)
-    assert_near(layer.eval()(x), y * correction, torch.float32, 10)
+    assert_near(layer.eval()(x), y * correction, 10 * TOLERANCE[torch.float32])
 
 
 # --- any shape --------------------------------------------------------------------------------------------

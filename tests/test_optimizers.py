@@ -1,7 +1,7 @@
 """The steps of the optimizers: every option alone and all of them together, against fp64 loops written out here.
 
 What torch's classes do is tested against torch in ``conformance/``; what is remembered and what may change between two
-steps in ``test_optim_state.py``; processes in ``test_optim_distributed.py``.
+steps in ``test_optim_state.py`` and ``test_optim_changes.py``; processes in ``test_optim_distributed.py``.
 """
 
 import importlib
@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from machine_option import rounding
+from shared import needs_gpu
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -22,8 +23,6 @@ from fastreg.ops.backend import Launch
 from fastreg.ops.multi_tensor import optimizers as ops
 from fastreg.ops.multi_tensor import tables
 from fastreg.random import Stream
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 # A few steps in fp32, of a few roundings each, which Adam divides by a root.
 FP32 = {"rtol": 1e-5, "atol": 1e-6}
@@ -134,6 +133,7 @@ CASES = [
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.executed
 @pytest.mark.parametrize(("name", "option"), CASES)
 def test_options_alone_and_together(name, option, path, device):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from machine_option import bf16
+from shared import needs_triton
 from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.distributed.device_mesh import init_device_mesh
@@ -15,11 +16,8 @@ from torch.testing import assert_close
 
 import fastreg.optim
 from fastreg import penalties
-from fastreg.ops import backend
 from fastreg.ops.multi_tensor import penalties as ops
 from fastreg.penalties import GaussianPrior, LaplacePrior, elastic_net, l1, l2, max_norm_
-
-needs_triton = pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
 
 # Gradients are rounded once; the interpreter truncates to bf16, which is one unit in the last place more.
 ROUNDING = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: bf16(1e-2)}
@@ -64,6 +62,7 @@ def assert_gradients(found, expected):
 # --- value and gradient -----------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.executed
 @pytest.mark.parametrize("name", FORMS)
 def test_equals_the_definition(path, device, name):
@@ -374,6 +373,7 @@ def outside_and_inside(shape, dtype, device):
     )
 
 
+@pytest.mark.smoke
 @pytest.mark.executed
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 Every statistical test computes p-values and hands them to ``assert_plausible``, which alone decides.
 """
 
-import itertools
 import math
 import struct
 
@@ -14,52 +13,15 @@ import triton
 import triton.language as tl
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from random_tests import assert_plausible, binomial_test, chi_square_test, correlation_test, z_test
 from scipy import stats
+from shared import needs_gpu
 
 import fastreg
 from fastreg import functional, random
 from fastreg.kernels import philox
 from fastreg.ops import backend
 from fastreg.random import LANE_VALUES, Stream
-
-ALPHA = 1e-4
-
-
-def assert_plausible(p_values) -> None:
-    """Fails with probability ``ALPHA`` = 1e-4 at most where the null hypothesis behind ``p_values`` is true.
-
-    However many p-values a test hands over and however they depend on each other, the smallest is held against
-    ALPHA / their number (Bonferroni), so the rate is that of the call as a whole. Every seed in this file is
-    fixed: a test passes always or never, and ALPHA is how often a faultless generator would have needed
-    another seed.
-    """
-    p = torch.as_tensor(p_values, dtype=torch.float64).flatten()
-    assert not p.isnan().any()
-    assert p.min() * p.numel() > ALPHA, f"smallest p-value {p.min():.3g} of {p.numel()}"
-
-
-def z_test(z):
-    """Two-sided p-value of standard normal statistics."""
-    return torch.special.erfc(torch.as_tensor(z, dtype=torch.float64).abs() / math.sqrt(2))
-
-
-def binomial_test(count, trials: int, probability):
-    """Two-sided p-value of counts, without the normal approximation: rare events are tested too."""
-    binomial = stats.binom(trials, probability)
-    return torch.as_tensor(2 * min(binomial.cdf(count), binomial.sf(count - 1), 0.5))
-
-
-def chi_square_test(counts, expected, lost_degrees: int = 1):
-    """p-value of counts (last dimension: the categories) against what is expected of them."""
-    counts = torch.as_tensor(counts, dtype=torch.float64)
-    statistic = ((counts - expected) ** 2 / expected).sum(-1)
-    return torch.as_tensor(stats.chi2.sf(statistic, counts.shape[-1] - lost_degrees))
-
-
-def correlation_test(a, b):
-    """p-value of no correlation between two large samples: r sqrt(n) is standard normal."""
-    a, b = a.double() - a.double().mean(), b.double() - b.double().mean()
-    return z_test((a * b).mean() / (a.square().mean() * b.square().mean()).sqrt() * math.sqrt(a.numel()))
 
 
 def one_program(numel: int, device: torch.device) -> int:
@@ -113,6 +75,7 @@ PUBLISHED = [  # Random123, kat_vectors: philox4x32 10
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("counter", "key", "expected"), PUBLISHED, ids=["zeros", "ones", "pi"])
 def test_published_vectors(counter, key, expected):
     assert reference_philox(counter, key) == expected
@@ -186,6 +149,7 @@ def filled_lanes(numel, stream, vector, block, device):
     return out[:numel].cpu()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("vector", [8, 4, 2, 1])
 @pytest.mark.parametrize("stream", STREAMS, ids=str)
 def test_lanes_of_streams(stream, vector, device):
@@ -527,192 +491,6 @@ def test_normals_of_streams_do_not_correlate():
     assert_plausible(p_values)
 
 
-# --- uniform bits -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def bits():
-    """int64 [2^18, 4]: a million words of the definition."""
-    return random.words(torch.arange(1 << 18), Stream(77, 12))
-
-
-def test_every_bit_is_fair(bits):
-    ones = torch.stack([(bits >> k & 1).sum(0) for k in range(32)])
-    assert_plausible(z_test((ones - bits.shape[0] / 2) / math.sqrt(bits.shape[0] / 4)))
-
-
-def test_every_lane_is_uniform(bits):
-    """Chi-square of the high and of the low byte of each of the eight lanes."""
-    lanes = torch.stack((bits & 0xFFFF, bits >> 16), dim=-1).flatten(1)
-    p_values = []
-    for lane in lanes.T:
-        for byte in (lane >> 8, lane & 255):
-            p_values.append(chi_square_test(torch.bincount(byte, minlength=256), lane.numel() / 256))
-    assert_plausible(p_values)
-
-
-def test_lanes_are_uniform_together(bits):
-    """Chi-square over all 65,536 values of a lane, two million draws."""
-    lanes = torch.cat((bits & 0xFFFF, bits >> 16)).flatten()
-    assert_plausible(
-        chi_square_test(torch.bincount(lanes, minlength=LANE_VALUES), lanes.numel() / LANE_VALUES)
-    )
-
-
-def test_lanes_do_not_correlate(bits):
-    lanes = torch.stack((bits & 0xFFFF, bits >> 16), dim=-1).flatten().double()
-    lags = [*range(1, 17), 1024, 4096]
-    assert_plausible([correlation_test(lanes[lag:], lanes[:-lag]) for lag in lags])
-
-
-@pytest.mark.parametrize("part", ["block", "seed", "offset"])
-def test_avalanche(part):
-    """Any one bit of block, seed or offset flips each of the 128 random bits half of the time."""
-    samples = 2048
-    generator = torch.Generator().manual_seed(1)
-    block, seed, offset = torch.randint(-(2**63), 2**63 - 1, (3, samples), generator=generator)
-
-    def drawn(block, seed, offset):
-        counter = (block & 2**32 - 1, block >> 32 & 2**32 - 1, offset & 2**32 - 1, offset >> 32 & 2**32 - 1)
-        return torch.stack(random.philox4x32(counter, (seed & 2**32 - 1, seed >> 32 & 2**32 - 1)))
-
-    numbers = {"block": block, "seed": seed, "offset": offset}
-    base = drawn(**numbers)
-    p_values = []
-    for k in range(64):
-        flipped = drawn(**numbers | {part: numbers[part] ^ (random._signed(1 << k))}) ^ base
-        ones = torch.stack([(flipped >> b & 1).sum(-1) for b in range(32)])
-        p_values.append(z_test((ones - samples / 2) / math.sqrt(samples / 4)))
-    assert_plausible(torch.stack(p_values))
-
-
-# --- keep rates -------------------------------------------------------------------------------------------
-
-PROBABILITIES = [1e-4, 1e-3, 0.01, 0.05, 0.1, 0.2, 0.25, 1 / 3, 0.5, 0.7, 0.9, 0.99, 0.999, 0.9999]
-
-
-def applied(p: float) -> float:
-    """The probability that a mask applies."""
-    return random.threshold(p) / LANE_VALUES
-
-
-@pytest.mark.parametrize("p", [0.0, 2**-18, 2**-17, 2**-16, *PROBABILITIES, 1 - 2**-16, 1 - 2**-18, 1.0])
-def test_threshold_is_the_nearest(p):
-    t = random.threshold(p)
-    assert 0 <= t <= LANE_VALUES
-    assert abs(t / LANE_VALUES - p) <= 2**-17
-
-
-@settings(derandomize=True, deadline=None)
-@given(p=st.floats(0, 1))
-def test_threshold_is_the_nearest_anywhere(p):
-    assert abs(random.threshold(p) / LANE_VALUES - p) <= 2**-17
-
-
-def test_ends_of_the_probability():
-    stream = Stream(1)
-    assert random.keep_mask((100_000,), 0.0, stream).all()
-    assert not random.keep_mask((100_000,), 1.0, stream).any()
-
-
-@pytest.mark.parametrize("p", PROBABILITIES)
-def test_keep_rate(p):
-    """The number dropped, of two million: exact binomial test of the applied probability."""
-    drop = ~random.keep_mask((1 << 21,), p, Stream(1000, 4))
-    assert_plausible(binomial_test(int(drop.sum()), drop.numel(), applied(p)))
-
-
-@pytest.mark.parametrize("p", [0.01, 0.3, 0.5])
-def test_keep_rate_does_not_depend_on_the_position(p):
-    """Over the 8 lanes of a block, over the positions of a tile of 1,024, and over tiles (dispersion)."""
-    drop = (~random.keep_mask((1 << 21,), p, Stream(-1001, 8))).double()
-    q = applied(p)
-    variance = q * (1 - q)
-
-    def spread(counts, trials):
-        return stats.chi2.sf(((counts - trials * q) ** 2).sum() / (trials * variance), counts.numel())
-
-    lanes = drop.view(-1, 8).sum(0)
-    positions, tiles = drop.view(-1, 1024).sum(0), drop.view(-1, 1024).sum(1)
-    p_values = [spread(lanes, 1 << 18), spread(positions, 2048), spread(tiles, 1024)]
-    # Too even is as wrong as too uneven.
-    assert_plausible([*p_values, *(1 - p for p in p_values)])
-
-
-def test_patterns_of_a_block():
-    """All 256 masks of the eight elements of a block are equally likely at p = 1/2."""
-    keep = random.keep_mask((1 << 21,), 0.5, Stream(1002)).view(-1, 8)
-    pattern = (keep.long() << torch.arange(8)).sum(-1)
-    assert_plausible(chi_square_test(torch.bincount(pattern, minlength=256), keep.shape[0] / 256))
-
-
-NEIGHBOURS = {
-    "ranks": [Stream(seed) for seed in range(1, 9)],  # seeds that count up, as data-parallel ranks set them
-    "bits of the seed": [Stream(random._signed(1 << k)) for k in range(64)],
-    "consecutive calls": [Stream(0, 4 * k) for k in range(1, 9)],  # a generator advances by 4 a call
-    "bits of the offset": [Stream(0, 1 << k) for k in range(63)],
-    "seed and offset": [Stream(0, 4), Stream(4, 0), Stream(4, 4), Stream(1, 4), Stream(4, 1)],
-}
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5])
-@pytest.mark.parametrize("kind", NEIGHBOURS)
-def test_masks_of_streams_are_independent(kind, p):
-    """Every mask against that of stream (0, 0) and against its predecessor: positions dropped by both."""
-    size = (1 << 15,)
-    drops = [(~random.keep_mask(size, p, stream)).double() for stream in [Stream(0), *NEIGHBOURS[kind]]]
-    p_values = [correlation_test(drops[0], other) for other in drops[1:]]
-    p_values += [correlation_test(a, b) for a, b in itertools.pairwise(drops[1:])]
-    assert_plausible(p_values)
-
-
-def test_masks_of_tiles_are_independent():
-    """Tiles of 1,024 and 4,096 elements, their neighbours, and rows of common widths."""
-    drop = (~random.keep_mask((1 << 21,), 0.5, Stream(1003))).double()
-    lags = [768, 1000, 1024, 2048, 4096, 8192, 1 << 16, 1 << 20]
-    assert_plausible([correlation_test(drop[lag:], drop[:-lag]) for lag in lags])
-
-
-def test_masks_of_consecutive_calls_are_independent(device):
-    """Through the public function: layers and steps, each drawing its stream from torch's generator."""
-    torch.manual_seed(5)
-    x = torch.ones(4096, device=device)
-    drops = [(functional.dropout(x, 0.5, generator=default_generator(device)) == 0).cpu() for _ in range(6)]
-    assert_plausible(
-        [correlation_test(drops[i], drops[j]) for i in range(6) for j in range(i)]
-        + [binomial_test(int(drop.sum()), drop.numel(), 0.5) for drop in drops]
-    )
-
-
-@pytest.fixture(scope="module")
-def first_lanes():
-    """The lane of element 0 for a million seeds."""
-    return random.lanes(torch.zeros(1 << 20, dtype=torch.int64), Stream(torch.arange(1 << 20)))
-
-
-@pytest.mark.parametrize("p", [2**-16, *PROBABILITIES, 1 - 2**-16])
-def test_mean_is_exact(p, first_lanes, device):
-    """The scale times the probability of keeping is 1 to the last bit of fp64, so E[dropout(1)] = 1."""
-    seed = int((first_lanes >= random.threshold(p)).int().argmax())  # the first that keeps the first element
-    kept = functional.dropout(torch.ones(1, dtype=torch.float64, device=device), p, seed=seed)
-    assert abs(kept.item() * (1 - applied(p)) - 1) <= 2**-52
-
-
-@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_mean_of_a_sample(p, device):
-    n = 1 << 13
-    y = functional.dropout(torch.ones(n, device=device), p, seed=-8)
-    q = applied(p)
-    assert_plausible(z_test((y.mean().item() - 1) / math.sqrt(q / (1 - q) / n)))
-
-
-# --- where streams come from ------------------------------------------------------------------------------
-
-
-def default_generator(device):
-    return torch.cuda.default_generators[torch.cuda.current_device()] if device.type == "cuda" else None
-
-
 def test_manual_seed_reproduces(device):
     torch.manual_seed(11)
     first = [random.stream(device) for _ in range(3)]
@@ -815,9 +593,6 @@ def test_replays_of_a_graph_draw_new_masks_and_their_backward_follows(gpu, shape
 def test_seed_stays_on_the_device_when_compiled(monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert isinstance(random.stream(torch.device("cpu")).seed, torch.Tensor)
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
 
 @pytest.mark.gpu

@@ -14,6 +14,8 @@ import fastreg.penalties
 import fastreg.random
 from fastreg.optim.options import OPTIONS
 
+pytestmark = pytest.mark.smoke
+
 PUBLIC = {
     **{f"nn.{name}": getattr(fnn, name) for name in fnn.__all__},
     **{f"functional.{name}": getattr(F, name) for name in F.__all__ if name != "ACTIVATIONS"},

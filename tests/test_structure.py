@@ -9,7 +9,11 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
+
 from fastreg.bench import FAMILIES
+
+pytestmark = pytest.mark.smoke
 
 ROOT = Path(__file__).parent.parent
 
@@ -225,3 +229,43 @@ def test_a_family_is_one_stem():
         )
         missing += [place for place in places if len(list(ROOT.glob(place))) != 1]
     assert missing == []
+
+
+# --- the tests --------------------------------------------------------------------------------------------
+
+TESTS = ROOT / "tests"
+SHARED_FILES = {"batch_norm": "channel_norm", "group_norm": "channel_norm"}  # families that one file tests
+
+
+@cache
+def functions_of(path: Path) -> dict[str, ast.FunctionDef | ast.ClassDef]:
+    found = ast.parse(path.read_text(encoding="utf-8")).body
+    return {node.name: node for node in found if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def test_the_smoke_test_meets_every_family_on_both_backends():
+    """A smoke test takes the fixture ``path``, which is both of them."""
+    met = set()
+    for family in FAMILIES:
+        functions = functions_of(TESTS / f"test_{SHARED_FILES.get(family, family)}.py").values()
+        smoke = [f for f in functions if "pytest.mark.smoke" in map(ast.unparse, f.decorator_list)]
+        met |= {family for f in smoke if "path" in [argument.arg for argument in f.args.args]}
+    assert met == {*FAMILIES}
+
+
+def test_shared_helpers_are_written_once():
+    shared = {*functions_of(TESTS / "shared.py"), "needs_gpu", "needs_triton"}
+    found = set()
+    for path in TESTS.rglob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        assigned = {target.id for node in tree.body if isinstance(node, ast.Assign)
+                    for target in node.targets if isinstance(target, ast.Name)}  # fmt: skip
+        if path.name != "shared.py":
+            again = shared & {*functions_of(path), *assigned}
+            found |= {f"{path.relative_to(TESTS).as_posix()}: {name}" for name in again}
+    assert found == set()
+
+
+def test_no_test_file_is_longer_than_800_lines():
+    lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in TESTS.rglob("*.py")}
+    assert {name: length for name, length in lengths.items() if length > 800} == {}

@@ -552,6 +552,7 @@ def test_numbers_of_other_kinds(processes, path):
 # --- in one process ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_without_processes_it_is_batch_norm(path):
     ours, other = fnn.SyncBatchNorm(3, activation="relu"), fnn.BatchNorm2d(3, activation="relu")
     x, residual = torch.randn(2, 2, 3, 2, 2)

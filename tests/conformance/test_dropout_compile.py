@@ -3,12 +3,14 @@
 import pytest
 import torch
 from compiled_graphs import graph_runs_the_kernel
-from torch._dynamo.testing import CompileCounterWithBackend
+from shared import compiled
 from torch.testing import assert_close
 
 import fastreg.functional as FF
 import fastreg.nn as fnn
 from fastreg.ops import backend
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 SEED = 20
 FORMS = {
@@ -22,19 +24,6 @@ FORMS = {
 }
 LONG = {name: (64, *shape[1:]) for name, shape in FORMS.items()}  # masks equal by chance: 2^-64
 all_forms = pytest.mark.parametrize("name", FORMS)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def compiled(function, backend="aot_eager", **options):
-    """The compiled function (one graph, or an error) and the counter of its compilations."""
-    counter = CompileCounterWithBackend(backend)
-    return torch.compile(function, backend=counter, fullgraph=True, **options), counter
 
 
 def seed_tensor(device):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from compiled_graphs import graph_runs_the_kernel
 from machine_option import bf16
-from torch._dynamo.testing import CompileCounterWithBackend
+from shared import Marked, compiled, ending, needs_triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.testing import assert_close
@@ -20,12 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 import fastreg.functional as FF
 import fastreg.nn as fnn
-from fastreg.ops import backend
 from fastreg.ops.fused import ACTIVATIONS
 from fastreg.ops.norms import layer_norm as ops
 
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
+
 SEED = 20
-needs_triton = pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
 
 # Sums of up to a few hundred terms in fp32; one rounding, or the interpreter's truncation, of 16-bit results.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: bf16(3e-2)}
@@ -34,24 +34,8 @@ close64 = partial(
 )  # fp64: the same function in another order of summation
 
 
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
 def normal(shape, device, dtype=torch.float64):
     return torch.randn(shape, device=device, dtype=dtype)
-
-
-def outcome(call):
-    """What a call does, comparably: its exception's type and message, or nothing."""
-    try:
-        call()
-    except Exception as error:
-        return type(error), str(error)
-    return None
 
 
 # --- OpInfo and ModuleInfo --------------------------------------------------------------------------------
@@ -121,9 +105,9 @@ ERRORS = {
 @pytest.mark.parametrize("case", ERRORS)
 def test_errors_are_those_of_torch(case, device, path):
     x = normal((2, 3, 4), device, torch.float32)
-    expected = outcome(lambda: ERRORS[case](F.layer_norm, x))
-    assert expected is not None
-    assert outcome(lambda: ERRORS[case](FF.layer_norm, x)) == expected
+    expected = ending(lambda: ERRORS[case](F.layer_norm, x))
+    assert expected
+    assert ending(lambda: ERRORS[case](FF.layer_norm, x)) == expected
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -367,12 +351,6 @@ def test_opcheck_of_the_backward_operator(wanted, shape, device):
 # --- torch.compile ----------------------------------------------------------------------------------------
 
 
-def compiled(function, backend="aot_eager", **options):
-    """The compiled function (one graph, or an error) and the counter of its compilations."""
-    counter = CompileCounterWithBackend(backend)
-    return torch.compile(function, backend=counter, fullgraph=True, **options), counter
-
-
 def seed_tensor(device):
     return torch.tensor([SEED], device=device)
 
@@ -539,16 +517,12 @@ def test_fx_traces_modules(device, path):
     assert_close(torch.fx.symbolic_trace(model)(x), model(x), rtol=1e-6, atol=1e-6)
 
 
-class _Marked(torch.Tensor):
-    """A tensor subclass that passes through every function."""
-
-
 def test_tensor_subclasses_stay_what_they_are(device, path):
     x = normal((3, 4), device, torch.float32)
     for fused in ({}, {"activation": "gelu", "residual": x}):
-        assert type(FF.layer_norm(x.as_subclass(_Marked), (4,), **fused)) is _Marked
-        assert type(FF.layer_norm(x, (4,), x[0].as_subclass(_Marked), **fused)) is _Marked
-    assert type(FF.dropout_add_layer_norm(x.as_subclass(_Marked), x, (4,), seed=SEED)) is _Marked
+        assert type(FF.layer_norm(x.as_subclass(Marked), (4,), **fused)) is Marked
+        assert type(FF.layer_norm(x, (4,), x[0].as_subclass(Marked), **fused)) is Marked
+    assert type(FF.dropout_add_layer_norm(x.as_subclass(Marked), x, (4,), seed=SEED)) is Marked
 
 
 def test_operators_are_the_definition(device):

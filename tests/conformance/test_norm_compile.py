@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from compiled_graphs import graph_runs_the_kernel
-from torch._dynamo.testing import CompileCounterWithBackend
+from shared import compiled
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -16,6 +16,8 @@ import fastreg.functional as FF
 import fastreg.nn as fnn
 from fastreg.ops import backend
 from fastreg.ops.fused import result_dtype, sum_dtype
+
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 CHANNELS = 6
 SHAPE = (4, CHANNELS, 5, 3)
@@ -25,19 +27,6 @@ slow = pytest.mark.slow  # all of this file takes five minutes
 def quick(names, among):
     """All names as parameters, of which the default run takes some."""
     return [name if name in names else pytest.param(name, marks=slow) for name in among]
-
-
-@pytest.fixture(autouse=True)
-def _fresh_compiler():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-def compiled(function, backend="aot_eager", **options):
-    """The compiled function (one graph, or an error) and the counter of its compilations."""
-    counter = CompileCounterWithBackend(backend)
-    return torch.compile(function, backend=counter, fullgraph=True, **options), counter
 
 
 def batch_norm(x, weight, bias, mean, var, **fused):
@@ -92,7 +81,7 @@ def tensors(device, shape=SHAPE, dtype=torch.float32):
     return x, weight, bias, residual, mean, mean.square() + 0.5
 
 
-def assert_near(actual, expected, scale=1.0):
+def assert_compiled_alike(actual, expected, scale=1.0):
     """fp32, values near 1: the compiler may sum in another order, and fuse a product with a sum."""
     assert_close(actual, expected, rtol=1e-5, atol=1e-5 * scale)
 
@@ -124,9 +113,9 @@ def check(
         results.append((y.detach(), torch.autograd.grad(y, wanted, dy), statistics))
     (expected, gradients, statistics), (y, found, updated) = results
     assert y.stride() == expected.stride()
-    assert_near(y, expected)
-    assert_near(found, gradients, 10)  # sums of 60 terms
-    assert_near(updated, statistics)
+    assert_compiled_alike(y, expected)
+    assert_compiled_alike(found, gradients, 10)  # sums of 60 terms
+    assert_compiled_alike(updated, statistics)
     # The first statistics are not what went in, where they are to be updated.
     assert (updated[0].equal(mean)) == (kind not in ("batch_norm", "instance_norm_with_statistics"))
     assert compilations(counter) == 1
@@ -169,7 +158,7 @@ def test_packed_signs_have_their_size_in_the_graph(shape, device, path):
             leaves = [t.detach().clone().requires_grad_() for t in (x, weight, bias, r)]
             y = function(*leaves)
             results.append((y.detach(), torch.autograd.grad(y, leaves, dy)))
-        assert_near(results[1], results[0], 10)
+        assert_compiled_alike(results[1], results[0], 10)
     assert compilations(counter) <= 2  # one for each layout
 
 
@@ -194,7 +183,9 @@ def test_automatic_dynamic_shapes_compile_twice_at_most(kind, device, path):
     step, counter = compiled(KINDS[kind])
     for batch in (4, 6, 9, 11):
         x, weight, bias, _, mean, var = tensors(device, (batch, *SHAPE[1:]))
-        assert_near(step(x, weight, bias, mean.clone(), var.clone()), KINDS[kind](x, weight, bias, mean, var))
+        assert_compiled_alike(
+            step(x, weight, bias, mean.clone(), var.clone()), KINDS[kind](x, weight, bias, mean, var)
+        )
     assert compilations(counter) == 2
 
 
@@ -233,7 +224,7 @@ def test_without_gradients(kind, device, path):
     with torch.no_grad():
         y = step(x, weight, bias, mean.clone(), var.clone())
     assert not y.requires_grad
-    assert_near(y, KINDS[kind](x, weight, bias, mean, var).detach())
+    assert_compiled_alike(y, KINDS[kind](x, weight, bias, mean, var).detach())
     assert compilations(counter) == 1
 
 
@@ -251,7 +242,7 @@ def test_frozen_parameters_and_frozen_inputs(kind, device, path):
             y = function(*leaves, bias, mean.clone(), var.clone())
             results.append(torch.autograd.grad(y.square().sum(), leaves[needed])[0])
         # Gradients of y^2 through a normalization are small differences of terms near 1.
-        assert_near(results[1], results[0], 10)
+        assert_compiled_alike(results[1], results[0], 10)
 
 
 # --- modules ----------------------------------------------------------------------------------------------
@@ -282,14 +273,14 @@ def test_modules_train_in_a_compiled_sequential(layer, device, path):
         for m in (step, twin):
             m(x).square().sum().backward()
     for p, expected in zip(model.parameters(), twin.parameters(), strict=True):
-        assert_near(p.grad, expected.grad, 1000)  # sums of some hundred terms of some units
-    assert_near(dict(model[1].state_dict()), dict(twin[1].state_dict()))
+        assert_compiled_alike(p.grad, expected.grad, 1000)  # sums of some hundred terms of some units
+    assert_compiled_alike(dict(model[1].state_dict()), dict(twin[1].state_dict()))
     before = compilations(counter)
     assert before == 1
     model.eval()
     twin.eval()
-    assert_near(step(x), twin(x), 10)
-    assert_near(dict(model[1].state_dict()), dict(twin[1].state_dict()))
+    assert_compiled_alike(step(x), twin(x), 10)
+    assert_compiled_alike(dict(model[1].state_dict()), dict(twin[1].state_dict()))
 
 
 @slow
@@ -303,8 +294,8 @@ def test_statistics_are_those_of_torchs_eager_layer(layer, device, path):
         mine.train(training)
         theirs.train(training)
         x = torch.randn(SHAPE, device=device) + 1
-        assert_near(step(x), theirs(x))
-        assert_near(dict(mine.state_dict()), dict(theirs.state_dict()))
+        assert_compiled_alike(step(x), theirs(x))
+        assert_compiled_alike(dict(mine.state_dict()), dict(theirs.state_dict()))
     assert mine.num_batches_tracked == 3
     assert compilations(counter) == 2  # one for each mode
 
@@ -314,15 +305,15 @@ def test_a_residual_goes_through_a_compiled_module(device, path):
     twin = copy.deepcopy(layer)
     step, _ = compiled(layer)
     x, residual = torch.randn(2, *SHAPE, device=device)
-    assert_near(step(x, residual=residual), twin(x, residual=residual))
-    assert_near(step(x), twin(x))
+    assert_compiled_alike(step(x, residual=residual), twin(x, residual=residual))
+    assert_compiled_alike(step(x), twin(x))
 
 
 def test_unbatched_instance_norm(device, path):
     layer = fnn.InstanceNorm2d(CHANNELS).to(device)
     step, _ = compiled(layer)
     x = torch.randn(SHAPE[1:], device=device)
-    assert_near(step(x), layer(x))
+    assert_compiled_alike(step(x), layer(x))
 
 
 def test_an_empty_batch(device, path):
@@ -355,8 +346,8 @@ def test_inductor_trains_a_module(device, path):
         for m in (step, twin):
             m(x).square().sum().backward()
     for p, expected in zip(model.parameters(), twin.parameters(), strict=True):
-        assert_near(p.grad, expected.grad, 100)
-    assert_near(dict(model.state_dict()), dict(twin.state_dict()))
+        assert_compiled_alike(p.grad, expected.grad, 100)
+    assert_compiled_alike(dict(model.state_dict()), dict(twin.state_dict()))
 
 
 # --- registered operators ---------------------------------------------------------------------------------
@@ -535,7 +526,7 @@ def test_fx_keeps_modules_as_leaves(layer, training, device, path):
     assert dict(traced.named_modules())["1"] is model[1]
     x = torch.randn(SHAPE, device=device)
     for _ in range(2):  # statistics are updated at every call, not at the trace
-        assert_near(traced(x), twin(x))
+        assert_compiled_alike(traced(x), twin(x))
     assert_close(dict(traced.state_dict()), dict(twin.state_dict()), rtol=1e-6, atol=1e-6)
 
 
@@ -556,7 +547,7 @@ def test_fx_keeps_a_residual(device, path):
     twin = copy.deepcopy(block)
     traced = torch.fx.symbolic_trace(block)
     x = torch.randn(SHAPE, device=device)
-    assert_near(traced(x), twin(x))
+    assert_compiled_alike(traced(x), twin(x))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -572,13 +563,13 @@ def test_export_with_a_dynamic_batch(layer, training, device, path):
         model, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2)},)
     ).module()
     batch = torch.randn(7, *SHAPE[1:], device=device)
-    assert_near(exported(batch), twin(batch))
+    assert_compiled_alike(exported(batch), twin(batch))
     for key, value in twin.state_dict().items():
-        assert_near(exported.state_dict()[key], value)
+        assert_compiled_alike(exported.state_dict()[key], value)
 
 
 def test_export_of_a_plain_average_in_evaluation(device, path):
     model = fnn.BatchNorm2d(CHANNELS, momentum=None).to(device).eval()
     exported = torch.export.export(model, (torch.randn(SHAPE, device=device),)).module()
     x = torch.randn(SHAPE, device=device)
-    assert_near(exported(x), model(x))
+    assert_compiled_alike(exported(x), model(x))

@@ -8,15 +8,27 @@ kernels those in fp32, and one a class in the other dtypes.
 
 import copy
 import inspect
-import io
 import itertools
-import pickle
 import re
 import warnings
 
 import pytest
 import torch
 from machine_option import bf16
+from optim_inputs import (
+    CLASSES,
+    INFOS,
+    Model,
+    batch,
+    compare,
+    each,
+    inputs_of,
+    make,
+    names,
+    stepped,
+    tensors_of,
+    walk,
+)
 from torch import nn
 from torch.optim import optimizer as hooks_of_all
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -24,47 +36,12 @@ from torch.testing import assert_close
 from torch.testing._internal.common_optimizers import (
     OptimizerErrorEnum,
     _get_optim_inputs_including_global_cliquey_kwargs,
-    optim_db,
 )
 
 from fastreg import optim
 from fastreg.ops import backend
 
-INFOS = {
-    info.optim_cls.__name__: info for info in optim_db if info.optim_cls.__name__ in ("SGD", "Adam", "AdamW")
-}
-
-
-class DecayedSGD(torch.optim.SGD):
-    """SGD with decoupled decay, as AdamW decays: p <- (1 - lr wd) p, then torch's SGD without decay."""
-
-    def step(self, closure=None):
-        kept = [group["weight_decay"] for group in self.param_groups]
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    p.detach().mul_(1 - float(group["lr"]) * group["weight_decay"])
-            group["weight_decay"] = 0
-        try:
-            return super().step(closure)
-        finally:
-            for group, decay in zip(self.param_groups, kept, strict=True):
-                group["weight_decay"] = decay
-
-
-INFOS["SGDW"] = INFOS["SGD"]
-CLASSES = {
-    "SGD": (optim.SGD, torch.optim.SGD),
-    "SGDW": (optim.SGDW, DecayedSGD),
-    "Adam": (optim.Adam, torch.optim.Adam),
-    "AdamW": (optim.AdamW, torch.optim.AdamW),
-}
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-
-
-def inputs_of(name: str, dtype: torch.dtype) -> dict:
-    """What torch tries the class with, by description; without what needs a GPU to be asked for."""
-    return {found.desc: found.kwargs for found in INFOS[name].optim_inputs_func("cpu", dtype)}
 
 
 CASES = [
@@ -88,57 +65,6 @@ def runs(cases):
     return pytest.mark.parametrize(("name", "dtype", "desc", "path"), found, indirect=["path"])
 
 
-def each(names=tuple(CLASSES), dtype=torch.float32):
-    """Each input of each class, in fp32, as the arguments ``name, kwargs``."""
-    found = [(name, desc, kwargs) for name in names for desc, kwargs in inputs_of(name, dtype).items()]
-    return pytest.mark.parametrize(
-        ("name", "kwargs"), [pytest.param(n, k, id=f"{n}-{d}".replace(" ", "_")) for n, d, k in found]
-    )
-
-
-names = pytest.mark.parametrize("name", CLASSES)
-
-
-def make(name: str, parameters, kwargs=None, ours: bool = True, **more):
-    cls = CLASSES[name][0 if ours else 1]
-    kwargs = copy.deepcopy({**(kwargs or {}), **more})  # a tensor lr of their own
-    kwargs.setdefault("lr", 1e-3)
-    return cls(parameters, **kwargs if ours else {"foreach": False, **kwargs})
-
-
-class Model(nn.Module):
-    """As torch's: small layers and a parameter without dimensions."""
-
-    def __init__(self, dtype, device, seed: int = 0):
-        super().__init__()
-        generator = torch.Generator().manual_seed(seed)
-        self.layers = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid(), nn.Linear(3, 1), nn.Sigmoid())
-        self.scale = nn.Parameter(torch.tensor(1.5))
-        with torch.no_grad():
-            for p in self.parameters():
-                p.copy_(torch.randn(p.shape, generator=generator) * 0.7)
-        self.to(device, dtype)
-
-    def forward(self, x):
-        return self.layers(x) * self.scale
-
-
-def batch(dtype, device):
-    return torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], dtype=dtype, device=device).reshape(3, 2)
-
-
-def walk(model: Model, optimizer, i: int, dtype, device) -> None:
-    """Step ``i`` of seven: the third without a backward pass, the fourth and fifth with a frozen layer."""
-    if i == 3:
-        model.layers[2].requires_grad_(False)
-    if i == 5:
-        model.layers[2].requires_grad_(True)
-    optimizer.zero_grad()
-    if i != 2:
-        model(batch(dtype, device)).sum().backward()
-    optimizer.step()
-
-
 # One step from equal state: some roundings of the result, of the size of the dtype's. The interpreter truncates to
 # bf16, which is a rounding more each time.
 CLOSE = {
@@ -147,30 +73,6 @@ CLOSE = {
     torch.float16: {"rtol": 2e-3, "atol": 2e-3},
     torch.bfloat16: {"rtol": bf16(2e-2), "atol": bf16(2e-2)},
 }
-
-
-def tensors_of(optimizer) -> dict:
-    """Parameters and state by their place."""
-    found = {}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    for i, p in enumerate(parameters):
-        found[i, "parameter"] = p
-        found |= {
-            (i, key): value for key, value in optimizer.state.get(p, {}).items() if torch.is_tensor(value)
-        }
-    return found
-
-
-def compare(ours, theirs, tolerance, resynchronize: bool = False) -> None:
-    found, expected = tensors_of(ours), tensors_of(theirs)
-    for place, value in expected.items():
-        assert place in found, f"no {place}"
-        assert found[place].dtype == value.dtype, place
-        assert found[place].shape == value.shape, place
-        assert_close(found[place].to(value.device), value, msg=f"{place}: {{}}".format, **tolerance)
-        if resynchronize:
-            with torch.no_grad():
-                value.copy_(found[place])
 
 
 # --- the same steps as torch's ----------------------------------------------------------------------------
@@ -318,7 +220,7 @@ def test_error_inputs_of_torch(name, case, path):
             cls(params, **wrong.kwargs)
 
 
-def outcome(call):
+def result_or_error(call):
     try:
         return call()
     except Exception as error:
@@ -348,7 +250,7 @@ def test_wrong_arguments_are_refused_as_by_torch(name, desc):
     def construct(cls):
         cls([nn.Parameter(torch.ones(2))], **{"lr": 0.1, **CONSTRUCTIONS[desc]})
 
-    found, expected = outcome(lambda: construct(ours)), outcome(lambda: construct(theirs))
+    found, expected = result_or_error(lambda: construct(ours)), result_or_error(lambda: construct(theirs))
     if expected is None:
         assert found is None
     else:
@@ -360,8 +262,8 @@ def test_wrong_arguments_are_refused_as_by_torch(name, desc):
 
 def test_no_parameters_are_refused_as_by_torch():
     for ours, theirs in CLASSES.values():
-        assert outcome(lambda: ours([])) == outcome(lambda: theirs([]))  # noqa: B023
-        assert outcome(lambda: ours(3)) == outcome(lambda: theirs(3))  # noqa: B023
+        assert result_or_error(lambda: ours([])) == result_or_error(lambda: theirs([]))  # noqa: B023
+        assert result_or_error(lambda: ours(3)) == result_or_error(lambda: theirs(3))  # noqa: B023
 
 
 def sparse(p):
@@ -403,7 +305,7 @@ def test_unusual_tensors_fare_as_in_torch(name, desc, momentum, path, device):
         optimizer.step()
         return p.detach()
 
-    found, expected = outcome(lambda: steps(True)), outcome(lambda: steps(False))
+    found, expected = result_or_error(lambda: steps(True)), result_or_error(lambda: steps(False))
     if isinstance(expected, tuple):
         assert found == expected
     else:
@@ -631,184 +533,6 @@ def test_it_goes_the_right_direction_with_schedulers(name, aten, device):
         assert ends[0][0][-1] < ends[0][0][0], desc
         # twelve steps of fp32, whose differences do not shrink
         assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-5, msg=f"{desc}: {{}}".format)
-
-
-# --- state dictionaries, copies, pickles ------------------------------------------------------------------
-
-
-def stepped(name, kwargs, device, ours=True, steps=2, dtype=torch.float32, named=False):
-    model = Model(dtype, device)
-    parameters = model.named_parameters() if named else model.parameters()
-    optimizer = make(name, parameters, kwargs, ours=ours)
-    for i in range(steps):
-        walk(model, optimizer, i, dtype, device)
-    return model, optimizer
-
-
-def assert_continue_alike(first, second, device, steps=(4, 5, 6)):
-    """Two models with their optimizers take the same steps from here on."""
-    for i in steps:
-        for model, optimizer in (first, second):
-            walk(model, optimizer, i, torch.float32, device)
-    compare(first[1], second[1], {"rtol": 0, "atol": 0})
-
-
-@each()
-def test_state_dict_is_deterministic_and_loads(name, kwargs, path, device):
-    """Torch's test_state_dict_deterministic."""
-    model, optimizer = stepped(name, kwargs, device)
-    clone = Model(torch.float32, device)
-    clone.load_state_dict(model.state_dict())
-    second = make(name, clone.parameters(), kwargs)
-    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    assert_continue_alike((model, optimizer), (clone, second), device)
-    assert_same_dictionaries(optimizer.state_dict(), second.state_dict())
-
-
-def assert_same_dictionaries(found, expected):
-    assert_close(found["state"], expected["state"], rtol=0, atol=0)
-    for group, other in zip(found["param_groups"], expected["param_groups"], strict=True):
-        assert group.keys() == other.keys()
-        for key in group:
-            assert torch.as_tensor(group[key] == other[key]).all(), key
-
-
-@each()
-def test_older_state_dictionaries_load(name, kwargs, aten, device):
-    """Torch's test_can_load_older_state_dict: without the flags that came later, and without ours."""
-    model, optimizer = stepped(name, kwargs, device)
-    old = copy.deepcopy(optimizer.state_dict())
-    known = set(make(name, Model(torch.float32, device).parameters(), kwargs, ours=False).param_groups[0])
-    for group in old["param_groups"]:
-        for key in set(group):
-            if key in INFOS[name].not_og_supported_flags or key not in known:
-                del group[key]
-    assert "lr" in old["param_groups"][0]
-    optimizer.load_state_dict(old)
-    model(batch(torch.float32, device)).sum().backward()
-    optimizer.step()
-    assert make(name, model.parameters(), kwargs).param_groups[0].keys() == optimizer.param_groups[0].keys()
-
-
-@pytest.mark.parametrize("name", ["Adam", "AdamW"])
-def test_steps_that_are_numbers_load(name, path, device):
-    """Torch's test_load_nontensor_step: the state of old versions."""
-    first, second = (stepped(name, {}, device) for _ in range(2))
-    old = copy.deepcopy(second[1].state_dict())
-    for state in old["state"].values():
-        state["step"] = state["step"].item()
-    second[1].load_state_dict(old)
-    assert_continue_alike(first, second, device)
-
-
-@names
-def test_named_parameters(name, path, device):
-    """Torch's test_can_load_from_to_named_state_dict: each of the two loads the other."""
-    kwargs = {"weight_decay": 0.1}
-    for named, target in ((True, False), (False, True), (True, True)):
-        model, optimizer = stepped(name, kwargs, device, named=named)
-        clone = Model(torch.float32, device)
-        clone.load_state_dict(model.state_dict())
-        second = make(name, clone.named_parameters() if target else clone.parameters(), kwargs)
-        second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        reference = make(name, clone.named_parameters() if target else clone.parameters(), ours=False)
-        reference.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        assert second.param_groups[0].get("param_names") == reference.param_groups[0].get("param_names")
-        assert_continue_alike((model, optimizer), (clone, second), device, steps=(0, 1))
-
-
-@names
-def test_names_are_there_for_hooks(name, device):
-    """Torch's test_load_state_dict_hook with names: a subset of the parameters, in another order, by name."""
-    model, optimizer = stepped(name, {"momentum": 0.9} if "SGD" in name else {}, device, named=True)
-    clone = Model(torch.float32, device)
-    clone.load_state_dict(model.state_dict())
-    second = make(name, reversed(list(clone.named_parameters())), {"momentum": 0.9} if "SGD" in name else {})
-
-    def by_name(optimizer, state_dict):
-        source = state_dict["param_groups"][0]
-        place = dict(zip(source["param_names"], source["params"], strict=True))
-        wanted = optimizer.param_groups[0]["param_names"]
-        state = {i: state_dict["state"][place[n]] for i, n in enumerate(wanted)}
-        groups = [{**source, "params": list(range(len(wanted))), "param_names": wanted}]
-        return {"state": state, "param_groups": groups}
-
-    second.register_load_state_dict_pre_hook(by_name)
-    second.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    for i in (4, 5):
-        for m, o in ((model, optimizer), (clone, second)):
-            walk(m, o, i, torch.float32, device)
-    for p, q in zip(model.parameters(), clone.parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
-@each()
-def test_saved_with_weights_only(name, kwargs, aten, device):
-    """Torch's test_save_load_equality_with_weights_only."""
-    _, optimizer = stepped(name, kwargs, device)
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
-    assert_same_dictionaries(loaded, optimizer.state_dict())
-    second = make(name, Model(torch.float32, device).parameters(), kwargs)
-    second.load_state_dict(loaded)
-    assert_same_dictionaries(second.state_dict(), optimizer.state_dict())
-
-
-@each()
-def test_copies_and_pickles_go_on_alike(name, kwargs, path, device):
-    first = stepped(name, kwargs, device)
-    for copied in (copy.deepcopy(first), pickle.loads(pickle.dumps(first))):
-        assert type(copied[1]) is type(first[1])
-        assert repr(copied[1]) == repr(first[1])
-        assert not {p.data_ptr() for p in copied[0].parameters()} & {
-            p.data_ptr() for p in first[0].parameters()
-        }
-        reference = copy.deepcopy(first)
-        assert_continue_alike(reference, copied, device)
-        moved = not all(
-            torch.equal(p, q) for p, q in zip(first[0].parameters(), copied[0].parameters(), strict=True)
-        )
-        assert moved  # and the first stayed where it was
-
-
-@each()
-def test_deepcopy_copies_all_public_attributes(name, kwargs, device):
-    """Torch's test of that name."""
-    optimizer = make(name, Model(torch.float32, device).parameters(), kwargs)
-    copied = copy.deepcopy(optimizer)
-
-    def public(obj):
-        return {k for k in vars(obj) if not k.startswith("_")}
-
-    assert public(optimizer) == public(copied)
-
-
-def test_repr_reads_like_torch(device):
-    for name, (ours, theirs) in CLASSES.items():
-        parameters = [nn.Parameter(torch.ones(2))]
-        text = repr(ours(parameters, lr=0.1))
-        assert text.startswith(f"{name} (\nParameter Group 0\n")
-        for line in repr(theirs(parameters, lr=0.1, foreach=None)).splitlines()[1:]:
-            assert line in text.splitlines(), line
-
-
-def test_adamw_is_decoupled_whatever_is_loaded(path, device):
-    """Torch's test_adamw_serialization: a state of Adam does not make it one."""
-    model, adam = stepped("Adam", {"weight_decay": 0.5}, device)
-    clone = Model(torch.float32, device)
-    clone.load_state_dict(model.state_dict())
-    second, third = optim.AdamW(clone.parameters()), copy.deepcopy(clone)
-    second.load_state_dict(copy.deepcopy(adam.state_dict()))
-    reference = torch.optim.AdamW(third.parameters(), foreach=False)
-    reference.load_state_dict(copy.deepcopy(adam.state_dict()))
-    for group in reference.param_groups:
-        group["foreach"] = False
-    for i in (0, 1):
-        walk(clone, second, i, torch.float32, device)
-        walk(third, reference, i, torch.float32, device)
-    compare(second, reference, {"rtol": 1e-5, "atol": 1e-7})
 
 
 # --- around it --------------------------------------------------------------------------------------------

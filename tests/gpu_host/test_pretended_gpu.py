@@ -6,7 +6,8 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from pretended_gpu import CAPTURED, LARGEST_GRID
+from pretended_gpu import CAPTURED
+from pretended_records import LARGEST_GRID
 
 
 @triton.jit

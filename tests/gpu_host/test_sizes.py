@@ -1,8 +1,8 @@
 """Launches at any size, on tensors without memory: CUDA's limits of a grid, and numbers that fit their types.
 
-What is checked of each launch is in ``pretended_gpu.Launched.check``: the first dimension of a grid may have 2^31 - 1
-programs, the others 65,535, all together 2^31 - 1 (Triton multiplies them as C's int), and an integer has to fit the
-type that the kernel's signature gives it.
+What is checked of each launch is in ``pretended_records.Launched.check``: the first dimension of a grid may have
+2^31 - 1 programs, the others 65,535, all together 2^31 - 1 (Triton multiplies them as C's int), and an integer has to
+fit the type that the kernel's signature gives it.
 """
 
 import itertools
