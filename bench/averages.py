@@ -41,7 +41,19 @@ def average(name: str, inputs) -> Case:
         compiled=lambda mode: following(
             lambda decay: torch.compile(swa_utils.get_ema_multi_avg_fn(decay), mode=mode, dynamic=False)
         ),
+        peers={"plain": lambda: following(plain_average)},
     )
+
+
+def plain_average(decay: float):
+    """The plain kernel, launched for each tensor."""
+    from .plain import follow_
+
+    def update(averages, current, _):
+        for a, p in zip(averages, current, strict=True):
+            follow_(a, p, decay)
+
+    return update
 
 
 CASES = (average("moving average", large), average("moving average, tensors of 64", tiny))

@@ -8,7 +8,7 @@ import torch.nn.functional as torch_functional
 import fastreg.functional as fast
 from fastreg.ops.norms import channel_norm as ops
 
-from .cases import Case, close_to, images
+from .cases import Case, close_to, images, twin
 from .sass import Budget, Kernel, short_name
 
 
@@ -69,6 +69,7 @@ def training(layout: str, activation: str | None = None, residual: bool = False)
         return fast.batch_norm(x, None, None, w, b, True, activation=activation, residual=r)
 
     signs = 1 / 8 if residual and activation == "relu" else 0
+    is_plain = layout == "NCHW" and activation is None and not residual
     return Case(
         "batch_norm"
         + f" {layout}"
@@ -84,6 +85,7 @@ def training(layout: str, activation: str | None = None, residual: bool = False)
         backward_bytes=lambda e: (6 if residual and activation else 5) * e + signs,
         check=close_to(summed, relu=True) if activation == "relu" else close_to(eager),
         eager_backend=eager_backend,
+        peers={"plain": twin(lambda kernels: kernels.batch_norm)} if is_plain else {},
     )
 
 

@@ -6,6 +6,7 @@ A family file (``bench/dropout.py``) holds a tuple ``CASES``. Nothing here knows
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +51,17 @@ class Case:
         e, forward, backward = x.element_size(), self.forward_bytes, self.backward_bytes
         per_element = {"forward": forward(e), "backward": backward(e), "both": forward(e) + backward(e)}
         return round(per_element[direction] * x.numel())
+
+
+def twin(function: Callable[[Any], Callable[..., Tensor]]) -> Callable[[], Callable[..., Tensor]]:
+    """The builder of the peer "plain": ``function`` takes the module ``bench/plain.py`` and returns what is timed."""
+
+    def build() -> Callable[..., Tensor]:
+        from . import plain  # imports Triton
+
+        return function(plain)
+
+    return build
 
 
 def rows(numel: int, features: int = 4096) -> tuple[int, int]:

@@ -1,5 +1,7 @@
 """DropConnect with a mask of its own for every example, or one for all. ``p`` is the probability of dropping."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -10,7 +12,7 @@ from fastreg.ops.linear import drop_connect as ops
 from fastreg.ops.linear import expectation
 from fastreg.random import Stream
 
-from .cases import TOLERANCE, Case, rows
+from .cases import TOLERANCE, Case, rows, twin
 from .sass import Budget, Kernel, short_name
 
 
@@ -95,7 +97,7 @@ def flipped(v, weight, bias):
     return mean + F.linear(v * signs(v), weight * signs(weight)) * signs(mean)
 
 
-def of_weights(name: str, features: int, ours, plain, check) -> Case:
+def of_weights(name: str, features: int, ours, plain, check, peers=None) -> Case:
     """A case of a linear layer with something random in its weights."""
     return Case(
         f"{name} {features}x{features}",
@@ -106,6 +108,7 @@ def of_weights(name: str, features: int, ours, plain, check) -> Case:
         forward_bytes=lambda e: 2 * e,
         backward_bytes=lambda e: 3 * e,
         check=check,
+        peers=peers or {},
     )
 
 
@@ -117,6 +120,9 @@ def case(features: int, p: float, plain, mode: str = "example") -> Case:
         lambda v, weight, bias: fast.drop_connect_linear(v, weight, bias, p, mode=mode),
         plain,
         has_the_moments(p),
+        {"plain": twin(lambda kernels: partial(kernels.drop_connect_linear, p=p))}
+        if mode == "example"
+        else None,
     )
 
 

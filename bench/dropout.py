@@ -10,7 +10,7 @@ from fastreg.ops import dropout as ops
 from fastreg.ops.layout import tiling
 from fastreg.random import Stream
 
-from .cases import Case, images, masked, random, rows, width
+from .cases import Case, images, masked, random, rows, twin, width
 from .sass import Budget, Kernel, bytes_of, short_name
 
 
@@ -52,7 +52,11 @@ def plain(p: float) -> Case:
         forward_bytes=lambda e: 2 * e,  # read x, write y
         backward_bytes=lambda e: 2 * e,  # read dy, write dx; the mask is drawn again from its seed
         check=masked(p, lambda x: x / (1 - p), zeros),
-        peers={"attorch": attorch("Dropout", p=p), "transformer_engine": transformer_engine(p)},
+        peers={
+            "plain": twin(lambda kernels: lambda x: kernels.dropout(x, p)),
+            "attorch": attorch("Dropout", p=p),
+            "transformer_engine": transformer_engine(p),
+        },
     )
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as torch_functional
 import fastreg.functional as fast
 
 from .batch_norm import BUDGET, inputs, variants
-from .cases import Case, close_to, images
+from .cases import Case, close_to, images, twin
 from .sass import Kernel
 
 
@@ -31,8 +31,13 @@ def group(layout: str, activation: str | None = None, groups: int = 32) -> Case:
         forward_bytes=lambda e: 2 * e,  # read x, write y: a group fits the registers of a program
         backward_bytes=lambda e: 3 * e,  # read dy and x, write dx
         check=close_to(eager),
-        peers={"liger_kernel": liger(groups)} if activation is None and layout == "NCHW" else {},
+        peers=group_peers(groups) if activation is None and layout == "NCHW" else {},
     )
+
+
+def group_peers(groups: int) -> dict:
+    plain = twin(lambda kernels: lambda x, w, b: kernels.group_norm(x, groups, w, b))
+    return {"plain": plain, "liger_kernel": liger(groups)}
 
 
 def liger(groups: int):

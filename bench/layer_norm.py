@@ -10,7 +10,7 @@ from fastreg.ops.norms import layer_norm as ops
 from fastreg.ops.partial_sums import sum_launch
 from fastreg.random import Stream
 
-from .cases import TOLERANCE, Case, close_to, random, rows
+from .cases import TOLERANCE, Case, close_to, random, rows, twin
 from .sass import Budget, Kernel, bytes_of, short_name
 
 EPS = 1e-5
@@ -74,7 +74,12 @@ def plain(features: int) -> Case:
             3 * e
         ),  # read dy and x, write dx; the gradients of weight and bias are one row
         check=close_to(layer_norm, rowwise=True),
-        peers={"liger_kernel": liger, "apex": apex, "flash_attn": flash_attention()},
+        peers={
+            "plain": twin(lambda kernels: lambda x, w, b: kernels.layer_norm(x, w, b, EPS)),
+            "liger_kernel": liger,
+            "apex": apex,
+            "flash_attn": flash_attention(),
+        },
     )
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as torch_functional
 import fastreg.functional as fast
 from fastreg.ops.norms import local_response_norm as ops
 
-from .cases import Case, close_to, images, random
+from .cases import Case, close_to, images, random, twin
 from .sass import Budget, Kernel, short_name
 
 ALEXNET = {"size": 5, "alpha": 5e-4, "beta": 0.75, "k": 2.0}  # alpha / n = 1e-4, as in the paper
@@ -26,6 +26,9 @@ def plain(layout: str, shape=images, name="") -> Case:
         forward_bytes=lambda e: 2 * e,  # read x, write y
         backward_bytes=lambda e: 3 * e,  # read dy and x, write dx
         check=close_to(lambda x: torch_functional.local_response_norm(x, **ALEXNET), rowwise=True),
+        peers={}
+        if layout == "NHWC"
+        else {"plain": twin(lambda kernels: lambda x: kernels.local_response_norm(x, **ALEXNET))},
     )
 
 

@@ -8,7 +8,7 @@ import fastreg.functional as fast
 from fastreg.ops import noise as ops
 from fastreg.random import Stream
 
-from .cases import TOLERANCE, Case, random, rows
+from .cases import TOLERANCE, Case, random, rows, twin
 from .sass import Budget, Kernel, short_name
 
 
@@ -21,6 +21,7 @@ def additive(std: float) -> Case:
         forward_bytes=lambda e: 2 * e,  # read x, write y
         backward_bytes=lambda e: 0,  # the gradient is dy itself, by reference
         check=noisy(std, multiplicative=False),
+        peers={"plain": twin(lambda kernels: lambda x: kernels.gaussian_noise(x, std))},
     )
 
 
@@ -33,6 +34,7 @@ def multiplicative(std: float) -> Case:
         forward_bytes=lambda e: 2 * e,  # read x, write y
         backward_bytes=lambda e: 2 * e,  # read dy, write dx; the noise is drawn again from its seed
         check=noisy(std, multiplicative=True),
+        peers={"plain": twin(lambda kernels: lambda x: kernels.gaussian_noise(x, std, "multiplicative"))},
     )
 
 

@@ -158,6 +158,7 @@ CASES = (
             lambda parameters: recordable(torch.optim.AdamW(parameters, **ADAM_ARGUMENTS)).step
         ),
         peers={
+            "plain": elsewhere("fastreg.bench.plain", "AdamW", **ADAM_ARGUMENTS),
             "apex": elsewhere("apex.optimizers", "FusedAdam", adam_w_mode=True, **ADAM_ARGUMENTS),
             "optimi": elsewhere("optimi", "AdamW", triton=True, **ADAM_ARGUMENTS),
             "torchao": elsewhere("torchao.optim", "_AdamW", **ADAM_ARGUMENTS),
@@ -173,6 +174,7 @@ CASES = (
         backward_bytes=lambda e: 0,
         check=stepped(sgd),
         compiled=compiled(lambda parameters: torch.optim.SGD(parameters, **SGD_ARGUMENTS).step),
+        peers={"plain": elsewhere("fastreg.bench.plain", "SGD", **SGD_ARGUMENTS)},
     ),
     Case(
         "AdamW, tensors of 64",

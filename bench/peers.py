@@ -69,6 +69,13 @@ def torch_version() -> str:
     return torch.__version__
 
 
+def plain_version() -> str:
+    from .plain import available
+
+    available()
+    return fastreg_version()
+
+
 # Max-autotune without its CUDA graphs: the harness replays every implementation from a graph where launches
 # matter.
 PEERS = (
@@ -84,6 +91,8 @@ PEERS = (
         use_gems,
         ("flag-gems==5.0.2", "sqlalchemy==2.0.48", "PyYAML==6.0.3"),
     ),
+    # The same algorithms as on a board (kernels/plain): the ratio to them is what tuning bought.
+    Peer("plain", plain_version, lambda case: case.peers["plain"]() if "plain" in case.peers else None),
     library("attorch"),  # no package: from its repository
     library("transformer_engine"),  # its wheel has no PyTorch part: it is built on the machine
     library("liger_kernel", "liger-kernel==0.8.5"),

@@ -9,12 +9,12 @@ from fastreg.ops.multi_tensor import penalties as ops
 from fastreg.ops.multi_tensor.penalties import Form
 from fastreg.ops.multi_tensor.tables import table_of
 
-from .cases import TOLERANCE, Case, random, rows
+from .cases import TOLERANCE, Case, random, rows, twin
 from .executed import absent, zeros
 from .sass import Budget, Kernel, short_name
 
 
-def penalty(name, ours, reference) -> Case:
+def penalty(name, ours, reference, l1=0.0, l2=0.0) -> Case:
     """Of one tensor of weights, through autograd."""
 
     def check(inputs, value, dvalue, grads) -> str | None:
@@ -37,16 +37,19 @@ def penalty(name, ours, reference) -> Case:
         forward_bytes=lambda e: e,  # read p
         backward_bytes=lambda e: 2 * e,  # read p, write the gradient
         check=check,
+        peers={"plain": twin(lambda kernels: lambda p: kernels.elastic_net(p, l1, l2))},
     )
 
 
 CASES = (
-    penalty("l1 penalty", lambda p: penalties.l1(p, 1e-4), lambda p: 1e-4 * p.abs().sum()),
-    penalty("l2 penalty", lambda p: penalties.l2(p, 1e-4), lambda p: 0.5e-4 * p.square().sum()),
+    penalty("l1 penalty", lambda p: penalties.l1(p, 1e-4), lambda p: 1e-4 * p.abs().sum(), l1=1e-4),
+    penalty("l2 penalty", lambda p: penalties.l2(p, 1e-4), lambda p: 0.5e-4 * p.square().sum(), l2=1e-4),
     penalty(
         "elastic net penalty",
         lambda p: penalties.elastic_net(p, 1e-4, 1e-4),
         lambda p: 1e-4 * p.abs().sum() + 0.5e-4 * p.square().sum(),
+        l1=1e-4,
+        l2=1e-4,
     ),
 )
 
