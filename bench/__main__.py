@@ -44,13 +44,14 @@ from .pieces import run as time_pieces
 from .provenance import REPOSITORY, provenance
 from .report import OURS, Entry, entries, host_tables, human, ratio_cell
 from .report import report as render
+from .sass import InspectError
 from .steps import IMPLEMENTATIONS, Step, networks_of
 from .steps import run as time_steps
 
 # Results belong to the checkout; an installed package writes none into itself.
 RESULTS = REPOSITORY / "bench/results" if (REPOSITORY / "pyproject.toml").exists() else Path("bench-results")
 app = typer.Typer(
-    help="Benchmarks: run, steps, host, pieces, report, check, list.",
+    help="Benchmarks: run, steps, host, pieces, lesson, report, check, list.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -330,6 +331,25 @@ def check(
     console.print(f"results in {out}", markup=False)
     if not ok:
         raise typer.Exit(1)
+
+
+@app.command()
+def lesson(
+    write: Annotated[
+        bool, typer.Option("--write", help="Also put the table into kernels/README.md.")
+    ] = False,
+) -> None:
+    """Count the machine code of dropout in steps, from the plain kernel to the tuned one."""
+    from . import lesson as steps  # imports Triton
+
+    try:
+        text = steps.section()
+    except InspectError as error:
+        console.print(f"{error}", style="red", markup=False)
+        raise typer.Exit(1) from error
+    console.print(text, markup=False)
+    if write:
+        steps.write(text)
 
 
 @app.command("list")

@@ -15,7 +15,13 @@ from .harness import SCHEMA
 from .host import PARTS
 from .inspect import executed_cells
 
-BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+
+def markers(name: str) -> tuple[str, str]:
+    """The lines between which a page has a section that is written by a command."""
+    return f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+
+
+BEGIN, END = markers("bench")
 OURS = "fastreg"
 STEPS = "steps"  # the family of whole training steps: bench/steps.py
 HEADLINE = {"cuda": "events", "cpu": "perf_counter"}  # the method of pictures and summaries
@@ -623,13 +629,14 @@ def relative(path: Path, page: Path) -> str:
     return Path(os.path.relpath(path, page.parent)).as_posix()
 
 
-def replace_section(text: str, section: str) -> str:
-    """``text`` with what is between the markers replaced; ValueError where the markers are not there."""
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def replace_section(text: str, section: str, name: str = "bench") -> str:
+    """``text`` with a new section between its markers; ValueError where the markers are not there."""
+    opening, closing = markers(name)
+    before, begin, rest = text.partition(opening)
+    _, end, after = rest.partition(closing)
     if not begin or not end:
-        raise ValueError(f"no {BEGIN} … {END} section")
-    return f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"
+        raise ValueError(f"no {opening} … {closing} section")
+    return f"{before}{opening}\n\n{section}\n\n{closing}{after}"
 
 
 def report(results: Path, page: Path, readme: Path | None = None) -> list[Path]:

@@ -9,7 +9,10 @@ COMMANDS = {
         "fastreg.training.command:train",
         "Train on images with and without regularization, and compare.",
     ),
-    "bench": ("fastreg.bench.__main__:app", "Benchmarks: run, steps, host, pieces, report, check, list."),
+    "bench": (
+        "fastreg.bench.__main__:app",
+        "Benchmarks: run, steps, host, pieces, lesson, report, check, list.",
+    ),
     "inspect": (
         "fastreg.bench.inspect:inspect",
         "Read in the machine code how well the kernels are compiled.",

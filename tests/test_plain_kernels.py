@@ -6,6 +6,7 @@ Three references in one: where the plain kernel and torch agree, and the tuned k
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -205,3 +206,40 @@ def test_they_are_timed_as_a_peer():
         assert (
             wrong(case, case.peers["plain"](), case.inputs(2048, torch.float32, torch.device("cpu"))) is None
         )
+
+
+# --- dropout in steps -------------------------------------------------------------------------------------
+
+STEPS_OF_DROPOUT = (
+    "tiled",
+    "shared_calls",
+    "wide_products",
+    "lanes_in_place",
+    "selected_first",
+    "full_tiles",
+)
+
+
+@pytest.mark.parametrize("name", STEPS_OF_DROPOUT)
+def test_every_step_from_plain_to_tuned_has_one_mask(device, name):
+    from fastreg.kernels.plain import dropout_in_steps as steps
+
+    x, block = torch.randn(2, 64, device=device), 64
+    y = torch.empty_like(x)
+    size = () if name == "full_tiles" else (x.numel(),)
+    plain.run(getattr(steps, name), (2,), x, y, SEED, random.threshold(0.3), 1 / 0.7, *size, BLOCK=block)
+    near(y, F.dropout(x, 0.3, seed=SEED), 1e-4)  # the scale is that of 0.3, not of round(0.3 2^16) / 2^16
+    assert torch.equal(y == 0, F.dropout(x, 0.3, seed=SEED) == 0)
+
+
+@pytest.mark.slow
+def test_the_readme_of_the_kernels_has_the_counts_of_today():
+    import triton
+
+    page = (Path(__file__).parent.parent / "kernels/README.md").read_text()
+    if f"with Triton {triton.__version__}," not in page:
+        pytest.skip("the table is that of another Triton")
+    environment = os.environ | {"TRITON_INTERPRET": "0", "COLUMNS": "1000"}
+    command = [sys.executable, "-m", "bench", "lesson"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True, timeout=300)
+    assert done.stdout.strip() in page

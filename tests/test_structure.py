@@ -55,6 +55,11 @@ ELSEWHERE = {
     "averages": "fastreg/averages.py",
 }
 
+SHARED_FILES = {
+    "batch_norm": "channel_norm",
+    "group_norm": "channel_norm",
+}  # families of one kernel and one test
+
 OF_NAMED_TUPLES = {"_replace", "_fields", "_asdict", "_make"}
 
 
@@ -231,10 +236,18 @@ def test_a_family_is_one_stem():
     assert missing == []
 
 
+def test_a_family_has_a_plain_kernel():
+    twins = {SHARED_FILES.get(family, family) for family in FAMILIES} - {"dual_linear", "noisy_linear"}
+    assert {path.stem for path in (ROOT / "kernels/plain").glob("*.py")} == twins | {
+        "__init__",
+        "draw",  # random numbers, for all of them
+        "dropout_in_steps",
+    }
+
+
 # --- the tests --------------------------------------------------------------------------------------------
 
 TESTS = ROOT / "tests"
-SHARED_FILES = {"batch_norm": "channel_norm", "group_norm": "channel_norm"}  # families that one file tests
 
 
 @cache
