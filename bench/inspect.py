@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import compress
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -318,6 +318,10 @@ def inspect(
     ] = False,
     target: Annotated[list[int] | None, typer.Option(help="One of: 80, 90, 100 (sm_80, ...).")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the reports here.")] = None,
+    record: Annotated[
+        Path | None,
+        typer.Option(help="Also write here what `python -m bench report` reads, a line a kernel."),
+    ] = None,
     sass: Annotated[bool, typer.Option("--sass", help="Print the machine code of one variant.")] = False,
     check: Annotated[bool, typer.Option(help="Exit with 1 if a kernel breaks its budget.")] = True,
     runs: Annotated[
@@ -355,7 +359,9 @@ def inspect(
                 console.print(executed_table(f"{name}, sm_{cc}, executed", ran))
     console.print(PREDICTED, style="dim")
     if json_file:
-        _write(json_file, reports)
+        json_file.write_text(json.dumps(document(reports), indent=1) + "\n")
+    if record:
+        record.write_text(recorded(document(reports)))
 
     for error in errors:
         _tell(error)
@@ -441,17 +447,52 @@ def _executed(
     return found
 
 
-def _write(path: Path, reports: list[tuple[str, Report]]) -> None:
+def document(reports: list[tuple[str, Report]]) -> dict:
+    """All reports as plain data, with what made them."""
     import triton
 
-    content = {
+    return {
         "note": PREDICTED,
         "triton": triton.__version__,
         "source": source_hash(),
         "gpus": [asdict(gpu) for gpu in GPUS],
         "reports": [to_json(family, report) for family, report in reports],
     }
-    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
+RECORDED = (
+    "family",
+    "kernel",
+    "cc",
+    "headline",
+    "registers",
+    "spill_instructions",
+    "instructions",
+    "bytes_per_element",
+)
+RECORDED_OF_A_PREDICTION = ("gpu", "headroom", "bound", "copy_rate_percent")
+
+
+def recorded(content: dict) -> str:
+    """JSON of what the page of results and the README show of a document, a line for each kernel."""
+
+    def line(report: dict) -> str:
+        kept = {name: report[name] for name in RECORDED}
+        predictions = [{name: p[name] for name in RECORDED_OF_A_PREDICTION} for p in report["predictions"]]
+        return json.dumps(_rounded(kept | {"predictions": predictions, "executed": report["executed"]}))
+
+    head = json.dumps({name: content[name] for name in ("note", "triton", "source")})
+    lines = ",\n".join(map(line, content["reports"]))
+    return f'{head[:-1]}, "reports": [\n{lines}\n]}}\n'
+
+
+def _rounded(value: Any) -> Any:
+    """Numbers of eight digits: more than a table shows."""
+    if isinstance(value, dict):
+        return {name: _rounded(entry) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_rounded(entry) for entry in value]
+    return float(f"{value:.8g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ Everything is imported where it is first used, so that ``fastreg --help`` does n
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 if TYPE_CHECKING:
     from fastreg import functional, nn, optim, penalties, random

@@ -33,6 +33,7 @@ from fastreg.bench.inspect import (  # noqa: E402
     to_json,
     violations,
 )
+from fastreg.bench.report import static_table  # noqa: E402
 from fastreg.bench.sass import (  # noqa: E402
     KINDS,
     Budget,
@@ -590,11 +591,15 @@ def command(monkeypatch):
 
 
 def test_command_lists_violations_and_exits_with_1(command, tmp_path):
-    result = command("--target", "90", "--json", str(tmp_path / "out.json"))
+    result = command(
+        *("--target", "90", "--json", str(tmp_path / "out.json"), "--record", str(tmp_path / "record.json"))
+    )
     assert result.exit_code == 1
     assert "dropout: dirty, sm_90: spills" in result.output
     assert "not measured" in result.output
     reports = json.loads((tmp_path / "out.json").read_text())["reports"]
+    whole, record = (json.loads((tmp_path / name).read_text()) for name in ("out.json", "record.json"))
+    assert static_table(record) == static_table(whole)  # what is recorded is what is shown
     assert [len(report["violations"]) for report in reports] == [0, 1]
 
 

@@ -1,6 +1,7 @@
 """An editable install, a wheel, and a wheel of an sdist hold all of the checkout, also beside a folder of our name."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+import fastreg
 
 pytest.importorskip("setuptools")
 
@@ -90,3 +93,8 @@ def test_all_of_the_checkout_is_installed(way, tmp_path, clone):
     }
     assert Path(place) == (clone if way == "editable" else tmp_path / "site") / "fastreg"
     assert set(found) == expected
+
+
+def test_the_changelog_begins_with_the_version_and_its_date():
+    first = next(line for line in (ROOT / "CHANGELOG.md").read_text().splitlines() if line.startswith("## "))
+    assert re.fullmatch(rf"## {re.escape(fastreg.__version__)} \(\d{{4}}-\d\d-\d\d\)", first)

@@ -95,11 +95,11 @@ def test_local_response_norm(device, size, beta):
     agree([lambda x, f=f: f.local_response_norm(x, *numbers) for f in (plain, TF, F)], [x], 5e-6)
 
 
-@pytest.mark.parametrize("p", [0.5, 0.25, 0.3])
+@pytest.mark.parametrize("p", [0.5, 0.25])
 def test_drop_connect_linear(device, p):
-    tensors = leaves(device, (17, 9), (3, 9), (3,))
+    tensors = leaves(device, (17, 9), (2, 9), (2,))
     chance = random.chance(p)
-    mask = random.connection_mask(torch.arange(17, device=device), 3, 9, chance, Stream(SEED))
+    mask = random.connection_mask(torch.arange(17, device=device), 2, 9, chance, Stream(SEED))
 
     def definition(v, weight, bias):
         return torch.einsum("bnk,nk,bk->bn", mask.to(v.dtype), weight, v) / chance.probability + bias
