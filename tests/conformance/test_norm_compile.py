@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from compiled_graphs import graph_runs_the_kernel
-from shared import compiled
+from shared import compilations, compiled
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
@@ -55,12 +55,6 @@ def instance_norm_with_statistics(x, weight, bias, mean, var, **fused):
 
 def instance_norm_evaluation(x, weight, bias, mean, var, **fused):
     return FF.instance_norm(x, mean, var, weight, bias, False, **fused)
-
-
-def compilations(counter) -> int:
-    """Compiled graphs that do something. Where eps turns out to be a constant, Dynamo has an empty one compiled and
-    starts again."""
-    return sum(any(node.op.startswith("call") for node in graph.graph.nodes) for graph in counter.graphs)
 
 
 KINDS = {
