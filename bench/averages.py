@@ -62,8 +62,8 @@ CASES = (average("moving average", large), average("moving average, tensors of 6
 # What ``fastreg inspect`` compiles
 
 SIZE = 1 << 27  # elements, or bytes, of one tensor
-# The tables of a program: what it works on, and addresses. Of short kernels the assembler unrolls the tail, and leaves
-# a part of it outside of the loop.
+# The tables of a program: what it works on, and addresses. The assembler unrolls the tail of short kernels, and
+# leaves a part of it outside of the loop.
 SCALARS = {"narrow_loads": 18, "narrow_stores": 4}
 
 

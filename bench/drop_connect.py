@@ -257,7 +257,7 @@ def shared_variants(dtype, examples, group_size):
 
 
 def masking(dtype, p):
-    """Of an element of W: one pass over it."""
+    """An element is one of W: one pass over it."""
     weight = torch.empty(4096, 4096, dtype=dtype, device="meta")
     chance = streams.chance(p)
     (launch,) = ops.mask_launches(weight, weight, 0, Stream(1), ops.Form(*chance, ops.BATCH, 2.0))
@@ -273,7 +273,7 @@ def masking(dtype, p):
 
 
 def inference(activation, samples=0):
-    """Of a term: inference at (256, 4096), by nodes or over draws."""
+    """An element is a term: inference at (256, 4096), by nodes or over draws."""
     tensors = [torch.empty(256, 4096, device="meta") for _ in range(5)]
     mean, deviation, y, dmean, ddeviation = tensors
     stream, how = Stream(1), f"Z={samples}" if samples else "nodes"

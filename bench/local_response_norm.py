@@ -97,8 +97,8 @@ def variants(
 def budget_of(arguments, e, headroom) -> Budget:
     return Budget(
         # Backward holds two windows for each position of a vector: 8 positions of 16 bits would spill. A warp still
-        # reads 256 bytes in a row. Of the vectors before and behind a row of channels_last, which come from L1, the
-        # assembler loads only the part that is used.
+        # reads 256 bytes in a row. The vectors before and behind a row of channels_last come from L1, and the
+        # assembler loads only the part of them that is used.
         access_bytes=min(16, arguments["VECTOR"] * e),
         narrow_loads=1000 if arguments["LAST"] else 0,
         # Where channels are last a thread has 16 neighbouring ones, in two vectors (four of fp32): lanes of a request

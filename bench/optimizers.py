@@ -244,7 +244,7 @@ def kernels() -> list[Kernel]:
 
 # The tables of a program: what it works on, its addresses, its numbers; and partial sums.
 SCALARS = {"narrow_loads": 28, "narrow_stores": 2}
-# Of the short kernels the assembler unrolls the tail, and leaves a part of it outside of the loop.
+# The assembler unrolls the tail of short kernels, and leaves a part of it outside of the loop.
 UNROLLED = {"narrow_loads": 48, "narrow_stores": 8}
 # Accesses of 16 bytes are four elements a thread to one type and eight to the other; and sums over rows.
 EXCHANGED = 8192

@@ -15,7 +15,7 @@ from .sass import Budget, Kernel, short_name
 
 
 def penalty(name, ours, reference, l1=0.0, l2=0.0) -> Case:
-    """Of one tensor of weights, through autograd."""
+    """A penalty on one tensor of weights, through autograd."""
 
     def check(inputs, value, dvalue, grads) -> str | None:
         exact = [t.detach().double().requires_grad_() for t in inputs]
@@ -120,8 +120,8 @@ def variant(name, dtype, form, accesses, *, how="none", **show) -> Kernel:
 
 SUM = 8 * ops.WARPS  # of all warps
 EXCHANGED = 16384  # sums of rows
-# The tables of a program: what it works on, addresses, numbers; and partial sums. Of short kernels the assembler
-# unrolls the tail, and leaves a part of it outside of the loop.
+# The tables of a program: what it works on, addresses, numbers; and partial sums. The assembler unrolls the
+# tail of short kernels, and leaves a part of it outside of the loop.
 SCALARS = {"narrow_loads": 18, "narrow_stores": 4}
 
 

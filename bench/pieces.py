@@ -234,7 +234,7 @@ def add_l1(params: list[nn.Parameter]) -> Tensor:
 
 
 def projected(function: Callable) -> Make:
-    """Of weights that the gradients have moved in between."""
+    """A projection of weights that the gradients have moved in between."""
 
     def make(params: list[nn.Parameter]) -> Side:
         def call() -> None:

@@ -74,7 +74,7 @@ class Kernel:
     budget: Budget = field(default_factory=Budget)
     headline: bool = False  # one of the few that the README shows
     launch: Any = field(default=None, repr=False, compare=False)  # with the tensors that it was declared with
-    # Of kernels whose tensors lie where a table says: a call that returns a launch with a table, and these tensors.
+    # Where tensors lie at the addresses of a table: a call that returns a launch with a table, and these tensors.
     real: Callable[[], tuple[Any, list]] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -113,7 +113,7 @@ class Kernel:
 
 
 def bytes_of(launch: Any, *names: str) -> int:
-    """Of these tensors of a launch, where it has them: partial sums, that are written once."""
+    """The bytes of these tensors of a launch, where it has them: partial sums, written once."""
     found = (launch.arguments.get(name) for name in names)
     return sum(x.numel() * x.element_size() for x in found if x is not None)
 
@@ -335,7 +335,7 @@ class Program:
 
     @cached_property
     def successors(self) -> dict[int, set[int]]:
-        """Of every block that can be reached: the trap and the padding after the last EXIT can not."""
+        """The successors of every block that can be reached: the trap and the padding after the last EXIT can not."""
         reached: dict[int, set[int]] = {}
         waiting = [0]
         while waiting:

@@ -101,7 +101,7 @@ class _Prior(torch.nn.Module):
         raise NotImplementedError
 
     def _log_constant(self) -> float:
-        """Of one weight."""
+        """The constant term of one weight's log density."""
         raise NotImplementedError
 
     def forward(self, parameters: Tensor | Iterable[Tensor], *, accumulate: bool = False) -> Tensor:

@@ -314,7 +314,7 @@ def _is_recomputed() -> bool:
 
 
 _seeds: dict[tuple, tuple[Tensor, Iterator[int]]] = {}
-"""Of the CUDA graph that was recorded last: the seed of each stream and generator, and the offsets that follow."""
+"""The seed of each stream and generator, and the offsets that follow, in the CUDA graph that was recorded last."""
 
 
 def _recorded(device: torch.device, generator: Generator | None) -> Stream:

@@ -176,8 +176,8 @@ _SWEEPS = (
     "test_norm_identities.py",
     "test_norm_layers.py",
 )
-# Of the many cases of a test, on each backend, a fifth runs by default, always the same, but no fewer than these;
-# with ``-m slow`` the others. Cases of these files are no more of the same.
+# On each backend a fifth of the cases of a test runs by default, always the same ones, and no fewer than these; the
+# others run with ``-m slow``. Files whose cases are not many of a kind run all of them.
 _LEAST = 5
 _SMOKE = 2  # cases of a smoke test on each backend
 _ALL = (
@@ -211,7 +211,7 @@ def _cases_of_tests(items) -> list[list]:
 
 
 def _smoke(items) -> None:
-    """Of a test marked ``smoke`` two cases keep the mark on each backend, the first two that are not slow."""
+    """Two cases of a test marked ``smoke`` keep the mark on each backend: the first two that are not slow."""
     kept = Counter()
     for item in sorted(items, key=lambda item: random.Random(item.name).random()):
         if item.get_closest_marker("smoke"):

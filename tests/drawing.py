@@ -16,7 +16,7 @@ SWEEP = 100  # cases of a test of a sweep
 
 
 def sizes(most: int) -> st.SearchStrategy[int]:
-    """Of all residues; and more often than by chance beside powers of 2, and small multiples of them."""
+    """Sizes of all residues; more often than by chance beside powers of 2, and small multiples of them."""
     powers = [2**k for k in range(most.bit_length())]
     beside = [power + d for power in powers for d in (-1, 1) if 0 < power + d <= most]
     multiples = [k * power for power in powers for k in (1, 3, 5, 7, 10) if k * power <= most]

@@ -516,7 +516,7 @@ def _as_tensor(data: Any, dtype: Any = None, device: Any = None) -> torch.Tensor
 
 
 def _grouped(tensors: list, with_indices: bool = False) -> dict:
-    """Of one device, as torch's clipping and optimizers sort their tensors."""
+    """Tensors by device and dtype, as torch's clipping and optimizers sort them."""
     found = _host_grouped(tensors, with_indices)
     return {(lists[0][0].device, dtype): (lists, places) for (_, dtype), (lists, places) in found.items()}
 

@@ -18,8 +18,8 @@ from fastreg.ops.norms import lines
 
 SLOW = pytest.mark.slow  # on the interpreter
 
-# Of the largest value. fp32 and fp64 are computed as such; 16-bit results are rounded once on the kernels and after
-# every operation on ATen, and truncated to bf16 by the interpreter (one more unit in the last place).
+# Relative to the largest value. fp32 and fp64 are computed as such; 16-bit results are rounded once on the kernels and
+# after every operation on ATen, and truncated to bf16 by the interpreter (one more unit in the last place).
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 5e-6, torch.float16: 4e-3, torch.bfloat16: bf16(4e-2)}
 
 

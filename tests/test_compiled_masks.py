@@ -37,7 +37,7 @@ if hasattr(torch.autograd.graph, "region_activation_memory_budget"):  # since to
 @pytest.mark.parametrize(("budget", "around"), BUDGETS)
 @pytest.mark.parametrize("make", [pytest.param(LAYERS["Dropout"], id="Dropout"), TORCHS])
 def test_what_is_computed_again_is_drawn_as_before(make, budget, around, device, path):
-    """Of a linear function f, the gradient of the sum over f(x) times x is that sum."""
+    """For a linear function f, the gradient of the sum over f(x), times x, is that sum."""
     torch._dynamo.reset()
     layer = make().to(device)
     x = torch.rand(6, 5, 8, device=device, requires_grad=True)

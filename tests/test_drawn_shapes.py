@@ -27,8 +27,8 @@ pytestmark = pytest.mark.skipif(not backend.HAS_TRITON, reason="needs Triton")
 SAMPLE, SWEEP = 8, 1000
 ELEMENTS = 20_000  # at most, of a tensor: seven programs or so
 
-# Of the largest value, or of the sums that it comes from. 16-bit results are rounded once, and gradients of products of
-# such numbers a few times; bf16 is truncated by the interpreter.
+# Relative to the largest value, or to the sums that it comes from. 16-bit results are rounded once, and gradients of
+# products of such numbers a few times; bf16 is truncated by the interpreter.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 3e-5, torch.float16: 8e-3, torch.bfloat16: bf16(6e-2)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -84,7 +84,7 @@ def sample(name: str) -> Kernel:
 
 @pytest.fixture(scope="module")
 def code() -> dict[str, list[tuple[str, str]]]:
-    """Of each sample and target ("fma 100"), opcodes and operands."""
+    """Opcodes and operands of each sample and target ("fma 100")."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     finished = subprocess.run(
         [sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=600

@@ -190,7 +190,7 @@ def turn_gradient(params):
 
 
 def narrow(params):
-    """Of another dtype than its state."""
+    """The parameter has another dtype than its state."""
     p = params[0]
     p.data, p.grad = p.data.double(), None
     p.grad = torch.ones_like(p)

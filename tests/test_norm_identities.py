@@ -76,7 +76,7 @@ def data(shape, device, dtype=torch.float64, layout="contiguous"):
     return tuple(t.to(device, dtype) for t in (x, weight, bias, dy))
 
 
-# Of values near 1. fp64: thousands of terms and a dozen roundings. fp32: the same, and the fast exponentials of the
+# For values near 1. fp64: thousands of terms and a dozen roundings. fp32: the same, and the fast exponentials of the
 # kernels, which are good to 1e-6.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 all_dtypes = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
@@ -302,7 +302,7 @@ def test_the_gradient_has_no_mean_and_no_part_along_the_standardized_input(
 @all_layouts
 @all_kinds
 def test_bias_gradients_are_exact_sums(kind, layout, shape, device, path):
-    """Of whole numbers, which fp32 adds exactly in any order: not an element is lost or counted twice."""
+    """fp32 adds whole numbers exactly in any order: not an element is lost or counted twice."""
     if kind == "instance_norm" and len(shape) == 2:
         pytest.skip("one element an instance")
     x, weight, bias, dy = data(shape, device, torch.float32, layout)
@@ -668,7 +668,7 @@ def test_evaluation_is_an_affine_map_of_each_element(kind, layout, dtype, device
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_no_momentum_is_the_plain_average_over_batches(dtype, device, path):
-    """Of different sizes, of means, and of unbiased variances."""
+    """Batches of different sizes; their means and their unbiased variances are averaged."""
     layer = fnn.BatchNorm1d(CHANNELS, momentum=None).to(device, dtype)
     batches = [torch.randn(n, CHANNELS, device=device, dtype=dtype) + n for n in (2, 5, 9, 3, 4)]
     for i, x in enumerate(batches, 1):

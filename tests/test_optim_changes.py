@@ -393,7 +393,7 @@ def test_a_compiled_model_beside_an_eager_step(configuration, path, device):
 @pytest.mark.parametrize("whole", [True, False])
 @some
 def test_a_compiled_step_falls_back(configuration, whole, path, device):
-    """Of a compiled function that calls step, and of a compiled step: the same numbers, and no error."""
+    """A compiled function that calls step, and a compiled step, give the same numbers, and no error."""
     ours, theirs = pair(configuration, device)
 
     def some_function(i):

@@ -256,7 +256,7 @@ def test_max_norm_of_channels_last_weights_and_of_transposed_ones(path, device):
 
 @pytest.mark.executed
 def test_the_norm_of_all_gradients(path, device):
-    """Of all groups that clip, of any dtype; a group without the option is neither counted nor scaled."""
+    """All groups that clip count, in any dtype; a group without the option is neither counted nor scaled."""
     a, b, c = parameters_of(device, shapes=((7, 3), (2100,), (4,)))
     b = nn.Parameter(b.detach().double())
     optimizer = optim.SGD([{"params": [a, b], "max_grad_norm": 1.0}, {"params": [c]}], lr=1.0)

@@ -4,6 +4,7 @@
 """
 
 import ast
+import re
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -282,3 +283,20 @@ def test_shared_helpers_are_written_once():
 def test_no_test_file_is_longer_than_800_lines():
     lengths = {path.name: len(path.read_text(encoding="utf-8").splitlines()) for path in TESTS.rglob("*.py")}
     assert {name: length for name, length in lengths.items() if length > 800} == {}
+
+
+# --- plain words ------------------------------------------------------------------------------------------
+
+OPENING = re.compile(r'(?:"""|^\s*#\s|^- |[.:;] )Of [a-z]', re.MULTILINE)
+
+
+def test_no_sentence_opens_with_of():
+    """ "Of a tile: the first row" hides its subject: "The first row of a tile". (kernels/ has its turn.)"""
+    files = [
+        *ROOT.glob("*.md"),
+        *(ROOT / "docs").rglob("*.md"),
+        *(p for m, p in sources().items() if part_of(m) != "kernels"),
+    ]
+    files += [path for path in TESTS.rglob("*.py") if path.name != "test_structure.py"]
+    found = {path.name: OPENING.findall(path.read_text(encoding="utf-8")) for path in files}
+    assert {name: openings for name, openings in found.items() if openings} == {}

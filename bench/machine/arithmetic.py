@@ -398,7 +398,7 @@ def shift_left(a: ndarray, by: ndarray) -> ndarray:
 
 
 def shift_right(a: ndarray, by: ndarray) -> ndarray:
-    """Of a signed type the sign comes in."""
+    """The sign of a signed type comes in."""
     bits = a.dtype.itemsize * 8
     beyond = a >> a.dtype.type(bits - 1) if a.dtype.kind == "i" else a.dtype.type(0)
     return np.where(by < bits, a >> _amount(by, a), beyond)

@@ -12,7 +12,7 @@ BANKS, WORD = 32, 4
 
 @dataclass
 class Traffic:
-    """Of the loads, or of the stores, to global memory; a request is one instruction of one warp."""
+    """What the loads, or the stores, ask of global memory; a request is one instruction of one warp."""
 
     requests: int = 0
     bytes: int = 0  # of all threads

@@ -407,7 +407,7 @@ def _compare(t: Translator, f: Form) -> None:
 
 
 def _compared(a: str, b: str, comparison: str) -> str:
-    """Of floats: NaN makes ordered comparisons false, ne among them, and unordered ones true."""
+    """NaN makes ordered comparisons of floats false, ne among them, and unordered ones true."""
     if comparison in ("num", "nan"):
         return f"{'~' if comparison == 'num' else ''}(np.isnan({a}) | np.isnan({b}))"
     if comparison == "ne":

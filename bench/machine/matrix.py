@@ -134,8 +134,8 @@ _SWIZZLES = {0: 16, 1: 128, 2: 64, 3: 32}  # bytes of a line, by the two top bit
 
 
 def addresses(descriptor: ndarray, lines: int, depth: int, width: int, along_depth: bool) -> ndarray:
-    """Of the elements [.., lines, depth] of a matrix in shared memory. along_depth: neighbours in depth are neighbours
-    in memory ("K-major").
+    """The addresses of the elements [.., lines, depth] of a matrix in shared memory. along_depth: neighbours in depth
+    are neighbours in memory ("K-major").
 
     Memory is divided into tiles of eight lines of 16, 32, 64 or 128 bytes, in which units of 16 bytes are swizzled: the
     bits of their number are xored with those of the line, taken from the address itself.

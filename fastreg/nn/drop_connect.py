@@ -32,7 +32,7 @@ class DropConnectLinear(Layer, torch.nn.Linear):
 
     stochastic = True  # for mc_dropout
 
-    # Of layers whose class was changed: __init__ did not run.
+    # Defaults for layers whose class was changed: __init__ did not run.
     p = 0.5
     mode = "example"
     group_size: int | None = None
@@ -110,7 +110,7 @@ class DropConnectConv2d(Layer, torch.nn.Conv2d):
 
     stochastic = True  # for mc_dropout
 
-    # Of layers whose class was changed: __init__ did not run.
+    # Defaults for layers whose class was changed: __init__ did not run.
     p = 0.5
     activation: str | None = None
 

@@ -17,7 +17,7 @@ class _Fused(Layer, torch.nn.modules.dropout._DropoutNd):
 
     _function: ClassVar[Callable[..., Tensor]]
 
-    # Of layers whose class was changed: __init__ did not run.
+    # Defaults for layers whose class was changed: __init__ did not run.
     activation: str | None = None
     inverted = True
 
@@ -113,8 +113,8 @@ class DropPath(_Fused):
     _function = staticmethod(ops.drop_path)
 
 
-# Of torch's layers those whose training flag governs dropout and nothing else. Ours of the kind say so themselves, with
-# a class attribute ``stochastic = True``.
+# torch's layers whose training flag governs dropout and nothing else. Our random layers say so themselves, with a class
+# attribute ``stochastic = True``.
 _TORCHS = (torch.nn.modules.dropout._DropoutNd, torch.nn.MultiheadAttention, torch.nn.RNNBase)
 
 

@@ -65,7 +65,7 @@ class DropoutAddLayerNorm(FusedNorm, torch.nn.LayerNorm):
 
     stochastic = True  # for mc_dropout
 
-    # Of layers whose class was changed: __init__ did not run.
+    # Defaults for layers whose class was changed: __init__ did not run.
     p = 0.5
     prenorm = False
 

@@ -15,8 +15,8 @@ class NoisyLinear(Layer, torch.nn.Linear):
 
     Args:
         in_features, out_features, bias, device, dtype: as of :class:`torch.nn.Linear`.
-        sigma: standard deviation of the noise. Of mode="factorised" that of its paper: the noise of a weight starts at
-            sigma / sqrt(in_features), which is 0.5 there.
+        sigma: standard deviation of the noise. With mode="factorised" it is the paper's sigma, 0.5 there: the noise of
+            a weight starts at sigma / sqrt(in_features).
         mode: "additive", "multiplicative" or "factorised".
         learn_sigma: the deviation is a parameter, ``sigma``; of mode="factorised", where this is the default, one for
             every weight and, as ``bias_sigma``, for every bias. Otherwise it is a fixed number, and the
@@ -32,8 +32,8 @@ class NoisyLinear(Layer, torch.nn.Linear):
 
     stochastic = True  # for mc_dropout
 
-    # Of layers whose class was changed: __init__ did not run. (sigma and bias_sigma may be parameters, which an
-    # attribute of the class would hide.)
+    # Defaults for layers whose class was changed: __init__ did not run. (sigma and bias_sigma may be parameters, which
+    # an attribute of the class would hide.)
     sigma: float | torch.nn.Parameter
     bias_sigma: float | torch.nn.Parameter | None
     initial_sigma = 0.1

@@ -103,7 +103,7 @@ def choose(x: Tensor) -> str:
 
 @functools.cache
 def _capability(index: int) -> tuple[int, int]:
-    """Of a GPU that is not there, for which a graph is only traced, one that will do."""
+    """The capability of a GPU. Where there is none, and a graph is only traced for it, the oldest one will do."""
     return torch.cuda.get_device_capability(index) if torch.cuda.is_available() else OLDEST_CAPABILITY
 
 

@@ -43,7 +43,7 @@ and is made again. (A probability or a momentum that changes at every step is an
 
 
 class planned:
-    """Of a builder of launches: see above."""
+    """Decorates a builder of launches: see above."""
 
     def __init__(self, build: Callable[..., list[Launch]]):
         functools.update_wrapper(self, build)

@@ -94,7 +94,7 @@ def ceil_div(a: int, b: int) -> int:
 
 
 def row_blocks(columns: int) -> tuple[int, int]:
-    """Of an elementwise pass over rows: columns of a program, and how many of these blocks a row has."""
+    """For an elementwise pass over rows: the columns of a program, and how many such blocks a row has."""
     block = min(1024, max(64, 1 << (columns - 1).bit_length()))
     return block, ceil_div(columns, block)
 

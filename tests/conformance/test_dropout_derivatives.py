@@ -179,7 +179,7 @@ def test_batched_gradients(activation, device, path):
 
 
 def _op_arguments(device, **changed):
-    """Of the forward operator, by name, and what it writes."""
+    """The arguments of the forward operator, by name, and what it writes."""
     x = changed.pop("x", torch.randn(2, 4, 3, 2, device=device))
     residual = changed.pop("residual", None)
     arguments = {

@@ -119,7 +119,7 @@ def test_gradcheck_and_gradgradcheck_of_every_activation(kind, activation, resid
     ),
 )
 def test_second_derivatives_are_those_of_the_definition(kind, combination, activation, layout, device, path):
-    """Of torch's function, activation and sum, all in fp64, which gradgradcheck has tried above (and torch itself)."""
+    """The definition is torch's function, activation and sum in fp64, which gradgradcheck has tried above."""
     names = COMBINATIONS[combination]
     if path == "aten" and combination == "bias":
         pytest.skip(

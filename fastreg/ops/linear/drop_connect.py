@@ -587,7 +587,7 @@ def checked_arguments(
 
 
 def _variance(p: float, inverted: bool) -> float:
-    """Of a connection of weight 1 and input 1."""
+    """The variance of a connection with weight 1 and input 1."""
     return p / (1 - p) if inverted else p * (1 - p)
 
 

@@ -107,7 +107,7 @@ def _definition(
 
 
 def second_dtype(dtype: torch.dtype, kind: int) -> torch.dtype:
-    """Of v' and W': squares are no fp16 numbers."""
+    """The dtype of v' and W': squares would leave the range of fp16."""
     return torch.bfloat16 if kind == GAUSSIAN and dtype == torch.float16 else dtype
 
 

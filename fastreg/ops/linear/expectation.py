@@ -73,7 +73,7 @@ CLOSED_FORMS = {
     "elu": _elu,
     "hardswish": _hardswish,
 }
-"""Activations whose expectation is exact. Of a deviation that is not 0."""
+"""The exact expectation of an activation, for deviations that are not 0."""
 
 
 def closed_form(mean: Tensor, deviation: Tensor, activation: str) -> Tensor:
@@ -94,7 +94,7 @@ def probit_sigmoid(mean: Tensor, deviation: Tensor) -> Tensor:
 # --- as a weighted sum ------------------------------------------------------------------------------------
 
 NODES, REACH = 48, 5.5
-"""Of the trapezoidal rule: so many nodes, over so many deviations to each side."""
+"""The trapezoidal rule takes so many nodes, over so many deviations to each side."""
 
 
 def nodes() -> list[tuple[float, float]]:

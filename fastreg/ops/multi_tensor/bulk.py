@@ -104,7 +104,7 @@ class Watch:
         self._identities = identities(objects, dicts)
         self._ended: list[weakref.ref] = []
         found = chain(objects, *(x.values() for x in dicts if isinstance(x, dict)))
-        # Of numbers nothing depends but what is read anew in every step.
+        # Numbers need no reference: whatever depends on them is read anew in every step.
         tensors = (x for x in found if isinstance(x, Tensor))
         self._references = list(map(weakref.ref, tensors, repeat(self._ended.append)))
 

@@ -435,7 +435,7 @@ class Batch:
         return self.table.entries, self.table.chunks
 
     def sum_squares(self) -> None:
-        """Of the gradients, into ``partials``."""
+        """Writes sums of squared gradients into ``partials``."""
         squares_launches.run(*self._tables, self.partials, self.form)
 
     def advance(

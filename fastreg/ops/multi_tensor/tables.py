@@ -25,10 +25,10 @@ def type_of(dtype: torch.dtype) -> Any:
 
 
 def taken(tensors: Sequence[Tensor]) -> list[bool]:
-    """Of each tensor, whether kernels find its elements by its address. (In torch.compile there is none.)"""
+    """Whether kernels find the elements of each tensor by its address. (In torch.compile there is no address.)"""
     if torch.compiler.is_compiling():
         return [False] * len(tensors)
-    answers: dict[tuple, bool] = {}  # of a kind: the question takes longer than the launch
+    answers: dict[tuple, bool] = {}  # one a kind: the question takes longer than the launch
     found = []
     for x in tensors:
         kind = type(x), x.dtype, x.device, x.layout

@@ -340,7 +340,7 @@ def _empty_like(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _gradients(ctx, dy, dh, h, weight, bias, residual, statistics, stream):
-    """Of x, skip, weight, bias and residual. What equals another tensor is that tensor."""
+    """Gradients of x, skip, weight, bias and residual. Equal gradients are one tensor."""
     form = ctx.form
     wanted = [dtype if need else None for need, dtype in zip(ctx.needs_input_grad, ctx.dtypes, strict=False)]
     residual_dtype = wanted[4]

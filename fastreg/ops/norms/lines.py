@@ -151,7 +151,7 @@ class Plan(NamedTuple):
         return seen.batches * ceil_div(seen.lines, self.block)
 
     def grid(self, seen: View) -> tuple[int, int]:
-        """Of kernels that take whole units."""
+        """The grid of kernels that take whole units."""
         return ceil_div(seen.lines, self.block), seen.batches
 
     def tiles(self, seen: View) -> int:
