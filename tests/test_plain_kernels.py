@@ -20,7 +20,7 @@ from fastreg.averages import ExponentialMovingAverage
 from fastreg.ops import backend
 from fastreg.random import Stream
 
-pytestmark = [needs_triton, pytest.mark.smoke]
+pytestmark = needs_triton
 if backend.HAS_TRITON:
     from fastreg.bench import plain
 
@@ -45,6 +45,7 @@ def agree(functions, tensors, tolerance=TOLERANCE) -> None:
             near(others[0], other.detach(), tolerance)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("p", "shape"), [(0.5, (3, 37)), (0.1, (1, 8)), (0.9, (5, 1))])
 def test_dropout(device, p, shape):
     (x,) = leaves(device, shape)
@@ -54,6 +55,7 @@ def test_dropout(device, p, shape):
     agree([lambda x: plain.dropout(x, p, SEED), definition, lambda x: F.dropout(x, p, seed=SEED)], [x])
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("shape", [(3, 37), (2, 5, 8), (1, 1)])
 def test_layer_norm(device, shape):
     size = shape[-1:]
@@ -74,6 +76,7 @@ def test_rms_norm(device):
     agree([plain.rms_norm, lambda x, w: TF.rms_norm(x, (37,), w, 1e-5)], tensors, 1e-5)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("shape", [(3, 6, 5, 3), (4, 6)])
 def test_batch_norm(device, shape):
     tensors = leaves(device, shape, (6,), (6,))
@@ -119,6 +122,7 @@ def test_gaussian_noise(device, mode):
     agree([*forms, definition[mode]], [x], 4e-5)  # normals by approximate functions: see test_random.py
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("l1", "l2"), [(0.1, 0.0), (0.0, 0.1), (0.3, 0.2)])
 def test_elastic_net(device, l1, l2):
     (p,) = leaves(device, (31, 70))
@@ -154,6 +158,7 @@ STEPS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", STEPS)
 def test_optimizers(device, name):
     arguments, torchs = STEPS[name]
@@ -178,8 +183,9 @@ def test_16_bits_are_rounded_once(device, dtype):
     near(plain.layer_norm(*tensors), exact.detach(), torch.finfo(dtype).eps)
 
 
+@pytest.mark.slow  # CI compiles the launches of this file by ``compile_only``, with the oldest Triton
 def test_they_compile_for_an_h100():
-    """What these tests launch, by ``compile_only``: the interpreter takes what the compiler refuses."""
+    """The interpreter takes what the compiler refuses."""
     if TARGET is not None or not backend.INTERPRETED:
         pytest.skip("they are compiled here")
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": os.path.dirname(__file__)}

@@ -10,11 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import pytest
-
 from fastreg.bench import FAMILIES
-
-pytestmark = pytest.mark.smoke
 
 ROOT = Path(__file__).parent.parent
 
