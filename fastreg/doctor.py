@@ -140,7 +140,7 @@ def _gpus(findings: Findings) -> None:
                 f"cuda:{index} is older than compute capability 8.0, the oldest the kernels are checked for."
             )
     if count == 0:
-        findings.add(section, "usable", "none; CUDA tensors can not be made here")
+        findings.add(section, "usable", "none; CUDA tensors cannot be made here")
     if driver and not built_for:
         findings.advice.append(
             "There is an NVIDIA driver, but this torch is built for the CPU: "
@@ -188,7 +188,7 @@ def _extras(findings: Findings) -> None:
         findings.add("Optional packages", extra, listing)
         if not all(found.values()):
             missing.add(extra)
-    missing.discard("test")  # for those who work on fastreg: its absence is no fault
+    missing -= {"test", "docs", "dev"}  # only those who work on fastreg need them
     findings.advice += [f"For fastreg {extra}: pip install 'fastreg[{extra}]'" for extra in sorted(missing)]
 
 
@@ -205,13 +205,13 @@ def _peers(findings: Findings) -> None:
 
 
 def _imported(name: str) -> Any:
-    """The module, or in words why it can not be imported."""
+    """The module, or in words why it cannot be imported."""
     try:
         return __import__(name)
     except ImportError as error:
-        return "not installed" if error.name == name else f"installed, but can not be imported: {error}"
+        return "not installed" if error.name == name else f"installed, but cannot be imported: {error}"
     except Exception as error:  # a broken shared library raises whatever it likes
-        return f"installed, but can not be imported: {error}"
+        return f"installed, but cannot be imported: {error}"
 
 
 def _version(distribution: str) -> str | None:

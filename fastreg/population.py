@@ -149,7 +149,7 @@ class _Estimator(Protocol):
 
 
 def _zero() -> Tensor:
-    """What sums start from, on any device."""
+    """The zero that sums start from, on any device."""
     return torch.zeros((), dtype=torch.float64, device="cpu")
 
 

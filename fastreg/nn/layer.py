@@ -1,4 +1,4 @@
-"""What torch's tools are told of fastreg's layers.
+"""fastreg's layers as torch's tools see them.
 
 torch.fx keeps torch's own layers as nodes of its graphs, where they obey train() and eval() later on. Its tracers know
 them by ``layer.__module__.startswith("torch.nn")``. So our layers say so when they are asked, while their classes say

@@ -34,7 +34,7 @@ _KERNEL_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def is_plain(x: Tensor) -> bool:
-    """Not sparse, nor of a subclass with ideas of its own (DTensor, FakeTensor), nor a proxy of ``torch.fx``."""
+    """True for exactly Tensor and Parameter, strided. Subclasses (DTensor, FakeTensor) and proxies go through ATen."""
     return (type(x) in PLAIN and x.layout == torch.strided) or torch.compiler.is_compiling()
 
 
@@ -157,8 +157,8 @@ def allows_tf32() -> bool:
 
 
 OPTIONS = {"enable_fp_fusion": True}
-"""What every kernel is compiled with. Said each time: whether products and sums are fused differs among versions of
-Triton."""
+"""The options of every kernel. They are given each time: versions of Triton differ in whether they fuse products and
+sums."""
 
 MOST_PROGRAMS = 2**31 - 1  # of a grid
 

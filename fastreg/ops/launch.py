@@ -35,7 +35,7 @@ if backend.HAS_TRITON:
     from triton.runtime import driver
 
 DIRECT = backend.HAS_TRITON and {"run", "launch_metadata"} <= set(vars(CompiledKernel))
-"""Whether this version of Triton starts kernels as those do that ``_Variant`` was written for: 3.6 to 3.9."""
+"""Whether this Triton starts kernels as ``_Variant`` expects: versions 3.6 to 3.9 do."""
 
 PLANS = 1024
 """Kinds that a builder remembers. With more of them it forgets the oldest: a plan holds nothing but what its kind says,
@@ -149,7 +149,7 @@ class _Plan:
 
 
 class _View(NamedTuple):
-    """Where in which workspace the tensor of a launch lies."""
+    """The place of a launch's tensor: a workspace, and where in it."""
 
     workspace: int
     shape: torch.Size
@@ -216,7 +216,7 @@ class _Step:
 
 
 def _is_heard(hook: Any) -> bool:
-    """Whether a hook of Triton does anything: it is a chain of calls, or one, or None."""
+    """Whether a hook of Triton is set. A hook is a chain of calls, one call, or None."""
     return bool(getattr(hook, "calls", hook))
 
 

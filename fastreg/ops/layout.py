@@ -29,7 +29,7 @@ def dense(x: Tensor) -> Tensor:
 
 
 def can_be_written(x: Tensor) -> bool:
-    """Whether each element of ``x`` has memory of its own. (As torch asks it: of dimensions that are expanded.)"""
+    """Whether no two elements of ``x`` share memory. (As in torch, only expanded dimensions are looked at.)"""
     if x.layout != torch.strided:
         return False
     return x.is_contiguous() or not any(n > 1 and s == 0 for n, s in zip(x.shape, x.stride(), strict=True))

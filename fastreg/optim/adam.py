@@ -14,7 +14,7 @@ MOMENTS = ["exp_avg", "exp_avg_sq", "max_exp_avg_sq"]
 
 
 class _Adam(Regularized, torch.optim.Adam):
-    """What the two share."""
+    """The part that Adam and AdamW share."""
 
     def _decoupled(self, group: dict) -> bool:
         return group.get("decoupled_weight_decay", False)

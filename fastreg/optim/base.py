@@ -500,7 +500,7 @@ class Regularized(Optimizer):
         found_inf: Tensor | None,
         squared: Tensor | None,
     ) -> None:
-        """Those that no kernel takes, tensor by tensor, or by torch, whose step knows neither scale nor infinities."""
+        """Steps what no kernel takes: one by one, or by torch, whose step has no scale and no infinities."""
         if found_inf is not None and float(found_inf):
             return
         norm = None
@@ -536,7 +536,7 @@ class Regularized(Optimizer):
     def _lists(
         self, plan: Plan, kind: Listed, places: list[int], grads: list[Tensor | None], pieces: list[Tensor]
     ) -> Lists:
-        """What a step of a kind is given. (One member after the other takes longer than the step of small tensors.)"""
+        """The arguments of a step of one kind. (Reading them singly takes longer than the step of small tensors.)"""
         group, rule = self.param_groups[kind.owner], kind.rule
         params, moments = _at(places, plan.params), self._moments(group)
         states = [self.state[p] for p in params] if moments or rule.average else []

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def is_distributed(x: Tensor) -> "TypeGuard[DTensor]":
-    """Whether ``x`` is a DTensor. Where nobody has imported that class there is none."""
+    """Whether ``x`` is a DTensor. Nothing is, until somebody imports that class."""
     if type(x) in PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")

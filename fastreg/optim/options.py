@@ -86,7 +86,7 @@ def has_options(group: dict[str, Any]) -> bool:
 
 
 def changes_before(group: dict[str, Any]) -> bool:
-    """Whether options change gradients or weights before the step of torch, and not after it alone."""
+    """Whether an option changes gradients or weights before torch's step, not only after it."""
     subgradient = group["l1"] != 0 and group["l1_mode"] == "subgradient"
     return group["max_grad_norm"] is not None or bool(group["cautious"]) or subgradient
 

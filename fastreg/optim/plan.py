@@ -1,4 +1,4 @@
-"""What an optimizer keeps between two steps: which parameters are stepped where, and by what to know them again."""
+"""The plan that an optimizer keeps between two steps: where each parameter is stepped, and how to recognize it."""
 
 import weakref
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ class Listed(NamedTuple):
 
 
 class Plan:
-    """Which parameters are stepped where, and by what this may be recognised in the next step.
+    """Where each parameter is stepped, and how the next step recognizes that nothing has changed.
 
     Holds neither gradients nor state: who moves them to another device gets their memory back.
     """
@@ -90,7 +90,7 @@ class Plan:
             weakref.finalize(first, tuple, [{**vars(batch)} for batch in self.batches]).atexit = False
 
     def knows(self, structure: tuple, params: list[Tensor], state: dict) -> bool:
-        """Whether parameters, options and state are those it was made for."""
+        """Whether the plan was made for these parameters, options and state."""
         if structure != self.structure or not self._kept.finds(params, state.values()):
             return False
         # Who moves the state of a parameter, as by ``x.data = x.data.cuda()``, moves all of it.
@@ -131,7 +131,7 @@ class Plan:
         return not self.copies
 
     def _fit(self, grads: list[Tensor | None]) -> bool:
-        """Whether the plan takes these gradients in the place of its own."""
+        """Whether these gradients are of the kinds that the plan was made for."""
         return all(_fits(g, *wanted) for g, wanted in zip(self._placed(grads), self._wanted, strict=True))
 
 

@@ -52,7 +52,7 @@ class Workers:
         return items
 
     def from_first(self, function: Callable[[], T]) -> T:
-        """What ``function()`` returns on the first worker, or the InputError it raises, on all of them."""
+        """Calls ``function()`` on the first worker; all workers return its result, or raise its InputError."""
         if self.count == 1:
             return function()
         box: list[Any] = [None]

@@ -86,7 +86,7 @@ def _launched(
 
 
 def _say_written(tensors: Sequence[Tensor], places: list[int]) -> None:
-    """What kernels write is behind the back of autograd."""
+    """Tells autograd of tensors that a kernel wrote, which it does not see."""
     if places:
         torch.autograd.graph.increment_version([tensors[i] for i in places])
 
@@ -130,7 +130,7 @@ def _refuse(
 
 
 class _Averaged(NamedTuple):
-    """What kernels average, and the places of the others."""
+    """Launches for the tensors that kernels average, and the places of the others."""
 
     launched: list[_Launched]
     listed: dict[tuple[torch.dtype, bool], list[int]]  # by torch, of one dtype, trained or not
@@ -198,7 +198,7 @@ def copy_(targets: list[Tensor], sources: list[Tensor], names: Sequence[str] | N
 
 
 class _Copied(NamedTuple):
-    """What kernels copy, and the places of the others."""
+    """Launches for the tensors that kernels copy, and the places of the others."""
 
     launched: list[_Launched]
     waiting: list[int]  # copied by the definition, for which nobody waits

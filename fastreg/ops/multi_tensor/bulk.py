@@ -1,4 +1,4 @@
-"""What is asked of many tensors at once: their gradients, which they are, and where their elements lie.
+"""Questions to many tensors at once: their gradients, their identities, the addresses of their elements.
 
 An optimizer asks in every step whether its tables of addresses still hold. An answer of torch takes 60 to 100 ns in
 Python, most of it on the way there and back; with 10,000 parameters that is what a step of small tensors takes. So
@@ -82,7 +82,7 @@ def equal(found: np.ndarray, before: np.ndarray) -> bool:
 
 
 def identities(objects: list, dicts: Iterable[dict] = ()) -> bytes:
-    """What ``id`` says of objects, and of the values of dicts.
+    """The ``id`` of objects, and of the values of dicts, as bytes.
 
     Two answers are equal if nothing was replaced in between, as far as it has lived all the time: what takes the place
     of an object that has ended may have its id. See ``Watch``.
@@ -110,7 +110,7 @@ class Watch:
 
     @property
     def lives(self) -> bool:
-        """None has ended, and so none has left its id to another."""
+        """Whether all are still alive: the id of an object that has ended may be another's."""
         return not self._ended
 
     def finds(self, objects: list, dicts: Iterable[dict] = ()) -> bool:

@@ -43,7 +43,7 @@ _ONE = torch.ones((), dtype=torch.float32, device="cpu")
 
 
 def on_cpu(x: Tensor) -> bool:
-    """Whether ``x`` is a strided CPU tensor with no ideas of its own."""
+    """Whether ``x`` is a strided CPU tensor, and exactly Tensor or Parameter."""
     return type(x) in PLAIN and x.device.type == "cpu" and x.layout == torch.strided
 
 
@@ -67,7 +67,7 @@ def walks(member: Member, rule: Rule) -> bool:
 
 
 Tensors = list[Tensor] | tuple[Tensor, ...]
-"""What torch's foreach functions take; they return tuples."""
+"""The lists of torch's foreach functions. They return tuples."""
 
 
 class Lists(NamedTuple):

@@ -54,7 +54,7 @@ WIDTH = 16  # of a row of the table of groups
 
 
 class Rule(NamedTuple):
-    """What is computed, but for the numbers: with the dtypes, what makes a kernel of its own."""
+    """The terms of a step, without their numbers. Each rule, with each set of dtypes, is a kernel of its own."""
 
     adam: bool
     momentum: bool  # there is a first moment
@@ -102,7 +102,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def decay_rate(numbers: Numbers) -> float:
-    """What lr is multiplied with in the decoupled decay."""
+    """The factor of lr in the decoupled decay."""
     return float(numbers.decay) / (numbers.lr_0 or 1.0)
 
 
@@ -110,7 +110,7 @@ def decay_rate(numbers: Numbers) -> float:
 
 
 def resolve(numbers: Numbers, adam: bool, t: float, gain: float = 1.0) -> dict[str, float]:
-    """What ``advance`` computes, for step number ``t``. gain: of unscaling and clipping."""
+    """The scalars that ``advance`` computes for step ``t``. gain: the factor of unscaling and clipping."""
     lr = float(numbers.lr)
     moves = lr != 0
     found = {
@@ -145,7 +145,7 @@ def resolve(numbers: Numbers, adam: bool, t: float, gain: float = 1.0) -> dict[s
 
 
 def clipped(norm: float, most: float) -> float:
-    """What gradients of this norm are multiplied with. A NaN is for all of them, as in torch."""
+    """The factor that clips gradients of this norm. A NaN makes all of them NaN, as in torch."""
     return 1.0 if norm <= most else most / norm
 
 
@@ -241,7 +241,7 @@ def takes(p: Tensor, g: Tensor, rule: Rule) -> bool:
 
 
 class Form(NamedTuple):
-    """What distinguishes the kernels of one batch from those of another."""
+    """The kind of a batch: tensors of one form are stepped by one kernel."""
 
     rule: Rule
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]  # of parameters, gradients, and moments
@@ -463,7 +463,7 @@ class Batch:
 
 
 def projection(parameter: Tensor, rule: Rule, shards: Any = None) -> tuple[str, int]:
-    """How a max-norm is done, and in tiles of what width."""
+    """The kind of projection for a max-norm, and the width of its tiles."""
     row = row_of(parameter, rule)
     if shards is None and not row:
         return "none", 1

@@ -184,7 +184,7 @@ def penalty(ps: Sequence[Tensor], form: Form) -> Tensor:
 
 
 def _fits_lists(p: Tensor, g: Tensor) -> bool:
-    """Whether ``foreach`` takes them, and rounds no more often than the definition."""
+    """Whether ``foreach`` takes a parameter and its gradient, and rounds no more often than the definition."""
     return p.dtype == g.dtype == compute_dtype(p.dtype) and foreach.takes(p) and g.is_cpu and p.numel() > 0
 
 
@@ -297,7 +297,7 @@ class _Projected(NamedTuple):
 
 
 class _Projections(NamedTuple):
-    """What kernels project, and the places of what they write and of the others."""
+    """Launches for the tensors that kernels project, the places of those, and the places of the others."""
 
     launched: list[_Projected]
     written: list[int]

@@ -146,13 +146,13 @@ PROGRAMS = 4  # of 4 warps and at most 128 registers a thread, which a multiproc
 
 
 def _few_splits(seen: View, plan: Plan, device: torch.device) -> int:
-    """Where every split leaves sums to be merged: as many programs as run at a time."""
+    """The number of splits where the sums of each are merged: as many programs as run at a time."""
     programs = PROGRAMS * backend.multiprocessors(device)
     return max(1, min(plan.tiles(seen), programs // plan.blocks(seen)))
 
 
 def _many_splits(seen: View, plan: Plan, device: torch.device) -> int:
-    """Where nothing is merged: four tiles a program, for which it reads the values of its lines once."""
+    """The number of splits where nothing is merged: a program has four tiles, and reads its lines' values once."""
     wanted = max(_few_splits(seen, plan, device), ceil_div(plan.tiles(seen), 4))
     return min(wanted, backend.MOST_PROGRAMS // plan.blocks(seen))
 
@@ -295,7 +295,7 @@ def apply_launches(
 
 
 class Gradients(NamedTuple):
-    """Where the backward pass writes."""
+    """The tensors that the backward pass writes."""
 
     dx: Tensor  # laid out as x
     dweight: Tensor  # of each line, or of each channel where several lines are of one
@@ -396,7 +396,7 @@ def forward_arguments(
     form: Form,
     seen: View,
 ) -> dict:
-    """What the forward pass was given and took, as the backward kernels name it."""
+    """Inputs and statistics of the forward pass, under the names of the backward kernels' arguments."""
     return {
         "x_ptr": x,
         "mean_ptr": mean,
@@ -673,7 +673,7 @@ def _normalized(x, weight, bias, residual, y, signs, running, form) -> tuple[Ten
 
 
 def _of_parameter(parameter: Tensor | None, x: Tensor) -> Tensor:
-    """Where the gradient of a parameter goes; the kernels write it even if there is none."""
+    """The gradient of a parameter. The kernels write one even if there is no parameter."""
     dtype = sum_dtype(x.dtype) if parameter is None else parameter.dtype
     return torch.empty(x.shape[1], dtype=dtype, device=x.device)
 

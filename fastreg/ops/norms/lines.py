@@ -12,8 +12,8 @@ from fastreg.ops import backend
 from fastreg.ops.layout import ceil_div, dense
 
 WHOLE_BYTES = 224 << 10
-"""What the programs of one multiprocessor that take whole units may read twice. All together, on an H100, that is 60 %
-of the L2 cache, from which the second read comes. (An estimate, to be replaced by a measurement.)"""
+"""Bytes that the programs of one multiprocessor may read twice where they take whole units. The second read comes
+from the L2 cache; on an H100 all multiprocessors together fill 60 % of it. (An estimate, until it is measured.)"""
 
 
 SHORTEST_TILE, LONGEST_TILE = 1 << 5, 1 << 13
@@ -51,7 +51,7 @@ class View(NamedTuple):
 
     @property
     def indexable(self) -> bool:
-        """Whether 32 bits hold what the kernels count in them: lines, their elements, tiles, and offsets in a tile."""
+        """Whether lines, their elements, tiles and offsets in a tile fit in the 32 bits that kernels count in."""
         if self.batches * self.segments * self.lines * self.along < 1 << 31:
             return True
         counts = self.batches * self.lines, self.along, self.segments * ceil_div(self.along, SHORTEST_TILE)
@@ -117,7 +117,7 @@ def laid_out(x: Tensor, groups: int) -> Tensor:
 
 
 def indexable(x: Tensor, groups: int) -> bool:
-    """Whether ``viewed`` takes ``x``, which is asked for sizes that no 32 bits hold."""
+    """Whether ``viewed`` takes ``x``. The question costs time only for 2^31 elements and more."""
     return x.numel() < 1 << 31 or _viewed(torch.empty_like(x, device="meta"), groups)[1].indexable
 
 
@@ -158,7 +158,7 @@ class Plan(NamedTuple):
         return seen.segments * ceil_div(seen.along, self.along)
 
     def filled(self, seen: View) -> bool:
-        """Whether all lines of all tiles are there."""
+        """Whether every tile has all of its lines."""
         return self.block == self.parts * self.lines and seen.lines % self.block == 0
 
     def even(self, seen: View) -> bool:
@@ -175,7 +175,7 @@ class Plan(NamedTuple):
         return _power_of_2(ceil_div(seen.width - 1, self.run(seen)) + 1) if self.units > 1 else 1
 
     def full(self, seen: View) -> int:
-        """How many of the kept tiles of a line are known to be full. Not from the size of a batch, which may vary."""
+        """How many of the kept tiles of a line are full whatever the size of the batch, which may vary."""
         return min(self.kept, seen.along // self.along) if self.filled(seen) and not seen.batched else 0
 
 
