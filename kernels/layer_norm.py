@@ -34,8 +34,9 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import INTERPRETED, add, difference, fma, mul, product, terms, total, upcast
+from .fastmath import INTERPRETED, add, difference, fma, mul, total, upcast
 from .philox import lanes
+from .ptxas import rounded_product, terms
 
 # Numbers that change from call to call. The rows start on 16 bytes without a kernel of their own: columns are
 # written as vectors * VECTOR.
@@ -131,7 +132,7 @@ def _hidden(
     if DROP:
         h, scale = _dropout(h, draw, first, shape, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR)
         # Where nothing is added next, the mean is: a sum over lanes, which must not take in the product.
-        h = product(h, scale) if skip_ptr is None else mul(h, scale)
+        h = rounded_product(h, scale) if skip_ptr is None else mul(h, scale)
     if skip_ptr is not None:
         h = total(_stored(skip_ptr, first, element, inside), h)
     if h_ptr is not None:
@@ -204,7 +205,9 @@ def forward(
         (x_ptr, skip_ptr, h_ptr), draw, first, element, inside, shape, DROP, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR
     )
     share = 1.0 / shape[1].to(h.dtype)
-    mean = product(tl.sum(h, 1, keep_dims=True), share)  # rounded, as it is stored: a constant row is zero
+    mean = rounded_product(
+        tl.sum(h, 1, keep_dims=True), share
+    )  # rounded, as it is stored: a constant row is zero
     centred = add(h, -mean)
     if not EVEN_COLUMNS:
         centred = tl.where(in_columns, centred, 0.0)
@@ -251,7 +254,7 @@ def forward_long(
     share = 1.0 / columns.to(lane_mean.dtype)
     lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
     lane_count = ((columns - lane + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS).to(lane_mean.dtype)
-    mean = product(tl.sum(terms(lane_mean, lane_count, 1, VECTOR), 1, keep_dims=True), share)
+    mean = rounded_product(tl.sum(terms(lane_mean, lane_count, 1, VECTOR), 1, keep_dims=True), share)
     distance = lane_mean - mean
     variance = tl.sum(lane_squares + distance * distance * lane_count, 1, keep_dims=True) * share
     rstd = tl.rsqrt(variance + tl.full([1, 1], eps, variance.dtype))
@@ -331,7 +334,7 @@ def _backward_rows(
     xhat = _normalized(h_ptr, first, element, inside, mean, rstd)
     g = _gradient(xhat, parameters, (dy_ptr, residual_ptr), first, element, inside, ACTIVATION)
     # Columns outside count nothing: g is 0 there.
-    wg = terms(g, weight, 1, USED=True)
+    wg = terms(g, weight, 1, used=True)
     share = 1.0 / columns.to(wg.dtype)
     mean_wg = tl.sum(wg, 1, keep_dims=True) * share
     mean_wg_xhat = tl.sum(terms(wg, xhat, 1), 1, keep_dims=True) * share
