@@ -88,7 +88,7 @@ class Plan(NamedTuple):
 
 
 @triton.jit
-def load_tiles(ptr, place, shape, tile: tl.constexpr, plan: tl.constexpr):
+def _load_tiles(ptr, place, shape, tile: tl.constexpr, plan: tl.constexpr):
     """All tiles of a part, as they are stored."""
     TILES: tl.constexpr = plan.tiles
     tiles = ()
@@ -122,7 +122,7 @@ def whole_forward(
         kept = ()
         for part in tl.static_range(PARTS):
             of_part = part_of(place, part, PARTS, tile)
-            kept = kept + (load_tiles(tensors.x, of_part, shape, tile, plan),)  # noqa: RUF005
+            kept = kept + (_load_tiles(tensors.x, of_part, shape, tile, plan),)  # noqa: RUF005
         mean, var, count = kept_moments(kept, place, shape, tile, units, plan)
     else:
         means, variances = (), ()
@@ -219,9 +219,9 @@ def whole_backward(
     dy, x, g = (), (), ()
     for part in tl.static_range(PARTS if TILES and AHEAD else 0):
         of_part = part_of(place, part, PARTS, tile)
-        dy = dy + (load_tiles(tensors.dy, of_part, shape, tile, plan),)  # noqa: RUF005
+        dy = dy + (_load_tiles(tensors.dy, of_part, shape, tile, plan),)  # noqa: RUF005
         if part == 0 or not plan.reread:
-            x = x + (load_tiles(tensors.x, of_part, shape, tile, plan),)  # noqa: RUF005
+            x = x + (_load_tiles(tensors.x, of_part, shape, tile, plan),)  # noqa: RUF005
 
     # First pass: g, and its sums over lines and units.
     sum_wg = tl.zeros_like(mean)
@@ -232,7 +232,7 @@ def whole_backward(
         if TILES:
             if plan.reread and part + 1 < PARTS:  # on its way while this part is summed
                 next_part = part_of(place, part + 1, PARTS, tile)
-                x = x + (load_tiles(tensors.x, next_part, shape, tile, plan),)  # noqa: RUF005
+                x = x + (_load_tiles(tensors.x, next_part, shape, tile, plan),)  # noqa: RUF005
             kept, g_sums, g_products = _kept_gradient_sums(
                 x[part] if AHEAD else None, dy[part] if AHEAD else None,
                 tensors, gradients.dv, values, of_part, shape, activation, tile, plan,
@@ -288,7 +288,7 @@ def whole_backward(
         of_part = part_of(place, part, PARTS, tile)
         values = line_values(of_units, affine, of_part, shape, tile, units)
         if TILES:
-            again = load_tiles(tensors.x, of_part, shape, tile, plan) if plan.reread else x[part]
+            again = _load_tiles(tensors.x, of_part, shape, tile, plan) if plan.reread else x[part]
             for number in tl.static_range(TILES):
                 at = elements_of(number, of_part, shape, full(tile, number, plan.full))
                 d = difference(opaque(again[number]), spread(values.mean, tile))
