@@ -235,26 +235,26 @@ def check_dropout(launch: backend.Launch) -> None:
 
 
 def check_layer_norm(launch: backend.Launch) -> None:
-    a = launch.arguments
-    rows, columns = a["rows"], a["vectors"] * a["VECTOR"]
-    assert rows * columns == elements(a, "x_ptr", "h_ptr")
-    assert a["BLOCK_COLUMNS"] % a["VECTOR"] == 0
-    block_rows, even_rows = a.get("BLOCK_ROWS", 1), a.get("EVEN_ROWS", True)
-    row_blocks, column_blocks = -(-rows // block_rows), -(-columns // a["BLOCK_COLUMNS"])
-    check_covered(rows, row_blocks, block_rows, masked=not even_rows)
-    check_covered(columns, column_blocks, a["BLOCK_COLUMNS"], masked=not a["EVEN_COLUMNS"])
+    a, plan = launch.arguments, launch.arguments["plan"]
+    rows, columns = a["rows"], a["vectors"] * plan.vector
+    assert rows * columns == (a["tensors"].x if hasattr(a["tensors"], "x") else a["tensors"].h).numel()
+    assert plan.columns % plan.vector == 0
+    row_blocks, column_blocks = -(-rows // plan.rows), -(-columns // plan.columns)
+    check_covered(rows, row_blocks, plan.rows, masked=not plan.even_rows)
+    check_covered(columns, column_blocks, plan.columns, masked=not plan.even_columns)
     kernel = launch.kernel
     if kernel in (layer_norm.forward, layer_norm.backward):
         assert column_blocks == 1
+    if kernel in (layer_norm.forward_long, layer_norm.backward_long):
+        assert plan.rows == 1
     if kernel in (layer_norm.forward, layer_norm.forward_long, layer_norm.backward_long):
         assert launch.grid == (row_blocks,)
     else:
         *blocks, programs = launch.grid
         assert blocks in ([], [column_blocks])
         assert 1 <= programs <= row_blocks
-        for name in ("dweight_ptr", "dbias_ptr"):
-            assert a[name] is None or a[name].shape == (programs, columns)
-    check_wide(a, rows * columns)
+        assert all(t is None or t.shape == (programs, columns) for t in a["sums"])
+    assert plan.wide or rows * columns < INT32
 
 
 def check_sum_partials(launch: backend.Launch) -> None:
