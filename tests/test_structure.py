@@ -25,7 +25,19 @@ LOWER = {
     "penalties": {"optim", "ops"},
     "population": {"ops"},
     "folding": {"nn", "population", "ops"},
-    "": {"functional", "nn", "optim", "averages", "penalties", "population", "folding", "random"},
+    "blocks": {"functional", "nn", "ops"},
+    "conversion": {"blocks", "nn", "optim"},
+    "": {
+        "functional",
+        "nn",
+        "optim",
+        "averages",
+        "penalties",
+        "population",
+        "folding",
+        "conversion",
+        "random",
+    },
     "training": {"", "nn", "optim"},
     "bench": {
         "",
@@ -40,7 +52,7 @@ LOWER = {
         "training",
     },
     "doctor": {"", "bench", "ops"},
-    "cli": {"", "training", "bench", "doctor"},
+    "cli": {"", "training", "conversion", "bench", "doctor"},
 }
 
 # Families that are no layers, and where they are.
