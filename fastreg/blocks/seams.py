@@ -109,12 +109,11 @@ def dropout_add_norm(
 def dropout_add_postnorm(drop: nn.Module, branch: Tensor, skip: Tensor, norm: nn.Module) -> Tensor:
     """norm(skip + drop(branch)), whose result is the next stream.
 
-    Under autocast on a GPU torch's stream is fp32, and the fused form would round it to 16 bits: then dropout and
-    addition are one pass, and the normalization another.
+    Under autocast torch's stream is fp32, and the fused form would round it to 16 bits: then dropout and addition are
+    one pass, and the normalization another.
     """
-    if not isinstance(drop, nn.Dropout) or hooked(drop, norm) or not _plain_layer_norm(norm):
-        return norm(add(drop, branch, skip))
-    if branch.is_cuda and torch.is_autocast_enabled("cuda"):
+    same = branch.dtype == skip.dtype and not torch.is_autocast_enabled(branch.device.type)
+    if not (same and isinstance(drop, nn.Dropout) and _plain_layer_norm(norm)) or hooked(drop):
         return norm(add(drop, branch, skip))
     normalized = F.dropout_add_layer_norm(
         branch,

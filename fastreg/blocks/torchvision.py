@@ -97,11 +97,14 @@ class InvertedResidual(mobilenetv2.InvertedResidual):
         return seams.sequence_add(self.conv, None, x, x) if self.use_res_connect else self.conv(x)
 
 
-class InvertedResidualV3(mobilenetv3.InvertedResidual):
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.use_res_connect:
-            return self.block(input)
-        return seams.sequence_add(self.block, None, input, input)
+class MobileNetV3:
+    """Of its block, which has the name of another."""
+
+    class InvertedResidual(mobilenetv3.InvertedResidual):
+        def forward(self, input: Tensor) -> Tensor:
+            if not self.use_res_connect:
+                return self.block(input)
+            return seams.sequence_add(self.block, None, input, input)
 
 
 class MBConv(efficientnet.MBConv):
@@ -198,7 +201,7 @@ SWAPS = [
         forward="600b60b2b0ec", bn_function="e44d5a81d4dc",
     ),
     _block(mobilenetv2.InvertedResidual, InvertedResidual, _block_seams, forward="11ddfcc68000"),
-    _block(mobilenetv3.InvertedResidual, InvertedResidualV3, _block_seams, forward="e4c3d8bcbd27"),
+    _block(mobilenetv3.InvertedResidual, MobileNetV3.InvertedResidual, _block_seams, forward="e4c3d8bcbd27"),
     _block(efficientnet.MBConv, MBConv, _block_seams, forward="01bbf9e6efd6"),
     _block(efficientnet.FusedMBConv, FusedMBConv, _block_seams, forward="01bbf9e6efd6"),
     _block(convnext.CNBlock, CNBlock, _convnext_seams, forward="2106744d9612"),

@@ -16,13 +16,9 @@ from fastreg.nn.fused import FusedNorm
 
 Filter = Callable[[nn.Module, str], bool]
 
-NORMS_AND_DROPOUTS = (
-    nn.modules.batchnorm._NormBase,
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.LocalResponseNorm,
-    nn.modules.dropout._DropoutNd,
-)
+Swaps = dict[type[nn.Module], Swap]
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 
 
 class Layer(NamedTuple):
@@ -96,7 +92,7 @@ def plan(model: nn.Module, fuse: bool = True, filter: Filter | None = None) -> P
     fusions = [
         Fusion(name, module, seam)
         for name, module, swap, layer in searched
-        for seam in _seams(module, swap, layer)
+        for seam in _seams(module, swap, layer, swaps)
     ]
     return Plan(layers, _checked(model, fusions, {layer.module: layer for layer in layers}), unusable)
 
@@ -124,7 +120,11 @@ def _layer(
     """None: nothing is to be said about it."""
     kind = original_type(module)
     if swap is None:
-        if origin(module) is None and isinstance(module, NORMS_AND_DROPOUTS) and not _is_ours(kind):
+        if (
+            origin(module) is None
+            and isinstance(module, (*NORMS, nn.modules.dropout._DropoutNd))
+            and not _is_ours(kind)
+        ):
             return Layer(name, module, kind, None, _unknown(module, kind))
         return None
     if swap.block and not fuse and origin(module) is None:
@@ -157,22 +157,22 @@ def _unknown(module: nn.Module, kind: type[nn.Module]) -> str:
 # --- seams ------------------------------------------------------------------------------------------------
 
 
-def _seams(module: nn.Module, swap: Swap | None, layer: Layer | None) -> list[Seam]:
+def _seams(module: nn.Module, swap: Swap | None, layer: Layer | None, swaps: Swaps) -> list[Seam]:
     if swap is not None:
         if layer is not None and layer.why_not is not None:
             seam = Seam("block", (), layer.why_not)
             return [seam] if swap.block else []
         return swap.seams(module)
-    return _in_sequence(module) if is_sequence(module) else []
+    return _in_sequence(module, swaps) if is_sequence(module) else []
 
 
-def _in_sequence(module: nn.Module) -> list[Seam]:
+def _in_sequence(module: nn.Module, swaps: Swaps) -> list[Seam]:
     """Norms with an activation behind them, and activations with a dropout behind them."""
     found = []
     children = list(module.named_children())
     taken: set[str] = set()
     for (name, first), (next_name, second) in pairwise(children):
-        if is_norm(first) and is_activation(second):
+        if _is_norm(first, swaps) and is_activation(second):
             found.append(Seam("norm -> activation", (name, next_name), absorbs=(name, next_name)))
             taken.add(next_name)
         elif is_activation(first) and name not in taken and isinstance(second, nn.Dropout) and second.p > 0:
@@ -180,8 +180,10 @@ def _in_sequence(module: nn.Module) -> list[Seam]:
     return found
 
 
-def is_norm(module: nn.Module) -> bool:
-    return isinstance(module, (*NORMS_AND_DROPOUTS[:-1], FusedNorm))
+def _is_norm(module: nn.Module, swaps: Swaps) -> bool:
+    swap = swaps.get(original_type(module))
+    ours = type(module) if swap is None or swap.ours is None else swap.ours
+    return issubclass(ours, (FusedNorm, *NORMS))
 
 
 def _checked(model: nn.Module, fusions: list[Fusion], layers: dict[nn.Module, Layer]) -> list[Fusion]:
