@@ -408,3 +408,106 @@ def test_modes_and_forms_without_a_kernel_stay(aten):
         "scale_by_keep=False",
         "timm's fast norm is switched on",
     ]
+
+
+@pytest.mark.parametrize("library", ["torchvision", "timm"])
+def test_a_hook_that_comes_later_changes_no_result(library, aten):
+    """The norm in front of an addition has the activation behind it, and cannot be called without the sum."""
+    plain, x = MODELS[f"{library} resnet18"][0]()
+    model = fastreg.convert(copy.deepcopy(plain))
+    for one in (plain, model):
+        for module in one.modules():
+            if isinstance(module, (nn.BatchNorm2d, nn.ReLU)):
+                module.register_forward_hook(lambda *_: None)
+    wanted, given = everything(plain, x), everything(model, x)
+    assert [name for name in wanted if not torch.equal(given[name], wanted[name])] == []
+
+
+def test_norms_with_an_activation_of_their_own(aten):
+    """Made ours by the user, with an activation: the block adds behind that."""
+    from fastreg import nn as fnn
+
+    def norm(channels):
+        return fnn.BatchNorm2d(channels, activation="tanh")
+
+    for place in ("torchvision.models.resnet.BasicBlock", "torchvision.models.mobilenetv2.InvertedResidual"):
+        more = {"expand_ratio": 2, "stride": 1} if "mobile" in place else {}
+        plain = block(place, 8, 8, norm_layer=norm, **more)
+        x = torch.randn(2, 8, 4, 4)
+        with torch.no_grad():  # the block adds in place, which tanh does not allow
+            wanted = output(copy.deepcopy(plain), x)
+            assert torch.equal(output(fastreg.convert(plain), x), wanted)
+
+
+# --- statistics and folding -------------------------------------------------------------------------------
+
+FOLDED = {  # and how many stay as an affine map, behind no convolution or behind one with more than one reader
+    "torchvision resnet18": 0,
+    "torchvision efficientnet_b0": 0,
+    "torchvision mobilenet_v3_small": 0,
+    "torchvision densenet121": 62,
+    "timm resnet18": 0,
+    "timm efficientnet_b0": 0,
+    "timm mobilenetv3": 0,
+}
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_statistics_and_folding(name, aten):
+    plain, x = MODELS[name][0]()
+    model = fastreg.convert(copy.deepcopy(plain))
+    batches = [x, images(64, 3)]
+    for one in (plain, model):
+        fastreg.update_bn(one, batches)
+    assert all(map(torch.equal, model.buffers(), plain.buffers()))
+    for module in model.modules():  # trained ones are not that even
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, 0, 0.1)
+    model.eval().double()  # untrained networks are chaotic: roundings grow to percents
+    folded = fastreg.fold_batch_norm(model)
+    names = [type(module).__name__ for module in folded.modules()]
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert names.count("ChannelAffine") == FOLDED[name]
+    wanted = output(model, x.double())
+    assert_close(output(folded, x.double()), wanted, atol=1e-6 * wanted.abs().max().item(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["torchvision vit", "timm swin", "transformers bert"])
+def test_monte_carlo_dropout(name, aten):
+    plain, x = MODELS[name][0]()
+    model = fastreg.convert(copy.deepcopy(plain))
+    found = []
+    for one in (plain, model):
+        with fastreg.mc_dropout(one), torch.no_grad():
+            found.append(output(one, x))
+    if name == "timm swin":  # its own class of stochastic depth is known to us once it is converted
+        assert not torch.equal(found[1], output(model.eval(), x))
+    else:
+        assert torch.equal(*found)
+
+
+# --- compiled ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torchvision resnet18",
+        "torchvision swin_t",
+        "timm efficientnet_b0",
+        "timm vit_tiny",
+        "transformers bert",
+    ],
+)
+def test_compiled_blocks_are_one_graph(name, aten):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    model, x = MODELS[name][0]()
+    fastreg.convert(model).eval()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(output(compiled, x), output(model, x))
+    assert counter.frame_count == 1

@@ -118,7 +118,7 @@ def test_quantizations_fusion_refuses_and_works_after_revert():
     model[0][2] = converted[0][2] = nn.ReLU()
     converted = fastreg.convert(fastreg.revert(converted))
     model.eval(), converted.eval()
-    with pytest.raises((NotImplementedError, AssertionError), match="(?i)cannot fuse modules|fuser method"):
+    with pytest.raises((NotImplementedError, AssertionError), match=r"(?i)cannot fuse modules|fuser method"):
         fuse_modules(converted, names)
     fused = fuse_modules(fastreg.revert(converted), names)
     assert_close(fused(images()), model(images()))
@@ -166,7 +166,7 @@ def test_export():
 def test_onnx(tmp_path):
     pytest.importorskip("onnx")
     pytest.importorskip("onnxscript")
-    model, converted = pair()
+    _, converted = pair()
     program = torch.onnx.export(converted.eval(), (images(),), dynamo=True)
     assert {node.op_type for node in program.model.graph} >= {"Conv", "LayerNormalization"}
 

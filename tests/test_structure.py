@@ -25,7 +25,7 @@ LOWER = {
     "penalties": {"optim", "ops"},
     "population": {"ops"},
     "folding": {"nn", "population", "ops"},
-    "blocks": {"functional", "nn", "ops"},
+    "blocks": {"functional", "nn", "folding", "ops"},
     "conversion": {"blocks", "nn", "optim"},
     "": {
         "functional",

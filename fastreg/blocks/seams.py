@@ -8,9 +8,12 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.modules import module as hooks
 
 from fastreg import functional as F
+from fastreg.blocks.activations import Absorbed
+from fastreg.folding import ChannelAffine, Folded
 from fastreg.nn import DropPath, LayerNorm
 from fastreg.nn.fused import FusedNorm
 
@@ -37,8 +40,9 @@ def idle(drop: nn.Module | None) -> bool:
     return False
 
 
-def takes_residual(norm: nn.Module) -> TypeGuard[FusedNorm]:
-    return isinstance(norm, FusedNorm) and not hooked(norm)
+def _adds(norm: nn.Module) -> TypeGuard[FusedNorm]:
+    """Whether it takes a residual: our norms, and what is left of one that was folded."""
+    return isinstance(norm, (FusedNorm, ChannelAffine, Folded))
 
 
 def _plain_layer_norm(norm: nn.Module) -> TypeGuard[LayerNorm]:
@@ -57,18 +61,19 @@ def add(drop: nn.Module | None, branch: Tensor, skip: Tensor) -> Tensor:
     return drop(branch) + skip
 
 
-def norm_add(norm: nn.Module, branch: Tensor, skip: Tensor) -> Tensor:
-    """norm(branch) + skip, and what activation ``norm`` has of that, in the dtype of ``branch``."""
-    if takes_residual(norm):
-        return norm(branch, residual=skip).to(branch.dtype)
-    branch = norm(branch)
-    branch += skip
-    return branch
+def norm_add_act(norm: nn.Module, act: nn.Module, branch: Tensor, skip: Tensor) -> Tensor:
+    """act(norm(branch) + skip), in the dtype of ``branch``."""
+    if _adds(norm) and (isinstance(act, Absorbed) if norm.activation else not hooked(norm)):
+        y = norm(branch, residual=skip)
+        return act(y if isinstance(y, Proxy) else y.to(branch.dtype))
+    y = norm(branch)
+    y += skip
+    return act(y)
 
 
 def norm_drop_add(norm: nn.Module, drop: nn.Module | None, branch: Tensor, skip: Tensor) -> Tensor:
     """skip + drop(norm(branch)): one pass where nothing is dropped, else the addition in the pass of ``drop``."""
-    if idle(drop) and not hooked(drop) and takes_residual(norm):
+    if idle(drop) and _adds(norm) and norm.activation is None and not hooked(drop, norm):
         return norm(branch, residual=skip)
     return add(drop, norm(branch), skip)
 
@@ -161,7 +166,7 @@ def sequence_add(layers: nn.Module, drop: nn.Module | None, x: Tensor, skip: Ten
     branch, last = _until_last(layers, x)
     if last is None:
         return add(drop, branch, skip)
-    if isinstance(last, FusedNorm):
+    if _adds(last):
         return norm_drop_add(last, drop, branch, skip)
     if isinstance(last, nn.Dropout) and idle(drop) and not hooked(drop):
         return add(last, branch, skip)

@@ -78,6 +78,10 @@ class _NormAct(FusedNorm):
     drop: nn.Module
     act: nn.Module
 
+    def applies_all(self) -> bool:
+        applied = self.activation is not None or type(self.act) is nn.Identity
+        return applied and type(self.drop) is nn.Identity and not seams.hooked(self.act, self.drop)
+
     def forward(self, x: Tensor, *, residual: Tensor | None = None) -> Tensor:
         """activation(norm(x) + residual)."""
         if self.activation is None:
@@ -149,7 +153,7 @@ class Bottleneck(resnet.Bottleneck):
 
 def _resnet_end(block: Any, norm: nn.Module, branch: Tensor, skip: Tensor, act: nn.Module) -> Tensor:
     if block.se is None and block.drop_path is None:
-        return act(seams.norm_add(norm, branch, skip))
+        return seams.norm_add_act(norm, act, branch, skip)
     branch = norm(branch)
     if block.se is not None:
         branch = block.se(branch)

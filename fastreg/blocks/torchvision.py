@@ -74,7 +74,7 @@ class BasicBlock(resnet.BasicBlock):
     def forward(self, x: Tensor) -> Tensor:
         skip = x if self.downsample is None else self.downsample(x)
         branch = self.relu(self.bn1(self.conv1(x)))
-        return self.relu(seams.norm_add(self.bn2, self.conv2(branch), skip))
+        return seams.norm_add_act(self.bn2, self.relu, self.conv2(branch), skip)
 
 
 class Bottleneck(resnet.Bottleneck):
@@ -82,7 +82,7 @@ class Bottleneck(resnet.Bottleneck):
         skip = x if self.downsample is None else self.downsample(x)
         branch = self.relu(self.bn1(self.conv1(x)))
         branch = self.relu(self.bn2(self.conv2(branch)))
-        return self.relu(seams.norm_add(self.bn3, self.conv3(branch), skip))
+        return seams.norm_add_act(self.bn3, self.relu, self.conv3(branch), skip)
 
 
 def _residual(*norms: str) -> list[Seam]:
