@@ -32,6 +32,8 @@ ACTIVATIONS = {
     "elu": nn.ELU,
     "mish": nn.Mish,
     "hardswish": nn.Hardswish,
+    "relu6": nn.ReLU6,
+    "hardsigmoid": nn.Hardsigmoid,
 }
 
 LAYERS = {
@@ -393,7 +395,11 @@ def test_no_library_is_imported():
 # --- fusion in sequences ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", F.ACTIVATIONS)
+def test_all_activations_that_torch_has_as_a_module_are_known():
+    assert {*F.ACTIVATIONS} - {*ACTIVATIONS} == {"quick_gelu"}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
 def test_a_norm_takes_the_activation_behind_it(name, aten):
     model = nn.Sequential(nn.BatchNorm1d(6), ACTIVATIONS[name]())
     x = torch.randn(5, 6)

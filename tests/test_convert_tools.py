@@ -442,7 +442,7 @@ def test_the_command_explains_a_function_of_a_file(tmp_path):
 
 @pytest.mark.parametrize("spec", ["timm/resnet18", "torchvision/resnet18"])
 def test_the_command_knows_the_models_of_libraries(spec):
-    library, _, name = spec.partition("/")
+    library, _, _ = spec.partition("/")
     pytest.importorskip(library)
     code, text = run(spec)
     assert (code, "28 of 28 layers are converted, 17 of 17 seams fused" in text) == (0, True)

@@ -18,6 +18,8 @@ _NAMES: dict[type[nn.Module], Callable[[Any], str | None]] = {
     nn.ELU: lambda m: "elu" if m.alpha == 1.0 else None,
     nn.Mish: lambda m: "mish",
     nn.Hardswish: lambda m: "hardswish",
+    nn.ReLU6: lambda m: "relu6",
+    nn.Hardsigmoid: lambda m: "hardsigmoid",
 }
 
 

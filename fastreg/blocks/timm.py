@@ -23,6 +23,8 @@ register(
         activations.Swish: lambda m: "silu",
         activations.Mish: lambda m: "mish",
         activations.HardSwish: lambda m: "hardswish",
+        activations.HardSigmoid: lambda m: "hardsigmoid",
+        activations.QuickGELU: lambda m: "quick_gelu",
         activations.Sigmoid: lambda m: "sigmoid",
         activations.Tanh: lambda m: "tanh",
     }

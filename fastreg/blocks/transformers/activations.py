@@ -12,6 +12,7 @@ register(
         activations.NewGELUActivation: lambda m: "gelu_tanh",
         activations.FastGELUActivation: lambda m: "gelu_tanh",
         activations.GELUTanh: lambda m: "gelu_tanh",
+        activations.QuickGELUActivation: lambda m: "quick_gelu",
         activations.SiLUActivation: lambda m: "silu",
         activations.MishActivation: lambda m: "mish",
     }
