@@ -13,7 +13,10 @@ COMMANDS = {
         "fastreg.conversion.command:convert",
         "Show what becomes of a model's layers, and what is left and why.",
     ),
-    "bench": ("fastreg.bench.__main__:app", "Benchmarks: run, steps, host, pieces, report, check, list."),
+    "bench": (
+        "fastreg.bench.__main__:app",
+        "Benchmarks: run, steps, host, pieces, conversion, report, check, list.",
+    ),
     "inspect": (
         "fastreg.bench.inspect:inspect",
         "Read in the machine code how well the kernels are compiled.",

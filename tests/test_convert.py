@@ -573,3 +573,68 @@ def test_the_modes_are_those_from_before_an_example():
     fastreg.explain(model, images())
     assert [module.training for module in model.modules()] == modes
     assert torch.equal(model[1].running_mean, mean)
+
+
+# --- fusion in any code -----------------------------------------------------------------------------------
+
+
+class Own(nn.Module):
+    """Code of a user, with pairs that can be proved and pairs that cannot."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.norm, self.act, self.drop = nn.BatchNorm1d(6), nn.GELU(), nn.Dropout(0.3)
+        self.norm2, self.act2 = nn.LayerNorm(6), nn.ReLU()
+        self.norm3, self.act3 = nn.LayerNorm(6), nn.Tanh()
+        self.norm4, self.act4 = nn.LayerNorm(6), nn.SiLU()
+        self.act5, self.drop5 = nn.Mish(), nn.Dropout(0.3)
+
+    def forward(self, x):
+        x = self.drop(self.act(self.norm(self.linear(x))))
+        y = self.norm2(x)
+        x = y + self.act2(y)  # two readers
+        x = self.act3(self.norm3(self.act3(x)))  # called twice
+        x = self.norm4(x)
+        if not self.training:  # not in every mode
+            x = self.act4(x)
+        return self.drop5(self.act5(self.linear(x)))
+
+
+def test_a_trace_finds_pairs_in_any_code(aten):
+    model, x = Own(), torch.randn(5, 6)
+    wanted = everything(copy.deepcopy(model), x)
+    before = insides(model)
+    seams = fastreg.explain(model, fuse="trace").seams
+    after = insides(model)
+    assert [(kind, list(state)) for kind, state in after] == [(kind, list(state)) for kind, state in before]
+    assert [seam["parts"] for seam in seams if seam["fused"]] == [["norm", "act"], ["act5", "drop5"]]
+    assert fastreg.explain(model).seams == []
+    fastreg.convert(model, fuse="trace")
+    absorbed = {name for name, module in model.named_modules() if isinstance(module, Absorbed)}
+    assert absorbed == {"act", "act5"}
+    for found, value in zip(everything(model, x), wanted, strict=True):
+        assert_close(found, value, atol=1e-6, rtol=1e-6)
+    assert kinds(fastreg.revert(model)) == kinds(Own())
+
+
+def test_a_trace_takes_the_parts_of_what_cannot_be_traced(aten):
+    class Unclear(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.part = Own()
+
+        def forward(self, x):
+            return self.part(x) if x.sum() > 0 else -self.part(x)
+
+    model, x = Unclear(), torch.randn(5, 6)
+    wanted = everything(copy.deepcopy(model), x)
+    fastreg.convert(model, fuse="trace")
+    assert isinstance(model.part.act, Absorbed)
+    for found, value in zip(everything(model, x), wanted, strict=True):
+        assert_close(found, value, atol=1e-6, rtol=1e-6)
+
+
+def test_fuse_is_a_choice_of_three():
+    with pytest.raises(ValueError, match=r"""fuse has to be True, False or "trace", but got 'all'"""):
+        fastreg.convert(nn.LayerNorm(3), fuse="all")

@@ -511,3 +511,14 @@ def test_compiled_blocks_are_one_graph(name, aten):
     with torch.no_grad():
         assert torch.equal(output(compiled, x), output(model, x))
     assert counter.frame_count == 1
+
+
+def test_a_trace_finds_what_the_files_of_libraries_do_not_know(aten):
+    """Of MONAI, and of a block of torchvision whose file says nothing of it."""
+    model, x = torchvision("shufflenet_v2_x0_5")
+    wanted = everything(copy.deepcopy(model), x)
+    before = sum(seam["fused"] for seam in fastreg.explain(model).seams)
+    found = sum(seam["fused"] for seam in fastreg.explain(model, fuse="trace").seams)
+    assert found >= before > 0
+    given = everything(fastreg.convert(model, fuse="trace"), x)
+    assert [name for name in wanted if not torch.equal(given[name], wanted[name])] == []

@@ -46,6 +46,7 @@ LOWER = {
         "optim",
         "averages",
         "penalties",
+        "conversion",
         "random",
         "ops",
         "kernels",

@@ -12,7 +12,7 @@ from fastreg.conversion.plan import Filter, Fusion, plan
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def convert(model: Model, *, fuse: bool = True, filter: Filter | None = None) -> Model:
+def convert(model: Model, *, fuse: bool | str = True, filter: Filter | None = None) -> Model:
     """Puts the layers of ``model`` onto fastreg's, in place, and fuses them with what stands around them.
 
         model = fastreg.convert(timm.create_model("resnet50"))
@@ -31,13 +31,16 @@ def convert(model: Model, *, fuse: bool = True, filter: Filter | None = None) ->
     Args:
         model: not compiled, sharded by FSDP, or scripted yet. Parts of it that are stay as they are.
         fuse: fuse activations, additions and dropout with the layers before or behind them, in ``nn.Sequential`` and
-            in the blocks of the libraries. False: change classes of layers alone.
+            in the blocks of the libraries. False: change classes of layers alone. "trace": also norms with an
+            activation module behind them, and activations with a dropout behind them, wherever ``torch.fx`` can trace
+            the code between them.
         filter: ``filter(module, name)`` is False for a module that has to stay as it is.
 
     Returns: ``model``.
 
     Raises:
         TypeError: no module.
+        ValueError: another word for fuse.
         RuntimeError: the model is compiled, sharded or scripted. Nothing was changed.
     """
     found = plan(model, fuse, filter)
@@ -74,7 +77,9 @@ def _places(fusions: list[Fusion]) -> dict[nn.Module, tuple[tuple[nn.Module, str
     found: dict[nn.Module, tuple[tuple[nn.Module, str], ...]] = {}
     for fusion in fusions:
         if fusion.seam.absorbs is not None and fusion.into is not fusion.owner:
-            found[fusion.absorbed] = (*found.get(fusion.absorbed, ()), (fusion.owner, fusion.seam.absorbs[0]))
+            parent, _, child = fusion.seam.absorbs[0].rpartition(".")
+            place = (fusion.owner.get_submodule(parent), child)
+            found[fusion.absorbed] = (*found.get(fusion.absorbed, ()), place)
     return found
 
 

@@ -12,13 +12,12 @@ from fastreg.blocks.activations import activation_name, is_activation
 from fastreg.blocks.seams import hooked, is_sequence
 from fastreg.blocks.swap import Seam, Swap, origin, original_type
 from fastreg.conversion.obstacles import obstacle, obstacle_of_all
+from fastreg.conversion.trace import NORMS, traced_seams
 from fastreg.nn.fused import FusedNorm
 
 Filter = Callable[[nn.Module, str], bool]
 
 Swaps = dict[type[nn.Module], Swap]
-
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 
 
 class Layer(NamedTuple):
@@ -70,10 +69,12 @@ class Plan(NamedTuple):
     unusable: dict[str, str]  # libraries, and why their blocks are not known
 
 
-def plan(model: nn.Module, fuse: bool = True, filter: Filter | None = None) -> Plan:
+def plan(model: nn.Module, fuse: bool | str = True, filter: Filter | None = None) -> Plan:
     """Raises: TypeError, RuntimeError: ``model`` itself cannot be converted."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a module, but got a {type(model).__name__}")
+    if not (isinstance(fuse, bool) or fuse == "trace"):
+        raise ValueError(f'fuse has to be True, False or "trace", but got {fuse!r}')
     reason = obstacle_of_all(model)
     if reason is not None:
         raise RuntimeError(f"the model cannot be converted, for it is {reason}")
@@ -94,6 +95,8 @@ def plan(model: nn.Module, fuse: bool = True, filter: Filter | None = None) -> P
         for name, module, swap, layer in searched
         for seam in _seams(module, swap, layer, swaps)
     ]
+    if fuse == "trace":
+        fusions += _traced(model, fusions)
     return Plan(layers, _checked(model, fusions, {layer.module: layer for layer in layers}), unusable)
 
 
@@ -115,7 +118,7 @@ def _walk(model: nn.Module) -> Iterator[tuple[str, nn.Module, str | None]]:
 
 
 def _layer(
-    name: str, module: nn.Module, swap: Swap | None, fuse: bool, filter: Filter | None
+    name: str, module: nn.Module, swap: Swap | None, fuse: bool | str, filter: Filter | None
 ) -> Layer | None:
     """None: nothing is to be said about it."""
     kind = original_type(module)
@@ -178,6 +181,13 @@ def _in_sequence(module: nn.Module, swaps: Swaps) -> list[Seam]:
         elif is_activation(first) and name not in taken and isinstance(second, nn.Dropout) and second.p > 0:
             found.append(Seam("activation -> dropout", (name, next_name), absorbs=(next_name, name)))
     return found
+
+
+def _traced(model: nn.Module, known: list[Fusion]) -> list[Fusion]:
+    """Seams that torch.fx finds and that are not known yet."""
+    taken = {layer for fusion in known if fusion.seam.absorbs for layer in (fusion.into, fusion.absorbed)}
+    found = [Fusion(name, module, seam) for name, module, seam in traced_seams(model)]
+    return [fusion for fusion in found if not {fusion.into, fusion.absorbed} & taken]
 
 
 def _is_norm(module: nn.Module, swaps: Swaps) -> bool:

@@ -107,7 +107,7 @@ class Explanation:
 
 
 def explain(
-    model: nn.Module, example: Any = None, *, fuse: bool = True, filter: Filter | None = None
+    model: nn.Module, example: Any = None, *, fuse: bool | str = True, filter: Filter | None = None
 ) -> Explanation:
     """What :func:`fastreg.convert` would do to ``model``, or has done, and what it leaves and why.
 
