@@ -30,7 +30,19 @@ LOWER = {
     "penalties": {"optim", "ops"},
     "population": {"ops"},
     "folding": {"nn", "population", "ops"},
-    "": {"functional", "nn", "optim", "averages", "penalties", "population", "folding", "random"},
+    "blocks": {"functional", "nn", "folding", "ops"},
+    "conversion": {"blocks", "nn", "optim"},
+    "": {
+        "functional",
+        "nn",
+        "optim",
+        "averages",
+        "penalties",
+        "population",
+        "folding",
+        "conversion",
+        "random",
+    },
     "training": {"", "nn", "optim"},
     "bench": {
         "",
@@ -39,13 +51,14 @@ LOWER = {
         "optim",
         "averages",
         "penalties",
+        "conversion",
         "random",
         "ops",
         "kernels",
         "training",
     },
     "doctor": {"", "bench", "ops"},
-    "cli": {"", "training", "bench", "doctor"},
+    "cli": {"", "training", "conversion", "bench", "doctor"},
 }
 
 # Families that are no layers, and where they are.
