@@ -29,7 +29,9 @@ def near(
     terms. moves: how far the expected values move when their inputs do by one rounding."""
     largest = max(1.0, expected.abs().nan_to_num(0, 0, 0).max().item() if expected.numel() else 0.0)
     actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * largest + 16 * moves, equal_nan=equal_nan)
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=tolerance * largest + 16 * moves, equal_nan=equal_nan
+    )
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
