@@ -26,6 +26,7 @@ from . import FAMILIES
 from .cases import Case
 from .check import TOTAL
 from .check import check as check_all
+from .conversion import run as compare_models
 from .harness import (
     CPU_QUICK_SIZES,
     CPU_SIZES,
@@ -51,7 +52,7 @@ from .steps import run as time_steps
 # Results belong to the checkout; an installed package writes none into itself.
 RESULTS = REPOSITORY / "bench/results" if (REPOSITORY / "pyproject.toml").exists() else Path("bench-results")
 app = typer.Typer(
-    help="Benchmarks: run, steps, host, pieces, lesson, report, check, list.",
+    help="Benchmarks: run, steps, host, pieces, lesson, conversion, report, check, list.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -266,6 +267,17 @@ def pieces(
         ours, theirs = row["ours_ms"], row["torch_ms"]
         times = f"{ours:.3f} ms, torch {theirs:.3f} ms, ratio {ours / theirs:.2f}"
         console.print(f"{row['case']}, {row['tensors']}:  {times}", markup=False)
+    console.print(f"wrote {out}", markup=False)
+
+
+@app.command()
+def conversion(
+    out: Annotated[Path, typer.Option(help="The result file.")] = RESULTS / "conversion.json",
+    models: Annotated[list[str] | None, typer.Option(help="Only models with this in their name.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 3,
+) -> None:
+    """Convert models of torchvision, timm, transformers, MONAI and SMP, and compare them with what they were."""
+    compare_models(out, models or [], repeats, lambda line: console.print(line, markup=False))
     console.print(f"wrote {out}", markup=False)
 
 

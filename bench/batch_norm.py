@@ -181,15 +181,16 @@ def variants(
         if name == "statistics" and form_name:
             continue  # the same as without
         if name in accesses:
-            tiles = seen.segments * math.ceil(seen.along / launch.arguments["ALONG"])
+            tiles = seen.segments * math.ceil(seen.along / launch.arguments["tile"].along)
             trips = tiles / launch.arguments.get("splits", 1)
-            parts = launch.arguments.get("PARTS", 1)
+            kept = launch.arguments.get("plan")
+            parts = 1 if kept is None else kept.parts
             trips = {
                 "statistics": trips - 1,  # the first tile is ahead of the loop
                 "whole_forward": [max(trips - 1, 0)] * parts + [trips] * parts,
                 "whole_backward": [trips] * (2 * parts),
             }.get(name, trips)
-            if launch.arguments.get("TILES"):
+            if kept is not None and kept.tiles:
                 trips = ()  # in registers: no loops
             yield Kernel.of(
                 f"{name} {name_of_form}",

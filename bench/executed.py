@@ -40,15 +40,13 @@ def execute(kernel: Kernel, cc: int) -> Executed:
     from .machine import Launch, Options, Program, Unknown
 
     launch, pointed_at = kernel.real() if kernel.real else (kernel.launch, [])
-    if launch is None or ("entries_ptr" in launch.arguments and not pointed_at):
+    if launch is None or ("entries_ptr" in launch.leaves and not pointed_at):
         raise InspectError(f"{kernel.name}: without its tables it cannot run")
     grid = (*launch.grid, 1, 1)[:3]
     moves = kernel.elements * kernel.bytes_per_element
     if moves > LARGEST:
         raise InspectError(f"{kernel.name}: {moves:.2g} bytes a program are too many to execute")
-    tensors = {
-        name: _real(value) for name, value in launch.arguments.items() if isinstance(value, torch.Tensor)
-    }
+    tensors = {name: _real(value) for name, value in launch.leaves.items() if isinstance(value, torch.Tensor)}
     memory = [*tensors.items(), *((f"table -> {tuple(x.shape)} {x.dtype}", x) for x in pointed_at)]
     if sum(x.nbytes for _, x in memory) > MEMORY:
         raise InspectError(f"{kernel.name}: its tensors are too large to execute")
@@ -62,7 +60,7 @@ def execute(kernel: Kernel, cc: int) -> Executed:
         program,
         grid,
         32 * kernel.num_warps,
-        _parameters(kernel, launch.arguments | tensors),
+        _parameters(kernel, launch.leaves | tensors),
         [_region(name, x) for name, x in memory],
         binary.metadata.shared,
         Options(ordered=False, counting=True, programs=numbers),

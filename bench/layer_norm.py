@@ -230,18 +230,18 @@ def variants(
 
 def kernel(label, launch, x, bytes_per_element, **show) -> Kernel:
     name = launch.kernel.__name__
-    arguments = launch.arguments
+    plan = launch.arguments["plan"]
     trips = ()
     if name.endswith("_long"):
-        chunks = -(-x.shape[1] // arguments["BLOCK_COLUMNS"])
+        chunks = -(-x.shape[1] // plan.columns)
         trips = [chunks, chunks]
     elif name.startswith("backward"):
-        trips = x.shape[0] / arguments["BLOCK_ROWS"] / launch.grid[-1]
+        trips = x.shape[0] / plan.rows / launch.grid[-1]
     return Kernel.of(
         f"{name} {label}",
         launch,
         x.numel(),
-        bytes_per_element + bytes_of(launch, "statistics_ptr", "dweight_ptr", "dbias_ptr") / x.numel(),
+        bytes_per_element + bytes_of(launch, "tensors.statistics", "sums.dweight", "sums.dbias") / x.numel(),
         trips=trips,
         budget=budget_of(launch, x),
         **show,
@@ -260,13 +260,12 @@ def summing(dtype) -> Kernel:
 def budget_of(launch, x) -> Budget:
     """Memory sets the time. Shared memory holds the rows that are on their way (backward), tiles of several rows that
     change hands between the threads (forward, sm_80) and sums across warps."""
-    arguments = launch.arguments
-    narrow = 8 if arguments["VECTOR"] * x.element_size() == 16 else 10000  # the statistics of the rows
-    rows = arguments.get("BLOCK_ROWS", 1)
-    block = rows * arguments["BLOCK_COLUMNS"]
-    moved = 16 if "backward" in launch.kernel.__name__ else 4 if rows > 1 else 0
+    plan = launch.arguments["plan"]
+    narrow = 8 if plan.vector * x.element_size() == 16 else 10000  # the statistics of the rows
+    block = plan.rows * plan.columns
+    moved = 16 if "backward" in launch.kernel.__name__ else 4 if plan.rows > 1 else 0
     h100, b200 = 1.0, 1.0
-    if x.element_size() == 2 and not arguments["EVEN_COLUMNS"]:
+    if x.element_size() == 2 and not plan.even_columns:
         # A B200 reads an element of bf16 in the time of 10 instructions: too little for the lanes beside a row that is
         # no power of 2, and for accesses of single elements where no vector divides it (nor are these in pairs, of
         # which two instructions make fp32).

@@ -8,14 +8,14 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
 from math import prod
 from typing import Any, NamedTuple
 
-from fastreg.ops.backend import OPTIONS
+from fastreg.ops.backend import OPTIONS, leaves
 
 
 class InspectError(Exception):
@@ -59,7 +59,8 @@ class Kernel:
     function: Any  # a @triton.jit function
     elements: float  # how many elements one program processes
     bytes_per_element: float  # read + written in device memory: what the memory bound is computed from
-    # The types of runtime arguments, as Triton writes them ("*bf16", "i64"); not needed where annotated.
+    # The types of runtime arguments, as Triton writes them ("*bf16", "i64"); not needed where annotated. An argument
+    # that is a struct has one for each of its fields: "tensors.x".
     arguments: Mapping[str, str] = field(default_factory=dict)
     # Constexprs, and the runtime arguments that are None or 1, which Triton also makes constants.
     constants: Mapping[str, Any] = field(default_factory=dict)
@@ -86,15 +87,18 @@ class Kernel:
         """
         parameters = _parameters(launch.kernel)
         arguments, constants, divisible = {}, {}, []
-        for key, value in launch.arguments.items():
-            if key in ("num_warps", "num_stages", "maxnreg"):
-                rest[key] = value
-            elif hasattr(value, "dtype"):
+        settings = {"num_warps", "num_stages", "maxnreg"} & set(launch.arguments)
+        rest |= {key: launch.arguments[key] for key in settings}
+        whole = {key: v for key, v in launch.arguments.items() if key not in settings}
+        constants |= {key: whole.pop(key) for key in list(whole) if parameters[key].is_constexpr}
+        for key, value in leaves(whole):
+            parameter = parameters[key.partition(".")[0]]
+            if hasattr(value, "dtype"):
                 arguments[key] = _POINTERS[str(value.dtype).removeprefix("torch.")]
-            elif parameters[key].is_constexpr or value is None:
+            elif value is None:
                 constants[key] = value
-            elif not parameters[key].annotation_type:
-                if value == 1 and not parameters[key].do_not_specialize:
+            elif not parameter.annotation_type:
+                if value == 1 and not parameter.do_not_specialize:
                     constants[key] = 1
                 else:
                     arguments[key] = "i32" if value < 1 << 31 else "i64"
@@ -114,7 +118,7 @@ class Kernel:
 
 def bytes_of(launch: Any, *names: str) -> int:
     """The bytes of these tensors of a launch, where it has them: partial sums, written once."""
-    found = (launch.arguments.get(name) for name in names)
+    found = (launch.leaves.get(name) for name in names)
     return sum(x.numel() * x.element_size() for x in found if x is not None)
 
 
@@ -187,41 +191,64 @@ def compile_for(kernel: Kernel, cc: int) -> Compiled:
 
 
 def signature_of(kernel: Kernel) -> dict[str, str]:
-    """The types of the kernel's arguments, "constexpr" of constants."""
-    return _specialization(kernel)["signature"]
+    """The types of the kernel's arguments, those in structs by dotted names; "constexpr" of constants."""
+    return dict(leaves(_specialization(kernel)["signature"]))
 
 
 def _specialization(kernel: Kernel) -> dict[str, Any]:
     """What the launcher would pass to the compiler: types, constants, and which arguments divide by 16."""
     function = _jit_function(kernel.function, kernel.name)
     parameters = _parameters(function)
+    places = dict(_places(parameters))
     named = {*kernel.arguments, *kernel.constants, *kernel.divisible_by_16}
-    if unknown := sorted(named - set(parameters)):
+    if unknown := sorted(named - set(places)):
         raise InspectError(f"{kernel.name}: the kernel has no argument {', '.join(unknown)}")
 
     def type_of(name: str) -> str:
-        if name in kernel.constants or parameters[name].is_constexpr:
+        parameter = parameters[name.partition(".")[0]]
+        if name in kernel.constants or parameter.is_constexpr:
             return "constexpr"
-        return kernel.arguments.get(name) or parameters[name].annotation_type
+        return kernel.arguments.get(name) or parameter.annotation_type
 
-    signature = {name: type_of(name) for name in parameters}
-    constexprs = [name for name, type_ in signature.items() if type_ == "constexpr"]
-    untyped = [name for name, type_ in signature.items() if not type_]
+    types = {name: type_of(name) for name in places}
+    constexprs = [name for name, type_ in types.items() if type_ == "constexpr"]
+    untyped = [name for name, type_ in types.items() if not type_]
     if missing := untyped + [name for name in constexprs if name not in kernel.constants]:
         raise InspectError(f"{kernel.name}: declare the type or value of {', '.join(missing)}")
 
     def divides(name: str) -> bool:
-        parameter = parameters[name]
+        parameter = parameters[name.partition(".")[0]]
         if parameter.do_not_specialize or parameter.do_not_specialize_on_alignment:
             return False  # the launcher does not tell the compiler either
-        return signature[name].startswith("*") or name in kernel.divisible_by_16
+        return types[name].startswith("*") or name in kernel.divisible_by_16
 
+    signature: dict[str, Any] = dict.fromkeys(parameters)
+    for name, parameter in parameters.items():
+        struct = _struct(parameter)
+        signature[name] = (
+            struct(*(types[f"{name}.{field}"] for field in struct._fields)) if struct else types[name]
+        )
     return {
         "fn": function,
         "signature": signature,
-        "constexprs": {name: kernel.constants[name] for name in constexprs},
-        "attrs": {(i,): [["tt.divisibility", 16]] for i, name in enumerate(signature) if divides(name)},
+        "constexprs": {places[name]: kernel.constants[name] for name in constexprs},
+        "attrs": {place: [["tt.divisibility", 16]] for name, place in places.items() if divides(name)},
     }
+
+
+def _struct(parameter: Any) -> Any:
+    """The named tuple that a kernel takes there at run time, or None."""
+    annotation = parameter._param.annotation
+    return annotation if hasattr(annotation, "_fields") else None
+
+
+def _places(parameters: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names of leaves, and where the compiler finds them."""
+    for i, (name, parameter) in enumerate(parameters.items()):
+        if struct := _struct(parameter):
+            yield from ((f"{name}.{field}", (i, k)) for k, field in enumerate(struct._fields))
+        else:
+            yield name, (i,)
 
 
 def _parameters(function: Any) -> dict[str, Any]:

@@ -15,6 +15,7 @@ __version__ = "0.2.0"
 if TYPE_CHECKING:
     from fastreg import functional, nn, optim, penalties, random
     from fastreg.averages import BestWeights, ExponentialMovingAverage
+    from fastreg.conversion import convert, convert_optimizer, explain, revert
     from fastreg.folding import fold_batch_norm
     from fastreg.nn.dropout import mc_dropout
     from fastreg.population import update_bn
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 __all__ = [
     "BestWeights",
     "ExponentialMovingAverage",
+    "convert",
+    "convert_optimizer",
+    "explain",
     "fold_batch_norm",
     "functional",
     "mc_dropout",
@@ -29,14 +33,19 @@ __all__ = [
     "optim",
     "penalties",
     "random",
+    "revert",
     "update_bn",
 ]
 
 _DEFINED_IN = {
     "BestWeights": "averages",
     "ExponentialMovingAverage": "averages",
+    "convert": "conversion",
+    "convert_optimizer": "conversion",
+    "explain": "conversion",
     "fold_batch_norm": "folding",
     "mc_dropout": "nn.dropout",
+    "revert": "conversion",
     "update_bn": "population",
 }
 

@@ -1,4 +1,4 @@
-"""``fastreg train | bench | inspect | doctor``: each command is defined by the package that does the work."""
+"""``fastreg train | convert | bench | inspect | doctor``: each command is defined by the package that does the work."""
 
 import sys
 from importlib import import_module
@@ -9,9 +9,13 @@ COMMANDS = {
         "fastreg.training.command:train",
         "Train on images with and without regularization, and compare.",
     ),
+    "convert": (
+        "fastreg.conversion.command:convert",
+        "Show what becomes of a model's layers, and what is left and why.",
+    ),
     "bench": (
         "fastreg.bench.__main__:app",
-        "Benchmarks: run, steps, host, pieces, lesson, report, check, list.",
+        "Benchmarks: run, steps, host, pieces, lesson, conversion, report, check, list.",
     ),
     "inspect": (
         "fastreg.bench.inspect:inspect",

@@ -279,8 +279,16 @@ _CONVOLUTIONS = {
     nn.ConvTranspose3d: 5,
 }
 
-# Subclasses with a forward of their own may do anything.
+# Subclasses with a forward of their own may do anything, unless they say what.
 _FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward, BatchNorm1d.forward)
+
+
+def _is_known(norm: _BatchNorm) -> bool:
+    """Whether it computes activation(norm(input) + residual), and nothing more."""
+    if type(norm).forward in _FORWARDS:
+        return True
+    # Our subclasses say so themselves; a class of the user may do more.
+    return isinstance(norm, FusedNorm) and type(norm).__module__.startswith("fastreg.") and norm.applies_all()
 
 
 class _Replacement(NamedTuple):
@@ -349,12 +357,7 @@ def _plan(
     plan = defaultdict(list)
     for norm in [module for module in calls if isinstance(module, _BatchNorm)]:
         nodes = calls[norm]
-        if (
-            not is_own(norm)
-            or type(norm).forward not in _FORWARDS
-            or norm.running_mean is None
-            or norm.running_var is None
-        ):
+        if not is_own(norm) or not _is_known(norm) or norm.running_mean is None or norm.running_var is None:
             continue
         (place,), (region,) = places[norm], caller[norm]
         activation = norm.activation if isinstance(norm, FusedNorm) else None
@@ -383,12 +386,15 @@ def _takes_up(layer: nn.Module | None) -> TypeGuard[_ConvNd | nn.Linear]:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Its tensors are ordinary ones, and nothing was attached to it."""
+    """Its tensors are ordinary ones, and nothing was attached to it.
+
+    Children are only those that a norm of another library keeps beside the activation it applies itself.
+    """
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
         "forward" not in vars(module)
         and not any(getattr(module, name) for name in hooks)
-        and not any(module.children())
+        and (not any(module.children()) or (isinstance(module, FusedNorm) and module.applies_all()))
         and all(type(tensor) is nn.Parameter and tensor.is_floating_point() for tensor in module.parameters())
         and all(type(tensor) is Tensor for tensor in module.buffers())
     )

@@ -2,8 +2,8 @@
 
 ``forward(v, NAME, STORED)`` is f(v); ``backward(g, v, NAME, STORED)`` is g f'(v), and under the name
 "tanh_of_output" and its like g f'(v) from f(v) in the place of v. ``v`` is fp32 (fp64 for fp64 tensors); parameters
-are torch's defaults (leaky_relu 0.01, elu 1). STORED is the dtype v was loaded from: terms far below its rounding are
-left out.
+are torch's defaults (leaky_relu 0.01, elu 1), and 1.702 for quick_gelu. STORED is the dtype v was loaded from: terms
+far below its rounding are left out.
 
 Cost: a bf16 forward that reads and writes one tensor has about 38 issue slots an element before arithmetic,
 not memory, sets its time, and dropout takes 13 of them; so each function is written for the fewest
@@ -29,6 +29,12 @@ def _exp(v):
 @triton.jit
 def _sigmoid(v):
     return reciprocal(add(exp2(mul(v, -LOG2_E)), 1.0))
+
+
+@triton.jit
+def _quick_gelu_gate(v):
+    """sigmoid(1.702 v)"""
+    return reciprocal(add(exp2(mul(v, -1.702 * LOG2_E)), 1.0))
 
 
 @triton.jit
@@ -153,6 +159,13 @@ def forward(v, NAME: tl.constexpr, STORED: tl.constexpr):
         return v * (n * r)
     elif NAME == "hardswish":
         return v * (tl.minimum(tl.maximum(v + 3.0, 0.0), 6.0) * 0.16666666666666666)
+    elif NAME == "relu6":
+        return tl.minimum(_relu(v), 6.0, propagate_nan=tl.PropagateNan.ALL)
+    elif NAME == "hardsigmoid":
+        w = tl.maximum(v + 3.0, 0.0, propagate_nan=tl.PropagateNan.ALL)
+        return tl.minimum(w, 6.0, propagate_nan=tl.PropagateNan.ALL) * 0.16666666666666666
+    elif NAME == "quick_gelu":
+        return mul(v, _quick_gelu_gate(v))
     else:
         tl.static_assert(NAME is None, "unknown activation")
         return v
@@ -193,6 +206,14 @@ def backward(g, v, NAME: tl.constexpr, STORED: tl.constexpr):
         return g * r * (n + w * (4.0 * (e * (e + 1.0)) * r))
     elif NAME == "hardswish":
         return tl.where(v <= -3.0, 0.0, tl.where(v >= 3.0, g, g * (v * 0.3333333333333333 + 0.5)))
+    elif NAME == "relu6" or NAME == "relu6_of_output":
+        return tl.where((v <= 0.0) | (v >= 6.0), 0.0, g)
+    elif NAME == "hardsigmoid":
+        return tl.where((v <= -3.0) | (v >= 3.0), 0.0, g * 0.16666666666666666)
+    elif NAME == "quick_gelu":
+        s = _quick_gelu_gate(v)
+        # s (1 + 1.702 v (1 - s)). 1.702 v may overflow, and s is 0 there.
+        return mul(g, fma(mul(s, 1.702), fma(negated(s), v, v), s))
     else:
         tl.static_assert(NAME is None, "unknown activation")
         return g

@@ -43,8 +43,9 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import INTERPRETED, bound, terms, tf32, upcast
+from .fastmath import INTERPRETED, bound, tf32, upcast
 from .philox import high_word, low_word, philox4x32
+from .ptxas import terms
 from .tiles import block_of_program, plus_product, weight_tile
 
 EXAMPLES = tl.constexpr(16)  # that a lane has bits for

@@ -29,8 +29,9 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import add, fma, mul, terms, total, upcast
+from .fastmath import add, fma, mul, total, upcast
 from .philox import lanes
+from .ptxas import terms
 
 # Numbers that change from call to call: a kernel of its own for those that divide by 16 would gain nothing.
 NOT_SPECIALIZED = ("seed_ptr", "seed", "offset", "threshold", "tail")
@@ -230,7 +231,7 @@ def _backward_tile(
         dx = activation.backward(dx.to(v.dtype), v, ACTIVATION, x.dtype)
     if MASK is not None:
         dx = tl.where(keep, dx, 0.0)  # behind the activation: a dropped NaN has no gradient
-    dx = terms(dx, _constant(scale, dx), 0 if BIAS == "columns" else 1, VECTOR, USED=True)
+    dx = terms(dx, _constant(scale, dx), 0 if BIAS == "columns" else 1, VECTOR, used=True)
     tl.store(dx_ptr + first + element, dx.to(dx_ptr.dtype.element_ty), mask=inside)
     return dx  # 0 outside the tensor, where dy was read as 0
 

@@ -34,8 +34,9 @@ import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import bound, sqrt, terms, upcast
+from .fastmath import bound, sqrt, upcast
 from .philox import row_normals, row_words
+from .ptxas import terms
 from .tiles import block_of_program, plus_product, weight_tile
 
 GAUSSIAN = tl.constexpr(0)

@@ -58,7 +58,7 @@ def cos(x):
 
 
 @tl.core.builtin
-def _comes_in(x, number, _semantic=None):
+def comes_in(x, number, _semantic=None):
     """Whether assembly can take the elements of ``x`` so many at a time."""
     return tl.constexpr(x.type.is_block() and x.numel.value % number.value == 0)
 
@@ -70,21 +70,15 @@ def _capability(_semantic=None):
 
 
 @tl.core.builtin
-def _in_pairs(x, _semantic=None):
-    """Whether there are operations on pairs of the elements of ``x``."""
-    fp32 = x.dtype == tl.float32 and x.type.is_block() and x.numel.value % 2 == 0
-    return tl.constexpr(fp32 and _capability(_semantic=_semantic).value >= 100)
+def has_capability(least, _semantic=None):
+    return tl.constexpr(_capability(_semantic=_semantic).value >= least.value)
 
 
 @tl.core.builtin
-def _several(x, axis, run, _semantic=None):
-    """Whether each thread has several elements of ``x`` along the axis: for want of more threads; or in the layout of
-    loads, where it has runs of so many neighbours."""
-    threads, shape = 32 * _semantic.builder.options.num_warps, x.type.shape
-    own = max(1, x.numel.value // threads)
-    run = min(run.value, own)
-    of_loads = run > 1 if axis.value == len(shape) - 1 else run > 0 and own // run > 1
-    return tl.constexpr(shape[axis.value] >= 2 * threads or of_loads)
+def in_pairs(x, _semantic=None):
+    """Whether there are operations on pairs of the elements of ``x``."""
+    fp32 = x.dtype == tl.float32 and x.type.is_block() and x.numel.value % 2 == 0
+    return tl.constexpr(fp32 and _capability(_semantic=_semantic).value >= 100)
 
 
 @tl.core.builtin
@@ -113,34 +107,11 @@ def upcast(x):
     """
     if x.dtype == tl.float64:
         return x
-    elif INTERPRETED or x.dtype != tl.bfloat16 or not _comes_in(x, 2):
+    elif INTERPRETED or x.dtype != tl.bfloat16 or not comes_in(x, 2):
         return x.to(tl.float32)
     else:
         unpack: tl.constexpr = "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;"
         return tl.inline_asm_elementwise(unpack, "=r,=r,r", [x], tl.float32, True, 2)
-
-
-@triton.jit
-def packed(x, like, positive):
-    """fp32 to the narrower dtype of ``like``, in which it stays for a while, in half the registers.
-
-    Of values that are converted back later, LLVM would convert each by itself, into a register of its own; and the
-    assembler would convert all of them at the last moment, and until then keep them in fp32. So eight are converted at
-    once, and used at once: by a store that never happens.
-
-    positive: an integer argument that is, which the assembler does not know.
-    """
-    if INTERPRETED or x.dtype != tl.float32 or like.dtype.primitive_bitwidth > 16 or not _comes_in(x, 8):
-        return x.to(like.dtype)
-    else:
-        CONVERT: tl.constexpr = "cvt.rn.bf16x2.f32 " if like.dtype == tl.bfloat16 else "cvt.rn.f16x2.f32 "
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred never; setp.lt.s32 never, $12, 0; "
-            + (CONVERT + "$0, $5, $4; ") + (CONVERT + "$1, $7, $6; ")
-            + (CONVERT + "$2, $9, $8; ") + (CONVERT + "$3, $11, $10; ")
-            + "@never st.shared.v4.b32 [$12], {$0, $1, $2, $3}; }",
-            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [x, positive], like.dtype, False, 8,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -150,38 +121,6 @@ def tf32(x):
         return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
     else:
         return tl.inline_asm_elementwise("cvt.rn.tf32.f32 $0, $1;", "=r,r", [x], tl.float32, True, 1)
-
-
-@triton.jit
-def settled(x, positive):
-    """``x``, computed by here. The assembler puts off sums of many terms, and until then keeps the terms; so they are
-    used at once, as in ``packed``."""
-    if INTERPRETED or x.dtype != tl.float32 or not _comes_in(x, 8):
-        return x
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .pred never; setp.lt.s32 never, $16, 0;"
-            " @never st.shared.v4.b32 [$16], {$8, $9, $10, $11}; @never st.shared.v4.b32 [$16], {$12, $13, $14, $15};"
-            " mov.b32 $0, $8; mov.b32 $1, $9; mov.b32 $2, $10; mov.b32 $3, $11;"
-            " mov.b32 $4, $12; mov.b32 $5, $13; mov.b32 $6, $14; mov.b32 $7, $15; }",
-            "=r,=r,=r,=r,=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r,r", [x, positive], tl.float32, False, 8,
-        )  # fmt: skip
-
-
-@triton.jit
-def renamed(x):
-    """``x`` behind a move that costs nothing. To the compiler these are other numbers: what it has computed from the
-    first, and would keep in registers until it is wanted again, it computes anew."""
-    if INTERPRETED or x.dtype == tl.float64:
-        return x
-    elif x.dtype == tl.float32:
-        return tl.inline_asm_elementwise("mov.f32 $0, $1;", "=f,f", [x], tl.float32, True, 1)
-    elif x.dtype == tl.bfloat16:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.bfloat16, True, 2)
-    elif x.dtype == tl.int32:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.int32, True, 1)
-    else:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], tl.float16, True, 2)
 
 
 # --- arithmetic -------------------------------------------------------------------------------------------
@@ -202,12 +141,12 @@ def _of_pairs(a, b, NAME: tl.constexpr):
 
 @triton.jit
 def add(a, b):
-    return a + b if INTERPRETED or not _in_pairs(a) else _of_pairs(a, b, "add")
+    return a + b if INTERPRETED or not in_pairs(a) else _of_pairs(a, b, "add")
 
 
 @triton.jit
 def mul(a, b):
-    return a * b if INTERPRETED or not _in_pairs(a) else _of_pairs(a, b, "mul")
+    return a * b if INTERPRETED or not in_pairs(a) else _of_pairs(a, b, "mul")
 
 
 @triton.constexpr_function
@@ -225,7 +164,7 @@ def _of_dtype(x, like):
 def fma(a, b, c):
     """a b + c. ``b`` and ``c`` may be numbers, in the dtype of ``a``. (``tl.fma`` makes fp32 of them first, until
     Triton 3.8, as ``tl.minimum``, ``tl.maximum`` and comparisons do: these get numbers of few digits.)"""
-    if INTERPRETED or not _in_pairs(a):
+    if INTERPRETED or not in_pairs(a):
         return tl.fma(a, _of_dtype(b, a), _of_dtype(c, a))
     else:
         return tl.inline_asm_elementwise(
@@ -236,37 +175,9 @@ def fma(a, b, c):
 
 
 @triton.jit
-def product(a, b):
-    """a b, rounded, which no sum takes into an fma. For sums over lanes, see ``terms``."""
-    if INTERPRETED or _in_pairs(a):
-        return mul(a, b)
-    elif a.dtype == tl.float64:
-        return tl.inline_asm_elementwise("mul.rn.f64 $0, $1, $2;", "=d,d,d", [a, b], tl.float64, True, 1)
-    else:
-        return tl.inline_asm_elementwise("mul.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], tl.float32, True, 1)
-
-
-@triton.jit
-def terms(a, b, AXIS: tl.constexpr, RUN: tl.constexpr = 0, USED: tl.constexpr = False):
-    """a b, whose sum along AXIS is the same in all lanes.
-
-    Lanes exchange their sums and add: s + (s of the other). Where s is a product, the compiler makes fma(a, b, s of the
-    other) of it: each lane has its own product unrounded, and the other's rounded, and in the end other last bits. So
-    products are hidden where a thread may have one alone. Of several it makes a sum first.
-
-    RUN: how many neighbours in a row a thread loads at once, where no other layout than that of its loads is likely.
-    USED: the products are wanted for more than the sum, which else never has most of them by themselves.
-    """
-    if INTERPRETED or _several(a, AXIS, RUN):
-        return mul(a, b) if USED else a * b
-    else:
-        return product(a, b)
-
-
-@triton.jit
 def negated(x):
     """-x, as an operand. A sign is free but in an operation on pairs."""
-    return -x if INTERPRETED or not _in_pairs(x) else mul(x, -1.0)
+    return -x if INTERPRETED or not in_pairs(x) else mul(x, -1.0)
 
 
 @triton.jit
@@ -291,16 +202,3 @@ def total(x, y):
         return add(y, upcast(x).to(y.dtype))
     else:
         return _of_mixed_pairs(x, y, "add")
-
-
-@triton.jit
-def in_lanes(x):
-    """``x``, the same in all lanes, in a register of each. The assembler would keep it in one of the warp, which no
-    operation above can read, and move it before each. (No lane has bit 31 of its mask of lower lanes.)"""
-    if INTERPRETED or x.dtype != tl.float32 or _capability() < 100:
-        return x
-    else:
-        return tl.inline_asm_elementwise(
-            "{ .reg .b32 zero; mov.u32 zero, %lanemask_lt; shr.u32 zero, zero, 31; or.b32 $0, $1, zero; }",
-            "=r,r", [x], tl.float32, True, 1,
-        )  # fmt: skip

@@ -30,257 +30,312 @@ number of programs that walk down the rows and keep the sums of dw and db in reg
 program, which ``sum_partials`` adds in a fixed order. So no result depends on the order in which programs run.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from . import activation
-from .fastmath import INTERPRETED, add, difference, fma, mul, product, terms, total, upcast
+from .fastmath import INTERPRETED, add, difference, fma, mul, total, upcast
 from .philox import lanes
+from .ptxas import rounded_product, terms
 
-# Numbers that change from call to call. The rows start on 16 bytes without a kernel of their own: columns are
-# written as vectors * VECTOR.
+# Numbers that change from call to call. Rows begin on 16 bytes without a kernel of their own: columns are written as
+# vectors * plan.vector.
 NOT_SPECIALIZED = ("seed_ptr", "seed", "offset", "threshold", "rows", "vectors")
 
 
+class Forward(NamedTuple):
+    """Pointers to fp64, fp32, fp16 or bf16 [rows, columns], contiguous."""
+
+    x: tl.tensor
+    skip: tl.tensor  # or None
+    h: tl.tensor  # None where it is x
+    residual: tl.tensor  # or None
+    y: tl.tensor
+    statistics: tl.tensor  # fp32 (fp64 for fp64 tensors) [2, rows]: mean and rstd
+
+
+class Backward(NamedTuple):
+    """Pointers to what the backward pass reads, as above."""
+
+    dy: tl.tensor
+    dh: tl.tensor  # the gradient of h as a result, or None
+    h: tl.tensor  # forward's h, or its x where that is h
+    residual: tl.tensor  # None also where f is the identity, like the bias: nothing depends on them then
+    statistics: tl.tensor
+
+
+class Gradients(NamedTuple):
+    """Pointers to [rows, columns]; None where not wanted."""
+
+    dx: tl.tensor
+    dskip: tl.tensor
+    dresidual: tl.tensor
+
+
+class Affine(NamedTuple):
+    """Pointers to [columns], or None; and what is loaded from them, [1, columns]."""
+
+    weight: tl.tensor
+    bias: tl.tensor
+
+
+class Sums(NamedTuple):
+    """Pointers to the sums over the rows of each program, fp32 (fp64) [programs, columns]; None where not wanted."""
+
+    dweight: tl.tensor
+    dbias: tl.tensor
+
+
+class Plan(NamedTuple):
+    """What a kernel is compiled for."""
+
+    drop: bool  # D is not the identity
+    activation: str | None
+    rows: int  # of a tile; 1 for rows that do not fit in registers
+    columns: int  # of a tile: a whole row, or a chunk of a long one
+    vector: int  # elements of a 16-byte access, or what divides a row
+    even_rows: bool  # no tile has rows outside the tensor
+    even_columns: bool
+    wide: bool  # 64-bit indices, for 2^31 elements and more
+
+
+class Draw(NamedTuple):
+    """What dropout draws its mask from."""
+
+    seed_ptr: tl.tensor  # int64 [1], or None where the seed comes as a number
+    seed: tl.tensor
+    offset: tl.tensor
+    threshold: tl.tensor  # round(p 2^16)
+    scale: tl.tensor
+
+
+class Elements(NamedTuple):
+    """The elements of a tile: base + lane."""
+
+    base: tl.tensor  # one number a tile
+    lane: tl.tensor
+    in_rows: tl.tensor  # which rows and columns exist
+    in_columns: tl.tensor
+    inside: tl.tensor
+
+
+# --- tiles ------------------------------------------------------------------------------------------------
+
+
 @triton.jit
-def _index(number, WIDE: tl.constexpr):
+def _index(number, plan: tl.constexpr):
     """An element count in the type of element indices: 64 bits only where the tensor needs them."""
-    return number.to(tl.int64) if WIDE else number
+    return number.to(tl.int64) if plan.wide else number
 
 
 @triton.jit
-def _tile(
-    first_row, first_column, shape,
-    EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """A tile: the index of its first element, the others' behind it, and which rows and columns there are."""
-    rows, columns = shape
-    row = tl.arange(0, BLOCK_ROWS)[:, None]
-    column = tl.arange(0, BLOCK_COLUMNS)[None, :]
-    in_rows = tl.full([1, 1], True, tl.int1) if EVEN_ROWS else first_row + row < rows
-    in_columns = tl.full([1, 1], True, tl.int1) if EVEN_COLUMNS else first_column + column < columns
-    return first_row * columns + first_column, row * columns + column, in_rows, in_columns
+def _elements(first_row, first_column, rows, columns, plan: tl.constexpr):
+    row = tl.arange(0, plan.rows)[:, None]
+    column = tl.arange(0, plan.columns)[None, :]
+    in_rows = tl.full([1, 1], True, tl.int1) if plan.even_rows else first_row + row < rows
+    in_columns = tl.full([1, 1], True, tl.int1) if plan.even_columns else first_column + column < columns
+    return Elements(
+        first_row * columns + first_column, row * columns + column, in_rows, in_columns, in_rows & in_columns
+    )
 
 
 @triton.jit
-def _stored(ptr, first, element, inside):
+def _zeros(dtype, plan: tl.constexpr):
+    ROWS: tl.constexpr = plan.rows
+    COLUMNS: tl.constexpr = plan.columns
+    return tl.zeros([ROWS, COLUMNS], dtype)
+
+
+@triton.jit
+def _stored(ptr, at):
     """Activations, which are read once (or once more from the L2): they need not stay in the L1."""
-    return tl.load(ptr + first + element, mask=inside, other=0.0, eviction_policy="evict_first")
+    return tl.load(ptr + at.base + at.lane, mask=at.inside, other=0.0, eviction_policy="evict_first")
 
 
 @triton.jit
-def _load(ptr, first, element, inside):
-    return upcast(_stored(ptr, first, element, inside))
+def _store(ptr, at, value):
+    tl.store(ptr + at.base + at.lane, value.to(ptr.dtype.element_ty), mask=at.inside)
 
 
 @triton.jit
-def _normalized(ptr, first, element, inside, mean, rstd):
-    """xhat = (h - mean) rstd."""
-    return mul(difference(_stored(ptr, first, element, inside), mean), rstd)
-
-
-@triton.jit
-def _parameters(weight_ptr, bias_ptr, first_column, in_columns, like_ptr, BLOCK_COLUMNS: tl.constexpr):
-    """Weight and bias of some columns [1, BLOCK_COLUMNS], which all programs of a multiprocessor share; 1 and 0
-    [1, 1] where there are none."""
-    column = first_column + tl.arange(0, BLOCK_COLUMNS)[None, :]
-    if weight_ptr is None:
+def _load_affine(affine, first_column, in_columns, like_ptr, plan: tl.constexpr):
+    """Weight and bias of some columns, which all programs of a multiprocessor share; 1 and 0 [1, 1] without."""
+    column = first_column + tl.arange(0, plan.columns)[None, :]
+    if affine.weight is None:
         weight = tl.full([1, 1], 1.0, like_ptr.dtype.element_ty)
     else:
         weight = upcast(
-            tl.load(weight_ptr + column, mask=in_columns, other=0.0, eviction_policy="evict_last")
+            tl.load(affine.weight + column, mask=in_columns, other=0.0, eviction_policy="evict_last")
         )
-    if bias_ptr is None:
+    if affine.bias is None:
         bias = tl.full([1, 1], 0.0, like_ptr.dtype.element_ty)
     else:
-        bias = upcast(tl.load(bias_ptr + column, mask=in_columns, other=0.0, eviction_policy="evict_last"))
-    return weight, bias
+        bias = upcast(tl.load(affine.bias + column, mask=in_columns, other=0.0, eviction_policy="evict_last"))
+    return Affine(weight, bias)
 
 
 @triton.jit
-def _store(ptr, first, element, inside, value):
-    tl.store(ptr + first + element, value.to(ptr.dtype.element_ty), mask=inside)
+def _dropout(v, draw, at, columns, plan: tl.constexpr):
+    """D(v) / scale, and the scale.
 
-
-@triton.jit
-def _dropout(
-    v, draw, first, shape, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, VECTOR: tl.constexpr
-):
-    """D(v) / scale for the tile that begins at element ``first``, and the scale.
-
-    Selected before it is scaled: behind the product LLVM selects in 16 bits, which is twice the work.
+    The selection comes first: behind the product, LLVM selects in 16 bits, which is twice the work.
     """
-    seed_ptr, seed, offset, threshold, scale = draw
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
-    _, columns = shape
-    vector = first // VECTOR + tl.arange(0, BLOCK_COLUMNS // VECTOR)[None, :]
-    vector += tl.arange(0, BLOCK_ROWS)[:, None] * (columns // VECTOR)
-    drawn = tl.reshape(lanes(vector, seed, offset, VECTOR), [BLOCK_ROWS, BLOCK_COLUMNS])
-    return tl.where(drawn >= (threshold.to(tl.uint32) << 16), v, 0.0), tl.full([1, 1], scale, v.dtype)
+    ROWS: tl.constexpr = plan.rows
+    COLUMNS: tl.constexpr = plan.columns
+    seed = draw.seed
+    if draw.seed_ptr is not None:
+        seed = tl.load(draw.seed_ptr)
+    vector = at.base // plan.vector + tl.arange(0, COLUMNS // plan.vector)[None, :]
+    vector += tl.arange(0, ROWS)[:, None] * (columns // plan.vector)
+    drawn = tl.reshape(lanes(vector, seed, draw.offset, plan.vector), [ROWS, COLUMNS])
+    kept = tl.where(drawn >= (draw.threshold.to(tl.uint32) << 16), v, 0.0)
+    return kept, tl.full([1, 1], draw.scale, v.dtype)
+
+
+# --- forward ----------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _hidden(
-    tensors, draw, first, element, inside, shape,
-    DROP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
+def _hidden(tensors, draw, at, columns, plan: tl.constexpr):
     """h = skip + D(x), written where it is not x itself, and as rounded as it was written."""
-    x_ptr, skip_ptr, h_ptr = tensors
-    h = _load(x_ptr, first, element, inside)
-    if DROP:
-        h, scale = _dropout(h, draw, first, shape, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR)
+    h = upcast(_stored(tensors.x, at))
+    if plan.drop:
+        h, scale = _dropout(h, draw, at, columns, plan)
         # Where nothing is added next, the mean is: a sum over lanes, which must not take in the product.
-        h = product(h, scale) if skip_ptr is None else mul(h, scale)
-    if skip_ptr is not None:
-        h = total(_stored(skip_ptr, first, element, inside), h)
-    if h_ptr is not None:
-        stored = h.to(h_ptr.dtype.element_ty)
-        tl.store(h_ptr + first + element, stored, mask=inside)
+        h = rounded_product(h, scale) if tensors.skip is None else mul(h, scale)
+    if tensors.skip is not None:
+        h = total(_stored(tensors.skip, at), h)
+    if tensors.h is not None:
+        stored = h.to(tensors.h.dtype.element_ty)
+        tl.store(tensors.h + at.base + at.lane, stored, mask=at.inside)
         h = upcast(stored)
     return h
 
 
 @triton.jit
-def _write_output(xhat, parameters, residual_ptr, y_ptr, first, element, inside, ACTIVATION: tl.constexpr):
-    """y = f(xhat w + b + residual)."""
-    weight, bias = parameters
-    v = fma(xhat, weight, bias)
-    if residual_ptr is not None:
-        v = total(_stored(residual_ptr, first, element, inside), v)
-    _store(y_ptr, first, element, inside, activation.forward(v, ACTIVATION, y_ptr.dtype.element_ty))
+def _normalized(ptr, at, mean, rstd):
+    """xhat = (h - mean) rstd."""
+    return mul(difference(_stored(ptr, at), mean), rstd)
 
 
 @triton.jit
-def _write_statistics(ptr, first_row, rows, in_rows, mean, rstd, BLOCK_ROWS: tl.constexpr):
-    row = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
+def _write_output(xhat, affine, tensors, at, plan: tl.constexpr):
+    """y = f(xhat w + b + residual)."""
+    ACTIVATION: tl.constexpr = plan.activation
+    v = fma(xhat, affine.weight, affine.bias)
+    if tensors.residual is not None:
+        v = total(_stored(tensors.residual, at), v)
+    _store(tensors.y, at, activation.forward(v, ACTIVATION, tensors.y.dtype.element_ty))
+
+
+@triton.jit
+def _write_statistics(ptr, first_row, rows, in_rows, mean, rstd, plan: tl.constexpr):
+    row = first_row + tl.arange(0, plan.rows)[:, None]
     tl.store(ptr + row, mean, mask=in_rows)
     tl.store(ptr + rows + row, rstd, mask=in_rows)
 
 
-@triton.jit
-def _read_statistics(ptr, first_row, rows, in_rows, BLOCK_ROWS: tl.constexpr):
-    """Mean and rstd of some rows [BLOCK_ROWS, 1]; 0 outside, where xhat has to be finite."""
-    row = first_row + tl.arange(0, BLOCK_ROWS)[:, None]
-    return tl.load(ptr + row, mask=in_rows, other=0.0), tl.load(ptr + rows + row, mask=in_rows, other=0.0)
-
-
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def forward(
-    x_ptr,  # fp64, fp32, fp16 or bf16 [rows, columns], contiguous like all of that shape
-    skip_ptr,  # any of those [rows, columns], or None
-    h_ptr,  # [rows, columns], or None where h is x
-    weight_ptr,  # [columns], or None
-    bias_ptr,  # [columns], or None
-    residual_ptr,  # [rows, columns], or None
-    y_ptr,  # [rows, columns]
-    statistics_ptr,  # fp32 (fp64 for fp64 tensors) [2, rows]: mean and rstd
-    seed_ptr,  # int64 [1], or None where the seed comes as a number
+    tensors: Forward,
+    affine: Affine,
+    seed_ptr,
     seed: tl.int64,
     offset: tl.int64,
-    threshold: tl.int32,  # round(p 2^16)
+    threshold: tl.int32,
     scale: tl.float64,
     eps: tl.float64,
     rows,
     vectors,  # a row
-    DROP: tl.constexpr,  # D is no identity
-    ACTIVATION: tl.constexpr,
-    EVEN_ROWS: tl.constexpr,  # no tile has rows outside the tensor
-    EVEN_COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr,  # a whole row
-    VECTOR: tl.constexpr,  # elements of a 16-byte access, or what divides a row
-    WIDE: tl.constexpr,  # 64-bit indices, for 2^31 elements and more
+    plan: tl.constexpr,
 ):
     """Some whole rows a program; grid: (row blocks,)."""
-    shape = (rows, _index(vectors, WIDE) * VECTOR)
-    first_row = _index(tl.program_id(0), WIDE) * BLOCK_ROWS
-    first, element, in_rows, in_columns = _tile(
-        first_row, 0, shape, EVEN_ROWS, EVEN_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS
-    )
-    inside = in_rows & in_columns
-    draw = (seed_ptr, seed, offset, threshold, scale)
-    h = _hidden(
-        (x_ptr, skip_ptr, h_ptr), draw, first, element, inside, shape, DROP, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR
-    )
-    share = 1.0 / shape[1].to(h.dtype)
-    mean = product(tl.sum(h, 1, keep_dims=True), share)  # rounded, as it is stored: a constant row is zero
+    columns = _index(vectors, plan) * plan.vector
+    first_row = _index(tl.program_id(0), plan) * plan.rows
+    at = _elements(first_row, 0, rows, columns, plan)
+    h = _hidden(tensors, Draw(seed_ptr, seed, offset, threshold, scale), at, columns, plan)
+    share = 1.0 / columns.to(h.dtype)
+    mean = rounded_product(tl.sum(h, 1, keep_dims=True), share)  # as it is stored: a constant row is zero
     centred = add(h, -mean)
-    if not EVEN_COLUMNS:
-        centred = tl.where(in_columns, centred, 0.0)
-    variance = tl.sum(terms(centred, centred, 1, VECTOR), 1, keep_dims=True) * share
+    if not plan.even_columns:
+        centred = tl.where(at.in_columns, centred, 0.0)
+    variance = tl.sum(terms(centred, centred, 1, plan.vector), 1, keep_dims=True) * share
     rstd = tl.rsqrt(variance + tl.full([1, 1], eps, h.dtype))
-    _write_statistics(statistics_ptr, first_row, rows, in_rows, mean, rstd, BLOCK_ROWS)
-    parameters = _parameters(weight_ptr, bias_ptr, 0, in_columns, statistics_ptr, BLOCK_COLUMNS)
-    _write_output(mul(centred, rstd), parameters, residual_ptr, y_ptr, first, element, inside, ACTIVATION)
+    _write_statistics(tensors.statistics, first_row, rows, at.in_rows, mean, rstd, plan)
+    loaded = _load_affine(affine, 0, at.in_columns, tensors.statistics, plan)
+    _write_output(mul(centred, rstd), loaded, tensors, at, plan)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def forward_long(
-    x_ptr, skip_ptr, h_ptr, weight_ptr, bias_ptr, residual_ptr, y_ptr, statistics_ptr,
+    tensors: Forward, affine: Affine,
     seed_ptr, seed: tl.int64, offset: tl.int64, threshold: tl.int32, scale: tl.float64, eps: tl.float64,
-    rows, vectors, DROP: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
+    rows, vectors, plan: tl.constexpr,
 ):  # fmt: skip
-    """``forward`` for rows that do not fit in registers, one a program, in chunks of BLOCK_COLUMNS.
+    """``forward`` for rows that do not fit in registers, one a program, in chunks of ``plan.columns``.
 
     Every lane of a chunk keeps mean and squares of its own columns (Welford 1962); they are merged once, at the
     end (Chan, Golub and LeVeque 1983).
     """
-    shape = (rows, _index(vectors, WIDE) * VECTOR)
-    columns = shape[1]
-    row = _index(tl.program_id(0), WIDE)
-    draw = (seed_ptr, seed, offset, threshold, scale)
-    lane_mean = tl.zeros([1, BLOCK_COLUMNS], statistics_ptr.dtype.element_ty)
-    lane_squares = tl.zeros([1, BLOCK_COLUMNS], statistics_ptr.dtype.element_ty)
+    columns = _index(vectors, plan) * plan.vector
+    row = _index(tl.program_id(0), plan)
+    draw = Draw(seed_ptr, seed, offset, threshold, scale)
+    lane_mean = _zeros(tensors.statistics.dtype.element_ty, plan)
+    lane_squares = tl.zeros_like(lane_mean)
     count = tl.zeros([1, 1], lane_mean.dtype)
-    first_column = tl.full([], 0, tl.int64 if WIDE else tl.int32)
+    first_column = tl.full([], 0, tl.int64 if plan.wide else tl.int32)
     while first_column < columns:
-        first, element, _, in_columns = _tile(row, first_column, shape, True, EVEN_COLUMNS, 1, BLOCK_COLUMNS)
-        h = _hidden(
-            (x_ptr, skip_ptr, h_ptr), draw, first, element, in_columns, shape, DROP, 1, BLOCK_COLUMNS, VECTOR
-        )
+        at = _elements(row, first_column, rows, columns, plan)
+        h = _hidden(tensors, draw, at, columns, plan)
         count += 1.0
         distance = h - lane_mean
-        if not EVEN_COLUMNS:
-            distance = tl.where(in_columns, distance, 0.0)
+        if not plan.even_columns:
+            distance = tl.where(at.in_columns, distance, 0.0)
         lane_mean += distance * (1.0 / count)
         lane_squares += distance * (h - lane_mean)
-        first_column += BLOCK_COLUMNS
+        first_column += plan.columns
 
     share = 1.0 / columns.to(lane_mean.dtype)
-    lane = tl.arange(0, BLOCK_COLUMNS)[None, :]
-    lane_count = ((columns - lane + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS).to(lane_mean.dtype)
-    mean = product(tl.sum(terms(lane_mean, lane_count, 1, VECTOR), 1, keep_dims=True), share)
+    lane = tl.arange(0, plan.columns)[None, :]
+    lane_count = ((columns - lane + plan.columns - 1) // plan.columns).to(lane_mean.dtype)
+    mean = rounded_product(tl.sum(terms(lane_mean, lane_count, 1, plan.vector), 1, keep_dims=True), share)
     distance = lane_mean - mean
     variance = tl.sum(lane_squares + distance * distance * lane_count, 1, keep_dims=True) * share
     rstd = tl.rsqrt(variance + tl.full([1, 1], eps, variance.dtype))
-    _write_statistics(statistics_ptr, row, rows, tl.full([1, 1], True, tl.int1), mean, rstd, 1)
+    _write_statistics(tensors.statistics, row, rows, tl.full([1, 1], True, tl.int1), mean, rstd, plan)
 
     tl.debug_barrier()  # another thread may read a part of h than the one that wrote it
-    first_column = tl.full([], 0, tl.int64 if WIDE else tl.int32)
+    first_column = tl.full([], 0, tl.int64 if plan.wide else tl.int32)
     while first_column < columns:
-        first, element, _, in_columns = _tile(row, first_column, shape, True, EVEN_COLUMNS, 1, BLOCK_COLUMNS)
-        stored_ptr = x_ptr if h_ptr is None else h_ptr
-        xhat = _normalized(stored_ptr, first, element, in_columns, mean, rstd)
-        parameters = _parameters(
-            weight_ptr, bias_ptr, first_column, in_columns, statistics_ptr, BLOCK_COLUMNS
-        )
-        _write_output(xhat, parameters, residual_ptr, y_ptr, first, element, in_columns, ACTIVATION)
-        first_column += BLOCK_COLUMNS
+        at = _elements(row, first_column, rows, columns, plan)
+        xhat = _normalized(tensors.x if tensors.h is None else tensors.h, at, mean, rstd)
+        loaded = _load_affine(affine, first_column, at.in_columns, tensors.statistics, plan)
+        _write_output(xhat, loaded, tensors, at, plan)
+        first_column += plan.columns
+
+
+# --- backward ---------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _gradient(xhat, parameters, tensors, first, element, inside, ACTIVATION: tl.constexpr):
+def _read_statistics(ptr, first_row, rows, in_rows, plan: tl.constexpr):
+    """Mean and rstd of some rows [plan.rows, 1]; 0 outside, where xhat has to be finite."""
+    row = first_row + tl.arange(0, plan.rows)[:, None]
+    return tl.load(ptr + row, mask=in_rows, other=0.0), tl.load(ptr + rows + row, mask=in_rows, other=0.0)
+
+
+@triton.jit
+def _gradient(xhat, affine, tensors, at, plan: tl.constexpr):
     """g = f'(xhat w + b + residual) dy."""
-    dy_ptr, residual_ptr = tensors
-    weight, bias = parameters
-    g = _load(dy_ptr, first, element, inside).to(xhat.dtype)
+    ACTIVATION: tl.constexpr = plan.activation
+    g = upcast(_stored(tensors.dy, at)).to(xhat.dtype)
     if ACTIVATION is not None:
-        v = fma(xhat, weight, bias)
-        if residual_ptr is not None:
-            v = total(_stored(residual_ptr, first, element, inside), v)
-        g = activation.backward(g, v, ACTIVATION, dy_ptr.dtype.element_ty)
+        v = fma(xhat, affine.weight, affine.bias)
+        if tensors.residual is not None:
+            v = total(_stored(tensors.residual, at), v)
+        g = activation.backward(g, v, ACTIVATION, tensors.dy.dtype.element_ty)
     return g
 
 
@@ -292,184 +347,137 @@ def _centred_gradient(wg, xhat, mean_wg, mean_wg_xhat, rstd):
 
 
 @triton.jit
-def _write_gradients(
-    dh, g, tensors, draw, first, element, inside, shape,
-    DROP: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
+def _write_gradients(dh, g, dh_ptr, gradients, draw, at, columns, plan: tl.constexpr):
     """What follows from the gradients behind (g) and before (dh) the normalization."""
-    dh_ptr, dx_ptr, dskip_ptr, dresidual_ptr = tensors
-    if dresidual_ptr is not None:
-        _store(dresidual_ptr, first, element, inside, g)
+    if gradients.dresidual is not None:
+        _store(gradients.dresidual, at, g)
     if dh_ptr is not None:
-        dh = total(_stored(dh_ptr, first, element, inside), dh)
-    if dskip_ptr is not None:
-        _store(dskip_ptr, first, element, inside, dh)
-    if dx_ptr is not None:
-        if DROP:
-            dh, scale = _dropout(dh, draw, first, shape, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR)
+        dh = total(_stored(dh_ptr, at), dh)
+    if gradients.dskip is not None:
+        _store(gradients.dskip, at, dh)
+    if gradients.dx is not None:
+        if plan.drop:
+            dh, scale = _dropout(dh, draw, at, columns, plan)
             dh = mul(dh, scale)
-        _store(dx_ptr, first, element, inside, dh)
+        _store(gradients.dx, at, dh)
 
 
 @triton.jit
 def _backward_rows(
-    block, sums, tensors, parameters, draw, shape, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    DROP: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+    block, dweight, dbias, tensors, gradients, affine, draw, rows, columns, plan: tl.constexpr
+):
     """All gradients of one block of rows. Returns the sums over the rows with what the block adds to them."""
-    dy_ptr, dh_ptr, h_ptr, residual_ptr, statistics_ptr, dx_ptr, dskip_ptr, dresidual_ptr = tensors
-    dweight, dbias = sums
-    weight, _ = parameters
-    rows, columns = shape
-    first_row = _index(block, WIDE) * BLOCK_ROWS
-    first, element, in_rows, in_columns = _tile(
-        first_row, 0, shape, EVEN_ROWS, EVEN_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS
-    )
-    inside = in_rows & in_columns
-    mean, rstd = _read_statistics(statistics_ptr, first_row, rows, in_rows, BLOCK_ROWS)
-    xhat = _normalized(h_ptr, first, element, inside, mean, rstd)
-    g = _gradient(xhat, parameters, (dy_ptr, residual_ptr), first, element, inside, ACTIVATION)
+    first_row = _index(block, plan) * plan.rows
+    at = _elements(first_row, 0, rows, columns, plan)
+    mean, rstd = _read_statistics(tensors.statistics, first_row, rows, at.in_rows, plan)
+    xhat = _normalized(tensors.h, at, mean, rstd)
+    g = _gradient(xhat, affine, tensors, at, plan)
     # Columns outside count nothing: g is 0 there.
-    wg = terms(g, weight, 1, USED=True)
+    wg = terms(g, affine.weight, 1, used=True)
     share = 1.0 / columns.to(wg.dtype)
     mean_wg = tl.sum(wg, 1, keep_dims=True) * share
     mean_wg_xhat = tl.sum(terms(wg, xhat, 1), 1, keep_dims=True) * share
     dh = _centred_gradient(wg, xhat, mean_wg, mean_wg_xhat, rstd)
-    _write_gradients(
-        dh, g, (dh_ptr, dx_ptr, dskip_ptr, dresidual_ptr), draw, first, element, inside, shape,
-        DROP, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR,
-    )  # fmt: skip
+    _write_gradients(dh, g, tensors.dh, gradients, draw, at, columns, plan)
     return fma(g, xhat, dweight), add(dbias, g)
+
+
+@triton.jit
+def _write_sums(sums, program, column, columns, dweight, dbias):
+    partial = program.to(tl.int64) * columns + column
+    if sums.dweight is not None:
+        tl.store(sums.dweight + partial, tl.sum(dweight, 0), mask=column < columns)
+    if sums.dbias is not None:
+        tl.store(sums.dbias + partial, tl.sum(dbias, 0), mask=column < columns)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def backward(
-    dy_ptr,  # fp64, fp32, fp16 or bf16 [rows, columns], contiguous like all of that shape
-    dh_ptr,  # the gradient of h as a result of its own, or None
-    h_ptr,  # forward's h, or its x where that is h
-    weight_ptr,
-    bias_ptr,  # None also where f is the identity, like the residual: nothing depends on them then
-    residual_ptr,
-    statistics_ptr,
-    dx_ptr,  # [rows, columns], None where not wanted, like the next four
-    dskip_ptr,
-    dresidual_ptr,
-    dweight_ptr,  # fp32 (fp64 for fp64 tensors) [programs, columns]: the sum over the rows of a program
-    dbias_ptr,
-    seed_ptr, seed: tl.int64, offset: tl.int64, threshold: tl.int32, scale: tl.float64, rows, vectors,
-    DROP: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
+    tensors: Backward, gradients: Gradients, sums: Sums, affine: Affine,
+    seed_ptr, seed: tl.int64, offset: tl.int64, threshold: tl.int32, scale: tl.float64,
+    rows, vectors, plan: tl.constexpr,
 ):  # fmt: skip
     """All gradients. A program walks down the rows, one block in every ``programs``; grid: (programs,)."""
-    shape = (rows, _index(vectors, WIDE) * VECTOR)
-    draw = (seed_ptr, seed, offset, threshold, scale)
-    tensors = (dy_ptr, dh_ptr, h_ptr, residual_ptr, statistics_ptr, dx_ptr, dskip_ptr, dresidual_ptr)
-    _, _, _, in_columns = _tile(0, 0, shape, True, EVEN_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-    parameters = _parameters(weight_ptr, bias_ptr, 0, in_columns, statistics_ptr, BLOCK_COLUMNS)
+    columns = _index(vectors, plan) * plan.vector
+    draw = Draw(seed_ptr, seed, offset, threshold, scale)
+    column = tl.arange(0, plan.columns)
+    in_columns = tl.full([1, 1], True, tl.int1) if plan.even_columns else column[None, :] < columns
+    loaded = _load_affine(affine, 0, in_columns, tensors.statistics, plan)
     # A thread adds up each of its positions in the tile; the rows of the tile are added once, at the end.
-    dweight = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], statistics_ptr.dtype.element_ty)
-    dbias = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], statistics_ptr.dtype.element_ty)
-    blocks = tl.cdiv(rows, BLOCK_ROWS)
+    dweight = _zeros(tensors.statistics.dtype.element_ty, plan)
+    dbias = tl.zeros_like(dweight)
+    blocks = tl.cdiv(rows, plan.rows)
     if INTERPRETED:
         # The same loop for the interpreter of Triton 3.6, which cannot count one with numpy 2.4.
         block = tl.program_id(0)
         while block < blocks:
             dweight, dbias = _backward_rows(
-                block, (dweight, dbias), tensors, parameters, draw, shape, EVEN_ROWS, EVEN_COLUMNS,
-                DROP, ACTIVATION, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR, WIDE,
-            )  # fmt: skip
+                block, dweight, dbias, tensors, gradients, loaded, draw, rows, columns, plan
+            )
             block += tl.num_programs(0)
     else:
         # Two stages: the next rows are on their way to shared memory while these are computed.
         for block in tl.range(tl.program_id(0), blocks, tl.num_programs(0), num_stages=2):
             dweight, dbias = _backward_rows(
-                block, (dweight, dbias), tensors, parameters, draw, shape, EVEN_ROWS, EVEN_COLUMNS,
-                DROP, ACTIVATION, BLOCK_ROWS, BLOCK_COLUMNS, VECTOR, WIDE,
-            )  # fmt: skip
-    column = tl.arange(0, BLOCK_COLUMNS)
-    partial = tl.program_id(0).to(tl.int64) * shape[1] + column
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + partial, tl.sum(dweight, 0), mask=column < shape[1])
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + partial, tl.sum(dbias, 0), mask=column < shape[1])
+                block, dweight, dbias, tensors, gradients, loaded, draw, rows, columns, plan
+            )
+    _write_sums(sums, tl.program_id(0), column, columns, dweight, dbias)
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
 def backward_long(
-    dy_ptr, dh_ptr, h_ptr, weight_ptr, bias_ptr, residual_ptr, statistics_ptr, dx_ptr, dskip_ptr, dresidual_ptr,
-    seed_ptr, seed: tl.int64, offset: tl.int64, threshold: tl.int32, scale: tl.float64, rows, vectors,
-    DROP: tl.constexpr, ACTIVATION: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
+    tensors: Backward, gradients: Gradients, affine: Affine,
+    seed_ptr, seed: tl.int64, offset: tl.int64, threshold: tl.int32, scale: tl.float64,
+    rows, vectors, plan: tl.constexpr,
 ):  # fmt: skip
     """``backward`` for rows that do not fit in registers, one a program, without the sums over rows."""
-    shape = (rows, _index(vectors, WIDE) * VECTOR)
-    row = _index(tl.program_id(0), WIDE)
-    draw = (seed_ptr, seed, offset, threshold, scale)
-    mean, rstd = _read_statistics(statistics_ptr, row, rows, tl.full([1, 1], True, tl.int1), 1)
-    sum_wg = tl.zeros([1, BLOCK_COLUMNS], statistics_ptr.dtype.element_ty)
-    sum_wg_xhat = tl.zeros([1, BLOCK_COLUMNS], statistics_ptr.dtype.element_ty)
-    first_column = tl.full([], 0, tl.int64 if WIDE else tl.int32)
-    while first_column < shape[1]:
-        first, element, _, in_columns = _tile(row, first_column, shape, True, EVEN_COLUMNS, 1, BLOCK_COLUMNS)
-        xhat = _normalized(h_ptr, first, element, in_columns, mean, rstd)
-        parameters = _parameters(
-            weight_ptr, bias_ptr, first_column, in_columns, statistics_ptr, BLOCK_COLUMNS
-        )
-        g = _gradient(xhat, parameters, (dy_ptr, residual_ptr), first, element, in_columns, ACTIVATION)
-        wg = mul(g, parameters[0])
+    columns = _index(vectors, plan) * plan.vector
+    row = _index(tl.program_id(0), plan)
+    draw = Draw(seed_ptr, seed, offset, threshold, scale)
+    mean, rstd = _read_statistics(tensors.statistics, row, rows, tl.full([1, 1], True, tl.int1), plan)
+    sum_wg = _zeros(tensors.statistics.dtype.element_ty, plan)
+    sum_wg_xhat = tl.zeros_like(sum_wg)
+    first_column = tl.full([], 0, tl.int64 if plan.wide else tl.int32)
+    while first_column < columns:
+        at = _elements(row, first_column, rows, columns, plan)
+        xhat = _normalized(tensors.h, at, mean, rstd)
+        loaded = _load_affine(affine, first_column, at.in_columns, tensors.statistics, plan)
+        wg = mul(_gradient(xhat, loaded, tensors, at, plan), loaded.weight)
         sum_wg = add(sum_wg, wg)
         sum_wg_xhat = fma(wg, xhat, sum_wg_xhat)
-        first_column += BLOCK_COLUMNS
+        first_column += plan.columns
 
-    share = 1.0 / shape[1].to(sum_wg.dtype)
+    share = 1.0 / columns.to(sum_wg.dtype)
     mean_wg = tl.sum(sum_wg, 1, keep_dims=True) * share
     mean_wg_xhat = tl.sum(sum_wg_xhat, 1, keep_dims=True) * share
-    first_column = tl.full([], 0, tl.int64 if WIDE else tl.int32)
-    while first_column < shape[1]:
-        first, element, _, in_columns = _tile(row, first_column, shape, True, EVEN_COLUMNS, 1, BLOCK_COLUMNS)
-        xhat = _normalized(h_ptr, first, element, in_columns, mean, rstd)
-        parameters = _parameters(
-            weight_ptr, bias_ptr, first_column, in_columns, statistics_ptr, BLOCK_COLUMNS
-        )
-        g = _gradient(xhat, parameters, (dy_ptr, residual_ptr), first, element, in_columns, ACTIVATION)
-        wg = mul(g, parameters[0])
-        dh = _centred_gradient(wg, xhat, mean_wg, mean_wg_xhat, rstd)
-        tensors = (dh_ptr, dx_ptr, dskip_ptr, dresidual_ptr)
-        _write_gradients(
-            dh, g, tensors, draw, first, element, in_columns, shape, DROP, 1, BLOCK_COLUMNS, VECTOR
-        )
-        first_column += BLOCK_COLUMNS
+    first_column = tl.full([], 0, tl.int64 if plan.wide else tl.int32)
+    while first_column < columns:
+        at = _elements(row, first_column, rows, columns, plan)
+        xhat = _normalized(tensors.h, at, mean, rstd)
+        loaded = _load_affine(affine, first_column, at.in_columns, tensors.statistics, plan)
+        g = _gradient(xhat, loaded, tensors, at, plan)
+        dh = _centred_gradient(mul(g, loaded.weight), xhat, mean_wg, mean_wg_xhat, rstd)
+        _write_gradients(dh, g, tensors.dh, gradients, draw, at, columns, plan)
+        first_column += plan.columns
 
 
 @triton.jit(do_not_specialize=NOT_SPECIALIZED)
-def backward_columns(
-    dy_ptr, h_ptr, weight_ptr, bias_ptr, residual_ptr, statistics_ptr, dweight_ptr, dbias_ptr, rows, vectors,
-    ACTIVATION: tl.constexpr, EVEN_ROWS: tl.constexpr, EVEN_COLUMNS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, VECTOR: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
+def backward_columns(tensors: Backward, sums: Sums, affine: Affine, rows, vectors, plan: tl.constexpr):
     """The sums of ``backward`` alone, a block of columns a program; grid: (column blocks, row programs)."""
-    shape = (rows, _index(vectors, WIDE) * VECTOR)
-    first_column = _index(tl.program_id(0), WIDE) * BLOCK_COLUMNS
-    dweight = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], statistics_ptr.dtype.element_ty)
-    dbias = tl.zeros([BLOCK_ROWS, BLOCK_COLUMNS], statistics_ptr.dtype.element_ty)
-    _, _, _, in_columns = _tile(0, first_column, shape, True, EVEN_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
-    parameters = _parameters(weight_ptr, bias_ptr, first_column, in_columns, statistics_ptr, BLOCK_COLUMNS)
-    first_row = _index(tl.program_id(1), WIDE) * BLOCK_ROWS
+    columns = _index(vectors, plan) * plan.vector
+    first_column = _index(tl.program_id(0), plan) * plan.columns
+    column = first_column + tl.arange(0, plan.columns)
+    dweight = _zeros(tensors.statistics.dtype.element_ty, plan)
+    dbias = tl.zeros_like(dweight)
+    in_columns = tl.full([1, 1], True, tl.int1) if plan.even_columns else column[None, :] < columns
+    loaded = _load_affine(affine, first_column, in_columns, tensors.statistics, plan)
+    first_row = _index(tl.program_id(1), plan) * plan.rows
     while first_row < rows:
-        first, element, in_rows, in_columns = _tile(
-            first_row, first_column, shape, EVEN_ROWS, EVEN_COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS
-        )
-        inside = in_rows & in_columns
-        mean, rstd = _read_statistics(statistics_ptr, first_row, rows, in_rows, BLOCK_ROWS)
-        xhat = _normalized(h_ptr, first, element, inside, mean, rstd)
-        g = _gradient(xhat, parameters, (dy_ptr, residual_ptr), first, element, inside, ACTIVATION)
+        at = _elements(first_row, first_column, rows, columns, plan)
+        mean, rstd = _read_statistics(tensors.statistics, first_row, rows, at.in_rows, plan)
+        xhat = _normalized(tensors.h, at, mean, rstd)
+        g = _gradient(xhat, loaded, tensors, at, plan)
         dweight = fma(g, xhat, dweight)
         dbias = add(dbias, g)
-        first_row += _index(tl.num_programs(1), WIDE) * BLOCK_ROWS
-    column = first_column + tl.arange(0, BLOCK_COLUMNS)
-    partial = tl.program_id(1).to(tl.int64) * shape[1] + column
-    if dweight_ptr is not None:
-        tl.store(dweight_ptr + partial, tl.sum(dweight, 0), mask=column < shape[1])
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + partial, tl.sum(dbias, 0), mask=column < shape[1])
+        first_row += _index(tl.num_programs(1), plan) * plan.rows
+    _write_sums(sums, tl.program_id(1), column, columns, dweight, dbias)

@@ -38,9 +38,10 @@ once. The arithmetic is about 20 instructions an element, of 100 to 270 for whic
 import triton
 import triton.language as tl
 
-from .fastmath import bound, reciprocal, sqrt, terms, upcast
+from .fastmath import bound, reciprocal, sqrt, upcast
 from .multi_tensor import aligned, chunk, chunk_end, elements, entry, read, write
 from .philox import lanes
+from .ptxas import terms
 
 # The lists of the table of entries, then three rows of numbers.
 PARAMETER = tl.constexpr(0)

@@ -24,8 +24,9 @@ done in a loop over pieces of one element a thread.
 import triton
 import triton.language as tl
 
-from .fastmath import bound, terms
+from .fastmath import bound
 from .multi_tensor import aligned, chunk, elements, entry, read, write
+from .ptxas import terms
 
 # The rows of the table of entries: an address, a number, and then what the kernel has in third place.
 PARAMETER = tl.constexpr(0)

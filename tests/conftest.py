@@ -95,7 +95,7 @@ class _ActivationPasses(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
-        if name.removesuffix("_backward") in (*ACTIVATIONS, "threshold"):
+        if name.removesuffix("_backward") in (*ACTIVATIONS, "threshold", "hardtanh"):
             self.names.add(name)
         return function(*args, **(kwargs or {}))
 

@@ -18,6 +18,7 @@ import torch
 
 # The interpreter replaces what a function sees: those of this project see tl, those of Triton's own library core.
 import triton.language as tl  # noqa: F401
+from torch.utils._pytree import tree_leaves
 from triton.language import core  # noqa: F401
 from triton.runtime import interpreter
 
@@ -35,7 +36,7 @@ class Memory:
         return getattr(self._library, name)
 
     def allow(self, names: Iterable[str], values: Iterable) -> None:
-        tensors = [value for value in values if isinstance(value, torch.Tensor)]
+        tensors = [value for value in tree_leaves(list(values)) if isinstance(value, torch.Tensor)]
         if "entries_ptr" in names:
             if self.beside is None:
                 self._starts = None

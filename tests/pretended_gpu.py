@@ -621,16 +621,20 @@ def _driver(gpu: Gpu) -> Any:
 def _launcher(gpu: Gpu, source: Any, options: dict[str, Any]) -> Any:
     """What records the launches of one variant."""
     names = list(source.signature)
-    types = {name: kind for name, kind in source.signature.items() if kind != "constexpr"}
-    constants = frozenset(names) - frozenset(types)
+    kinds = dict(backend.leaves(source.signature))
+    types = {name: kind for name, kind in kinds.items() if kind != "constexpr"}
+    constants = frozenset(kinds) - frozenset(types)
 
     def launch(x, y, z, stream, function, packed, metadata, enter, leave, *arguments):
         if x * y * z == 0:
             return
-        found = dict(zip(names, arguments, strict=True))
-        flat = {name: kind for name, kind in types.items() if isinstance(kind, str)}
+        given = {}
+        for name, value in zip(names, arguments, strict=True):
+            struct = type(source.signature[name])
+            given[name] = value if struct is str else struct(*value)
+        found = dict(backend.leaves(given))
         name, graph = source.fn.__name__, gpu.streams[stream].graph
-        gpu.launched(Launched(name, (x, y, z), found, constants, flat, options, stream, graph))
+        gpu.launched(Launched(name, (x, y, z), found, constants, types, options, stream, graph))
 
     return launch
 
@@ -691,13 +695,13 @@ def _interpreted(gpu: Gpu) -> Callable:
             launch.kernel[launch.grid](**launch.arguments)
 
         grid = (*launch.grid, 1, 1)[:3]
-        pointers = {name: "*" for name, x in launch.arguments.items() if isinstance(x, torch.Tensor)}
+        pointers = {name: "*" for name, x in launch.leaves.items() if isinstance(x, torch.Tensor)}
         with torch.cuda.device(device):
             stream = gpu.stream()
             if stream.graph is None:
                 again()
             name, number = launch.kernel.__name__, stream.cuda_stream
-            one = Launched(name, grid, launch.arguments, frozenset(), pointers, {}, number, stream.graph)
+            one = Launched(name, grid, launch.leaves, frozenset(), pointers, {}, number, stream.graph)
             gpu.launched(one, again)
 
     return run

@@ -22,12 +22,16 @@ def assert_near(actual: Tensor, expected: Tensor, tolerance: float, terms: float
     torch.testing.assert_close(actual.double(), expected.double(), rtol=allowed, atol=allowed)
 
 
-def near(actual: Tensor, expected: Tensor, tolerance: float, equal_nan: bool = False) -> None:
+def near(
+    actual: Tensor, expected: Tensor, tolerance: float, equal_nan: bool = False, moves: float = 0.0
+) -> None:
     """Equal within ``tolerance`` times the largest value, at least 1: a sum that cancels keeps the rounding of its
-    terms."""
+    terms. moves: how far the expected values move when their inputs do by one rounding."""
     largest = max(1.0, expected.abs().nan_to_num(0, 0, 0).max().item() if expected.numel() else 0.0)
     actual, expected = actual.detach().cpu().double(), expected.detach().cpu().double()
-    torch.testing.assert_close(actual, expected, rtol=0, atol=tolerance * largest, equal_nan=equal_nan)
+    torch.testing.assert_close(
+        actual, expected, rtol=0, atol=tolerance * largest + 16 * moves, equal_nan=equal_nan
+    )
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:

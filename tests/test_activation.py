@@ -123,6 +123,9 @@ FORWARD = {
     ),
     "mish": Reference(lambda v: v * mish_terms(v)[0], linear(16, 4)),
     "hardswish": Reference(lambda v: v * (v + 3).clamp(0, 6) / 6, constant(5)),
+    "relu6": Reference(lambda v: v.clamp(0, 6), constant(0)),
+    "hardsigmoid": Reference(lambda v: (v + 3).clamp(0, 6) / 6, constant(3)),
+    "quick_gelu": Reference(lambda v: v * sigmoid(1.702 * v), linear(10, 4)),
 }
 
 BACKWARD = {
@@ -160,6 +163,16 @@ BACKWARD = {
         lambda v: torch.where(v <= -3, 0.0, torch.where(v >= 3, 1.0, v / 3 + 0.5)),
         constant(4),
         lambda v: (v > -3).double(),
+    ),
+    "relu6": Reference(lambda v: ((v > 0) & (v < 6)).double(), constant(0)),
+    "hardsigmoid": Reference(lambda v: ((v > -3) & (v < 3)).double() / 6, constant(1)),
+    "quick_gelu": Reference(
+        lambda v: sigmoid(1.702 * v) * (1 + 1.702 * v * sigmoid(-1.702 * v)),
+        linear(14, 4),
+        lambda v: (
+            sigmoid(1.702 * v)
+            * (1 + 1.702 * v.abs() * sigmoid(-1.702 * v) + (v.abs() < 24) * 1.702 * v.abs() / 8)
+        ),
     ),
 }
 
@@ -212,7 +225,7 @@ def grid(dtype):
     linear = torch.linspace(-20, 20, 40_001, dtype=torch.float64)
     small = torch.logspace(-30, 1, 8_001, dtype=torch.float64)
     kinks = torch.tensor(
-        [0.0, -0.0, 3.0, -3.0, 0.2, -0.2, -0.1, 2**-6, -(2**-6), -(2**-9), 5.5, -5.5, 20.0, -20.0]
+        [0.0, -0.0, 3.0, -3.0, 6.0, 0.2, -0.2, -0.1, 2**-6, -(2**-6), -(2**-9), 5.5, -5.5, 20.0, -20.0]
     )
     huge = torch.tensor([89.0, 1e3, 60000.0, 1e10, 1e18, 1e30])
     x = torch.cat((linear, small, -small, kinks, huge, -huge)).to(dtype)
@@ -342,11 +355,11 @@ def test_infinity(direction, name, dtype, value):
 @names
 @dtypes
 def test_nan(name, dtype):
-    """NaN stays NaN. So does its gradient, but those of relu and leaky_relu, which are torch's."""
+    """NaN stays NaN. So does its gradient, but that of a function of straight lines, which is torch's."""
     x = torch.full((3,), math.nan, dtype=dtype)
     assert run(run_forward, name, x).isnan().all()
     gradient = run(run_backward, name, x)
-    if name in ("relu", "leaky_relu"):
+    if name in ("relu", "leaky_relu", "relu6", "hardsigmoid"):
         torch.testing.assert_close(gradient, torch_gradient(name, x).double(), rtol=UNIT[dtype], atol=0)
     else:
         assert gradient.isnan().all()
@@ -370,7 +383,14 @@ def test_derivatives_of_the_output(name, dtype):
     torch.testing.assert_close(found, expected, rtol=0, atol=3 * unit)
 
 
-KINKS = {"relu": [0.0, -0.0], "leaky_relu": [0.0, -0.0], "elu": [0.0, -0.0], "hardswish": [-3.0, 0.0, 3.0]}
+KINKS = {
+    "relu": [0.0, -0.0],
+    "leaky_relu": [0.0, -0.0],
+    "elu": [0.0, -0.0],
+    "hardswish": [-3.0, 0.0, 3.0],
+    "relu6": [0.0, -0.0, 6.0],
+    "hardsigmoid": [-3.0, 3.0],
+}
 
 
 @pytest.mark.parametrize("name", KINKS)
@@ -381,7 +401,7 @@ def test_derivatives_at_kinks(name, dtype):
     torch.testing.assert_close(run(run_backward, name, x), expected, rtol=UNIT[dtype], atol=0)
 
 
-@pytest.mark.parametrize("name", ["mish", "gelu", "silu", "hardswish", "elu", "relu"])
+@pytest.mark.parametrize("name", ["mish", "gelu", "silu", "hardswish", "elu", "relu", "quick_gelu"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_derivative_of_huge_numbers_is_one(name, dtype):
     x = torch.logspace(2, 38, 37, dtype=torch.float64).to(dtype)

@@ -147,13 +147,13 @@ KEPT = {
 
 @pytest.fixture
 def tiles_kept(monkeypatch) -> list[int]:
-    """TILES of the launches that follow: how many of a line are kept in registers, 0 where they are read twice."""
+    """How many tiles of a line the launches that follow keep in registers; 0 where they read them twice."""
     found = []
     run = backend.Launch.run
 
     def recorded(launch, device):
-        if "TILES" in launch.arguments:
-            found.append(launch.arguments["TILES"])
+        if "plan" in launch.arguments:
+            found.append(launch.arguments["plan"].tiles)
         run(launch, device)
 
     monkeypatch.setattr(backend.Launch, "run", recorded)
@@ -581,7 +581,7 @@ def test_no_signs_without_gradients(device, monkeypatch):
     monkeypatch.setattr(
         backend.Launch,
         "run",
-        lambda launch, device: [written.append(launch.arguments.get("signs_ptr")), run(launch, device)][1],
+        lambda launch, device: [written.append(launch.leaves.get("tensors.signs")), run(launch, device)][1],
     )
     for needed in (False, True):
         batch(x.requires_grad_(needed), None, None, activation="relu", residual=x)
@@ -651,7 +651,7 @@ def launches(x, groups=0, activation=None, residual=False):
 def test_large_tensors_fill_a_gpu(shape, groups, layout):
     """Whatever the number of channels or groups: every pass over the tensor has a program a multiprocessor."""
     for launch in itertools.chain(*launches(meta(shape, layout), groups)):
-        if "ALONG" in launch.arguments:
+        if "tile" in launch.arguments:
             assert math.prod(launch.grid) >= 132
 
 
@@ -666,36 +666,32 @@ def test_units_that_fit_take_one_launch(layout):
 def test_units_that_fit_registers_are_read_once(layout, dtype):
     """And take no more of them than leaves room for what is computed: 64 of a thread's 128."""
     for launch in itertools.chain(*launches(meta((32, 512, 28, 28), layout, dtype), 32, activation="silu")):
-        found = launch.arguments
-        elements = (
-            found["TILES"] * found["PARTS"] * found["LINES"] * found["ALONG"] / (32 * found["num_warps"])
-        )
-        tensors = 2 if "dy_ptr" in found and not found["REREAD"] else 1
+        tile, plan = launch.arguments["tile"], launch.arguments["plan"]
+        elements = plan.tiles * plan.parts * tile.lines * tile.along / (32 * launch.arguments["num_warps"])
+        tensors = 2 if "tensors.dy" in launch.leaves and not plan.reread else 1
         assert 0 < elements * tensors * dtype.itemsize / 4 <= 64
-        assert (
-            found["LINES"] * found["ALONG"] * found["TILES"] <= 1.2 * 16 * 28 * 28
-        )  # little that is not there
+        assert tile.lines * tile.along * plan.tiles <= 1.2 * 16 * 28 * 28  # little that is not there
 
 
 def test_units_too_large_for_registers_are_read_twice():
     forward, backward = launches(meta((8, 512, 64, 64)), 32, activation="silu")  # 65,536 elements
-    assert forward[0].arguments["TILES"] == 0
+    assert forward[0].arguments["plan"].tiles == 0
     assert len(backward) == 3
 
 
 def test_groups_of_10_waste_nothing():
     forward, _ = launches(meta((8, 320, 64, 64)), 32, activation="silu")
-    found = forward[0].arguments
-    assert (found["LINES"], found["PARTS"], found["EVEN"]) == (2, 5, True)
+    tile, plan = forward[0].arguments["tile"], forward[0].arguments["plan"]
+    assert (tile.lines, plan.parts, tile.even) == (2, 5, True)
 
 
 def test_batches_of_any_size_compile_few_kernels():
     """The tiles of a line of a batch are counted in powers of 2."""
     for size in range(2, 100):
         for launch in itertools.chain(*launches(meta((size, 64, 8, 8), "channels_last"))):
-            tiles = launch.arguments.get("TILES", 0)
+            tiles = launch.leaves.get("plan.tiles", 0)
             assert tiles & (tiles - 1) == 0
-            assert launch.arguments.get("FULL", 0) == 0
+            assert launch.leaves.get("plan.full", 0) == 0
 
 
 def test_a_unit_too_large_to_be_read_again_from_a_cache_is_split():
@@ -707,7 +703,7 @@ def test_a_unit_too_large_to_be_read_again_from_a_cache_is_split():
 def test_rows_of_vectors_take_16_byte_accesses(layout):
     for dtype, vector in ((torch.bfloat16, 8), (torch.float32, 4), (torch.float64, 2)):
         for launch in itertools.chain(*launches(meta((32, 64, 56, 56), layout, dtype))):
-            assert launch.arguments.get("VECTOR", vector) == vector
+            assert launch.leaves.get("tile.vector", vector) == vector
 
 
 def test_views():

@@ -260,7 +260,7 @@ SUMMING = {
 
 
 def test_all_lanes_hold_the_same_sums(read):
-    """``tl.sum(a * b)`` may become fma(a, b, the other lane's), see ``fastmath.terms``."""
+    """``tl.sum(a * b)`` may become fma(a, b, the other lane's), see ``ptxas.terms``."""
     seen = {name.split()[0] for name, (exchanges, _) in read["sums"].items() if exchanges}
     assert seen >= SUMMING
     assert {name: sums for name, (_, sums) in read["sums"].items() if sums} == {}

@@ -19,7 +19,7 @@ pytest.importorskip("typer")
 import triton.language as tl  # noqa: E402
 
 from fastreg.bench.sass import Kernel, Program, compile_for  # noqa: E402
-from fastreg.kernels import fastmath  # noqa: E402
+from fastreg.kernels import fastmath, ptxas  # noqa: E402
 
 BLOCK = 1024  # of 128 threads: eight elements each
 
@@ -32,15 +32,15 @@ def unary(x_ptr, y_ptr, n, OPERATION: tl.constexpr, BLOCK: tl.constexpr):
     if OPERATION == "upcast":
         z = fastmath.upcast(x)
     elif OPERATION == "packed":
-        z = fastmath.packed(x, y, n)
+        z = ptxas.pack_16bit(x, y, n)
     elif OPERATION == "settled":
-        z = fastmath.settled(x, n)
+        z = ptxas.force_evaluated(x, n)
     elif OPERATION == "negated":
         z = fastmath.negated(x)
     elif OPERATION == "tf32":
         z = fastmath.tf32(x)
     else:
-        z = fastmath.renamed(x)
+        z = ptxas.opaque(x)
     tl.store(y_ptr + element, z)
 
 
@@ -60,7 +60,7 @@ def ternary(x_ptr, y_ptr, z_ptr, OPERATION: tl.constexpr, BLOCK: tl.constexpr):
     elif OPERATION == "add a number":
         z = fastmath.add(x, 1.0)
     elif OPERATION == "product, then a sum":
-        z = fastmath.product(x, y) + tl.load(z_ptr + element)
+        z = ptxas.rounded_product(x, y) + tl.load(z_ptr + element)
     elif OPERATION == "fma of numbers":
         z = fastmath.fma(x, 0.1, 0.7)
     else:

@@ -44,7 +44,7 @@ from fastreg.bench.sass import (  # noqa: E402
     accesses,
     kind,
 )
-from fastreg.kernels import fastmath  # noqa: E402
+from fastreg.kernels import ptxas  # noqa: E402
 
 # -----------------------------------------------------------------------------------------------------------
 # Kernels whose machine code is known
@@ -112,7 +112,7 @@ def row_sum(x_ptr, y_ptr, BLOCK: tl.constexpr):
 def norms(x_ptr, y_ptr, TERMS: tl.constexpr, BLOCK: tl.constexpr):
     """Of BLOCK columns, one a thread or more."""
     x = tl.load(x_ptr + tl.program_id(0) * BLOCK + tl.arange(0, BLOCK))
-    squares = fastmath.terms(x, x, 0) if TERMS else x * x
+    squares = ptxas.terms(x, x, 0) if TERMS else x * x
     tl.store(y_ptr + tl.program_id(0), tl.sum(squares, 0))
 
 

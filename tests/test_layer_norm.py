@@ -177,7 +177,7 @@ def test_a_program_walks_down_many_blocks_of_rows(device, columns):
     x = normal((2048 // columns * 9 + 1, columns), device)
     check_layer_norm(x, (columns,), *parameters((columns,), device), activation="silu")
     launches = backward_launches(x, ("weight", "bias"), ("dx", "dweight", "dbias"), "silu")
-    programs, block_rows = launches[0].grid[0], launches[0].arguments["BLOCK_ROWS"]
+    programs, block_rows = launches[0].grid[0], launches[0].arguments["plan"].rows
     assert [launch.kernel.__name__ for launch in launches] == ["backward", "sum_partials"]
     assert programs * block_rows * 2 < len(x)
 

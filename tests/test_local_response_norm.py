@@ -457,3 +457,11 @@ def test_every_activation_compiles_into_the_kernel(device):
     for activation in ACTIVATIONS:
         y = F.local_response_norm(x, 2, **STRONG, activation=activation)
         assert_close(y, reference(x, 2, **STRONG, activation=activation), rtol=3e-6, atol=3e-6)
+
+
+def test_five_dimensions_channels_last_on_aten(aten):
+    """torch's own function refuses them: it views its window in a shape that these strides do not have."""
+    x = torch.randn(2, 4, 3, 2, 2, dtype=torch.float64)
+    last = x.to(memory_format=torch.channels_last_3d).requires_grad_()
+    torch.testing.assert_close(F.local_response_norm(last, 3), torch.nn.functional.local_response_norm(x, 3))
+    assert torch.autograd.gradcheck(lambda x: F.local_response_norm(x, 3, 0.5), last, fast_mode=True)

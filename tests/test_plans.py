@@ -68,7 +68,7 @@ def check_no_idle(length: int, tiles: int, size: int) -> None:
 
 
 class Lines(NamedTuple):
-    """What the kernels make of their arguments (``_extents``)."""
+    """What the kernels make of their view (``shape_of``)."""
 
     batches: int
     lines: int
@@ -78,47 +78,46 @@ class Lines(NamedTuple):
 
 
 def extents(a: dict) -> Lines:
-    x = a["x_ptr"] if "x_ptr" in a else a["dy_ptr"]
-    inner = a["inner_vectors"] * a["VECTOR"]
-    last = a["LAST"]
-    block = a["block"] * a["VECTOR"] if last else a["block"]
-    along, lines = (a["outer"], inner) if last else (inner, a["outer"])
-    segments = a["segments"] or 1
-    batches = x.numel() // (lines * along * segments)
-    assert batches * segments * lines * along == x.numel()
-    assert batches == 1 or segments == 1
-    if last:  # whole vectors, and whole bytes of signs
-        assert lines % a["VECTOR"] == block % a["VECTOR"] == 0
-    if a.get("signs_ptr") is not None:
+    view, tile = a["view"], a["tile"]
+    x = a["x_ptr"] if "x_ptr" in a else a["tensors"].x
+    inner = view.inner_vectors * tile.vector
+    block = view.block * tile.vector if tile.last else view.block
+    along, lines = (view.outer, inner) if tile.last else (inner, view.outer)
+    assert tile.segmented or view.segments == 1
+    batches = x.numel() // (lines * along * view.segments)
+    assert batches * view.segments * lines * along == x.numel()
+    assert batches == 1 or view.segments == 1
+    if tile.last:  # whole vectors, and whole bytes of signs
+        assert lines % tile.vector == block % tile.vector == 0
+    if getattr(a.get("tensors"), "signs", None) is not None:
         assert inner % 8 == 0
-        assert (a["LINES"] if last else a["ALONG"]) % 8 == 0
-        assert not last or block % 8 == 0
-    return Lines(batches, lines, along, segments, block)
+        assert (tile.lines if tile.last else tile.along) % 8 == 0
+        assert not tile.last or block % 8 == 0
+    return Lines(batches, lines, along, view.segments, block)
 
 
 def check_tiles(a: dict) -> Lines:
     """The tiles of a line and the lines of a tile."""
-    seen = extents(a)
-    parts, even, full = a.get("PARTS", 1), a["EVEN"], a.get("FULL", 0)
-    assert power_of_2(a["LINES"])
-    assert power_of_2(a["ALONG"])
-    assert a["LINES"] * a["ALONG"] * parts < 1 << 20
+    seen, tile = extents(a), a["tile"]
+    plan = a.get("plan") or norms.Plan(tiles=0, parts=1, full=0)
+    assert power_of_2(tile.lines)
+    assert power_of_2(tile.along)
+    assert tile.lines * tile.along * plan.parts < 1 << 20
     # The lines of a program are dealt to its parts, which know no end of their own.
-    check_covered(seen.block, parts, a["LINES"], masked=parts == 1)
-    if even or full:
-        assert seen.block == parts * a["LINES"]
+    check_covered(seen.block, plan.parts, tile.lines, masked=plan.parts == 1)
+    if tile.even or plan.full:
+        assert seen.block == plan.parts * tile.lines
         assert seen.lines % seen.block == 0
-    tiles = a.get("TILES", 0)
-    assert seen.segments == 1 or not tiles
-    check_covered(seen.along, tiles or -(-seen.along // a["ALONG"]), a["ALONG"], masked=not even)
-    assert full <= tiles
-    assert full * a["ALONG"] <= seen.along
+    assert seen.segments == 1 or not plan.tiles
+    check_covered(seen.along, plan.tiles or -(-seen.along // tile.along), tile.along, masked=not tile.even)
+    assert plan.full <= plan.tiles
+    assert plan.full * tile.along <= seen.along
     # Within a tile, and along a line, offsets have 32 bits.
-    tall = min(a["ALONG"], seen.along) if a["LAST"] else min(a["LINES"], seen.lines)
-    offset = tall * (seen.lines if a["LAST"] else seen.along)
+    tall = min(tile.along, seen.along) if tile.last else min(tile.lines, seen.lines)
+    offset = tall * (seen.lines if tile.last else seen.along)
     assert offset < INT32
-    assert seen.along + a["ALONG"] <= INT32
-    assert a["inner_vectors"] * a["VECTOR"] < INT32
+    assert seen.along + tile.along <= INT32
+    assert a["view"].inner_vectors * tile.vector < INT32
     assert seen.batches * seen.lines < INT32
     return seen
 
@@ -129,56 +128,58 @@ def check_split(launch: backend.Launch) -> None:
     seen = check_tiles(a)
     blocks = -(-seen.lines // seen.block)
     assert launch.grid == (seen.batches * a["splits"] * blocks,)
-    assert 1 <= a["splits"] <= seen.segments * -(-seen.along // a["ALONG"]) < INT32
+    assert 1 <= a["splits"] <= seen.segments * -(-seen.along // a["tile"].along) < INT32
     if "batches" in a:  # partial sums, of which a line has one a split
         assert a["batches"] == seen.batches
         assert a["splits"] * seen.batches * seen.lines < INT32
 
 
-def check_units(a: dict, lines: int, block: int, run: int = 1) -> None:
-    """A program has whole units, as many as it says; and a run of its lines touches two of them at most."""
-    units, touched, width = a["UNITS"], a["TOUCHED"], a["width"]
+def check_units(units, width: int, lines: int, block: int, padded: int) -> None:
+    """A program has whole units, as many as it says; and a run of its lines touches two of them at most.
+
+    padded: the lines of a program, rounded up to a power of 2.
+    """
     assert lines % width == 0
     assert block % width == 0
-    assert (units == 0) == (width == 1)
-    if units == 0:
+    assert (units.slots == 0) == (width == 1)
+    if units.slots == 0:
         return
-    assert power_of_2(units)
-    assert units * width >= block
-    if units == 1:
+    assert power_of_2(units.slots)
+    assert units.slots * width >= block
+    if units.slots == 1:
         assert block == width
         return
-    total = a["LINES"]
-    assert power_of_2(run)
-    assert total % run == 0
+    assert power_of_2(units.run)
+    assert padded % units.run == 0
     unit = np.arange(block) // width
-    runs = np.arange(block) // run
-    for first in range(0, block, run):
-        assert len(set(unit[first : first + run])) <= (2 if run > 1 else 1)
+    runs = np.arange(block) // units.run
+    for first in range(0, block, units.run):
+        assert len(set(unit[first : first + units.run])) <= (2 if units.run > 1 else 1)
     for one in range(block // width):
-        assert len(set(runs[unit == one])) <= touched
+        assert len(set(runs[unit == one])) <= units.touched
 
 
 def check_whole(launch: backend.Launch) -> None:
     """Programs (blocks of lines, batches), each with all of its units."""
     a = launch.arguments
-    seen = check_tiles(a)
+    seen, width = check_tiles(a), a["view"].width
     assert launch.grid == (-(-seen.lines // seen.block), seen.batches)
-    check_units(a, seen.lines, seen.block, a["RUN"])
-    if a["PARTS"] > 1:
-        assert a["UNITS"] <= 1
-        assert a["width"] % a["PARTS"] == 0
-    if "count" in a:
-        assert a["count"] == a["width"] * seen.segments * seen.along
+    check_units(a["units"], width, seen.lines, seen.block, a["tile"].lines)
+    if a["plan"].parts > 1:
+        assert a["units"].slots <= 1
+        assert width % a["plan"].parts == 0
+    if "elements" in a:
+        assert a["elements"] == width * seen.segments * seen.along
 
 
 def check_merge(launch: backend.Launch) -> None:
     """Programs with whole units of all lines, over all splits."""
-    a = launch.arguments
-    assert launch.grid == (-(-a["all_lines"] // a["block"]),)
-    check_covered(a["block"], 1, a["LINES"], masked=True)
-    check_units(a, a["all_lines"], a["block"])
-    assert a["splits"] * a["all_lines"] < INT32
+    merged, merge, units = (launch.arguments[name] for name in ("merged", "merge", "units"))
+    assert launch.grid == (-(-merged.lines // merged.block),)
+    check_covered(merged.block, 1, merge.lines, masked=True)
+    assert units.run == 1
+    check_units(units, merged.width, merged.lines, merged.block, merge.lines)
+    assert merged.splits * merged.lines < INT32
 
 
 # --- tiles of rows and columns ----------------------------------------------------------------------------
@@ -224,26 +225,26 @@ def check_dropout(launch: backend.Launch) -> None:
 
 
 def check_layer_norm(launch: backend.Launch) -> None:
-    a = launch.arguments
-    rows, columns = a["rows"], a["vectors"] * a["VECTOR"]
-    assert rows * columns == elements(a, "x_ptr", "h_ptr")
-    assert a["BLOCK_COLUMNS"] % a["VECTOR"] == 0
-    block_rows, even_rows = a.get("BLOCK_ROWS", 1), a.get("EVEN_ROWS", True)
-    row_blocks, column_blocks = -(-rows // block_rows), -(-columns // a["BLOCK_COLUMNS"])
-    check_covered(rows, row_blocks, block_rows, masked=not even_rows)
-    check_covered(columns, column_blocks, a["BLOCK_COLUMNS"], masked=not a["EVEN_COLUMNS"])
+    a, plan = launch.arguments, launch.arguments["plan"]
+    rows, columns = a["rows"], a["vectors"] * plan.vector
+    assert rows * columns == (a["tensors"].x if hasattr(a["tensors"], "x") else a["tensors"].h).numel()
+    assert plan.columns % plan.vector == 0
+    row_blocks, column_blocks = -(-rows // plan.rows), -(-columns // plan.columns)
+    check_covered(rows, row_blocks, plan.rows, masked=not plan.even_rows)
+    check_covered(columns, column_blocks, plan.columns, masked=not plan.even_columns)
     kernel = launch.kernel
     if kernel in (layer_norm.forward, layer_norm.backward):
         assert column_blocks == 1
+    if kernel in (layer_norm.forward_long, layer_norm.backward_long):
+        assert plan.rows == 1
     if kernel in (layer_norm.forward, layer_norm.forward_long, layer_norm.backward_long):
         assert launch.grid == (row_blocks,)
     else:
         *blocks, programs = launch.grid
         assert blocks in ([], [column_blocks])
         assert 1 <= programs <= row_blocks
-        for name in ("dweight_ptr", "dbias_ptr"):
-            assert a[name] is None or a[name].shape == (programs, columns)
-    check_wide(a, rows * columns)
+        assert all(t is None or t.shape == (programs, columns) for t in a["sums"])
+    assert plan.wide or rows * columns < INT32
 
 
 def check_sum_partials(launch: backend.Launch) -> None:

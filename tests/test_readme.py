@@ -22,7 +22,7 @@ def test_example_runs(aten):
 
 def test_every_command_named_exists():
     commands = set(re.findall(r"`fastreg (\w+)", README.read_text()))
-    assert commands == {"train", "inspect", "doctor"}
+    assert commands == {"train", "convert", "inspect", "doctor"}
     listed = subprocess.run(
         [sys.executable, "-m", "fastreg.cli", "--help"], capture_output=True, text=True, check=True
     ).stdout

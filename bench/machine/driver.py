@@ -151,7 +151,8 @@ def _runtime(
     """Type, name and value of each argument that is no constant; those of a tuple one after another."""
     for kind, name, value in zip(kinds, names, values, strict=True):
         if isinstance(kind, tuple):
-            yield from _runtime(kind, [name] * len(kind), value)
+            fields = getattr(kind, "_fields", range(len(kind)))
+            yield from _runtime(kind, [f"{name}.{field}" for field in fields], value)
         elif kind != "constexpr":
             yield kind, name, value
 

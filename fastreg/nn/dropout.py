@@ -18,6 +18,7 @@ class _Fused(Layer, torch.nn.modules.dropout._DropoutNd):
     _function: ClassVar[Callable[..., Tensor]]
 
     # Defaults for layers whose class was changed: __init__ did not run.
+    inplace = False
     activation: str | None = None
     inverted = True
 

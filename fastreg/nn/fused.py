@@ -17,6 +17,10 @@ class FusedNorm(Layer):
 
     activation: str | None = None  # of layers whose class was changed: ``__init__`` did not run
 
+    def applies_all(self) -> bool:
+        """Whether the layer is nothing but activation(norm(input) + residual), with the activation named here."""
+        return True
+
     def _make(self, *arguments: Any, activation: str | None, bias: bool = True) -> None:
         """The constructor, with torch's arguments as they are."""
         check_activation(activation)

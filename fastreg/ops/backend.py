@@ -4,7 +4,7 @@ import ctypes
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -170,6 +170,29 @@ def number(name: str, value: float | Tensor, absent: float) -> dict[str, Any]:
     return {f"{name}_ptr": None, name: value}
 
 
+def is_struct(value: Any) -> bool:
+    """Whether it is one of the kernels' named tuples."""
+    return isinstance(value, tuple) and hasattr(value, "_fields")
+
+
+def leaves(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Names and values of arguments; of a struct, those of its fields: ("tile.rows", 8)."""
+    for name, value in arguments.items():
+        if is_struct(value):
+            yield from leaves({f"{name}.{field}": each for field, each in value._asdict().items()})
+        else:
+            yield name, value
+
+
+def with_leaves(arguments: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with other values for some leaves, by name."""
+    result = dict(arguments)
+    for name, value in new.items():
+        argument, _, field = name.partition(".")
+        result[argument] = result[argument]._replace(**{field: value}) if field else value
+    return result
+
+
 _NOWHERE = torch.empty(0, dtype=torch.int64, device="cpu")  # its address is 0
 
 _loaded: set[Any] = set()
@@ -181,7 +204,12 @@ class Launch(NamedTuple):
 
     kernel: Any  # a @triton.jit function
     grid: tuple[int, ...]
-    arguments: dict[str, Any]
+    arguments: dict[str, Any]  # a struct is one argument: a named tuple of kernels/
+
+    @property
+    def leaves(self) -> dict[str, Any]:
+        """All arguments, those in structs by dotted names: ``launch.leaves["tile.rows"]``."""
+        return dict(leaves(self.arguments))
 
     def run(self, device: torch.device) -> Any:
         """Launches on the tensors' ``device``, which need not be the current one. Returns what Triton compiled."""

@@ -7,6 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+
+def _quick_gelu(v: Tensor) -> Tensor:
+    """v sigmoid(1.702 v), which torch has not. Source: Hendrycks and Gimpel 2016 (arXiv 1606.08415)."""
+    return v * torch.sigmoid(1.702 * v)
+
+
+def _hardsigmoid(v: Tensor) -> Tensor:
+    """Torch's own has no second derivative, and its first one is fp32 for fp64 tensors."""
+    return (F.hardtanh(v, -3.0, 3.0) + 3) / 6
+
+
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,
@@ -18,6 +29,9 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "elu": F.elu,
     "mish": F.mish,
     "hardswish": F.hardswish,
+    "relu6": F.relu6,
+    "hardsigmoid": _hardsigmoid,
+    "quick_gelu": _quick_gelu,
 }
 """What ``activation=`` may name, and its definition: torch's function with torch's default parameters."""
 
@@ -28,6 +42,7 @@ OF_OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "sigmoid": torch.ops.aten.sigmoid_backward,
     "tanh": torch.ops.aten.tanh_backward,
     "elu": lambda dy, y: torch.ops.aten.elu_backward(dy, 1, 1, 1, True, y),
+    "relu6": lambda dy, y: torch.ops.aten.hardtanh_backward(dy, y, 0, 6),
 }
 """dy f'(v) where it follows from y = f(v): then nothing is kept for it but y, which the next layer keeps too."""
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from fastreg.ops import backend
-from fastreg.ops.backend import Launch
+from fastreg.ops.backend import Launch, is_struct, with_leaves
 from fastreg.ops.kinds import kinds_of
 from fastreg.random import Stream
 
@@ -184,7 +184,7 @@ class _Step:
         self.given: list[tuple[str, int]] = []  # names of pointers, and the places of the caller's arguments
         self.views: list[tuple[str, _View]] = []
         self.stream: int | None = None  # the place of the caller's stream
-        values = dict(launch.arguments)
+        values: dict[str, Any] = launch.leaves
         if "offset" in values:
             self.stream = next(place for place, a in enumerate(arguments) if type(a) is Stream)
             assert values["offset"] == arguments[self.stream].offset
@@ -197,7 +197,7 @@ class _Step:
                     self.given.append((name, places[id(value)]))
                 else:
                     self.views.append((name, _view_of(value, workspaces, storages)))
-        self.launch = launch._replace(arguments=values)
+        self.launch = launch._replace(arguments=with_leaves(launch.arguments, values))
         self._variant: _Variant | None = None
 
     def run(self, arguments: Sequence[Any], workspaces: list[Tensor], device: torch.device) -> None:
@@ -210,7 +210,7 @@ class _Step:
         if self.stream is not None:
             seed, values["offset"] = arguments[self.stream]
             values["seed_ptr" if isinstance(seed, Tensor) else "seed"] = seed
-        compiled = self.launch._replace(arguments=self.launch.arguments | values).run(device)
+        compiled = self.launch._replace(arguments=with_leaves(self.launch.arguments, values)).run(device)
         if compiled is not None and DIRECT and aligned:
             self._variant = _Variant(compiled, self)
 
@@ -225,10 +225,20 @@ class _Variant:
     addresses, which are all multiples of 16 (what Triton compiles for), and a seed, which is never compiled for."""
 
     def __init__(self, compiled: Any, step: _Step):
-        names = step.launch.kernel.arg_names
         self._compiled, self._kernel = compiled, step.launch.kernel
         self._grid = (*step.launch.grid, 1, 1)[:3]
-        self._values = [step.launch.arguments.get(name) for name in names]
+        names, self._values = [], []  # of the leaves: a struct that holds no constants is given as its fields
+        self._places: list[int | slice] = []  # of each argument among them
+        for parameter in self._kernel.params:
+            value = step.launch.arguments.get(parameter.name)
+            if is_struct(value) and not parameter.is_constexpr:
+                self._places.append(slice(len(names), len(names) + len(value)))
+                names += [f"{parameter.name}.{field}" for field in value._fields]
+                self._values += value
+            else:
+                self._places.append(len(names))
+                names.append(parameter.name)
+                self._values.append(value)
         self._given = [(names.index(name), place) for name, place in step.given]
         self._views = [(names.index(name), view) for name, view in step.views]
         self._stream = step.stream
@@ -262,6 +272,7 @@ class _Variant:
     def _start(self, values: list) -> None:
         compiled, active = self._compiled, driver.active
         stream = active.get_current_stream(active.get_current_device())
+        given = [tuple(values[place]) if type(place) is slice else values[place] for place in self._places]
         compiled.run(
-            *self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *values
+            *self._grid, stream, compiled.function, compiled.packed_metadata, None, None, None, *given
         )

@@ -507,8 +507,9 @@ def drop_connect_linear(
         inverted: scale in training, not in evaluation.
         inference: in evaluation, "gaussian" is the paper's: the expectation of ``activation`` over a Gaussian with the
             mean and the variance that the sum has over the masks. In closed form for no activation (where it is the
-            mean), relu, leaky_relu, gelu, elu and hardswish, else by quadrature. "mean" is the activation of
-            the mean. "probit" is, for sigmoid alone, an approximation in closed form, off by less than 0.02.
+            mean), relu, leaky_relu, relu6, gelu, elu, hardswish and hardsigmoid, else by quadrature. "mean" is the
+            activation of the mean. "probit" is, for sigmoid alone, an approximation in closed form, off by less than
+            0.02.
         samples: so many draws in place of the quadrature, as in the paper, which takes 1000. The error of these is
             larger than that of the quadrature, see ``fastreg/ops/linear/expectation.py``.
         activation: a name of ``fastreg.functional.ACTIVATIONS``.

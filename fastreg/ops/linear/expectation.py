@@ -66,12 +66,22 @@ def _hardswish(mean: Tensor, deviation: Tensor) -> Tensor:
     return above + (second + 3 * first) / 6
 
 
+def _relu6(mean: Tensor, deviation: Tensor) -> Tensor:
+    return _relu(mean, deviation) - _relu(mean - 6, deviation)
+
+
+def _hardsigmoid(mean: Tensor, deviation: Tensor) -> Tensor:
+    return _relu6(mean + 3, deviation) / 6
+
+
 CLOSED_FORMS = {
     "relu": _relu,
     "leaky_relu": _leaky_relu,
     "gelu": _gelu,
     "elu": _elu,
     "hardswish": _hardswish,
+    "relu6": _relu6,
+    "hardsigmoid": _hardsigmoid,
 }
 """The exact expectation of an activation, for deviations that are not 0."""
 

@@ -5,7 +5,7 @@ take (CPU tensors, ``torch.func`` transforms, bad input) its callers give to ATe
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,32 +113,44 @@ def definition(
 # Tensors of activations are dense and laid out alike; statistics and sums are fp32 (fp64 for fp64 x).
 
 
-def _arguments(seen: View, plan: Plan) -> dict:
-    outer = seen.along if seen.last else seen.lines
+def _view(seen: View, plan: Plan) -> Any:
+    """``seen`` as the kernels are given it, for programs with the lines of ``plan``."""
+    return kernels.View(
+        outer=seen.along if seen.last else seen.lines,
+        inner_vectors=seen.innermost // plan.vector,
+        segments=seen.segments,
+        channels=seen.channels,
+        width=seen.width,
+        block=plan.block // plan.vector if seen.last else plan.block,
+    )
+
+
+def _tile(seen: View, plan: Plan) -> Any:
+    segmented = seen.segments > 1
+    return kernels.Tile(
+        plan.lines, plan.along, plan.vector, seen.last, segmented, plan.even(seen), seen.repeat > 1
+    )
+
+
+def _units(seen: View, plan: Plan) -> Any:
+    return kernels.Units(plan.units, plan.run(seen), plan.touched(seen))
+
+
+def _geometry(seen: View, plan: Plan) -> dict[str, Any]:
+    return {"view": _view(seen, plan), "tile": _tile(seen, plan), "num_warps": plan.warps, "maxnreg": 128}
+
+
+def _whole_geometry(seen: View, plan: Plan) -> dict[str, Any]:
+    kept = kernels.Plan(plan.kept, plan.parts, plan.full(seen), plan.reread)
+    return {"units": _units(seen, plan), "plan": kept, **_geometry(seen, plan)}
+
+
+def _merge_geometry(seen: View, plan: Plan, splits: int) -> dict[str, Any]:
     return {
-        "outer": outer,
-        "inner_vectors": seen.innermost // plan.vector,
-        "segments": None if seen.segments == 1 else seen.segments,
-        "block": plan.block // plan.vector if seen.last else plan.block,
-        "EVEN": plan.even(seen),
-        "LAST": seen.last,
-        "VECTOR": plan.vector,
-        "LINES": plan.lines,
-        "ALONG": plan.along,
+        "merged": kernels.Merged(seen.batches * seen.lines, splits, seen.channels, seen.width, plan.block),
+        "units": _units(seen, plan),
+        "merge": kernels.Merge(plan.lines, plan.along, seen.repeat > 1),
         "num_warps": plan.warps,
-        "maxnreg": 128,
-    }
-
-
-def _whole_arguments(seen: View, plan: Plan) -> dict:
-    return {
-        "UNITS": plan.units,
-        "RUN": plan.run(seen),
-        "TOUCHED": plan.touched(seen),
-        "TILES": plan.kept,
-        "PARTS": plan.parts,
-        "FULL": plan.full(seen),
-        **_arguments(seen, plan),
     }
 
 
@@ -157,13 +169,12 @@ def _many_splits(seen: View, plan: Plan, device: torch.device) -> int:
     return min(wanted, backend.MOST_PROGRAMS // plan.blocks(seen))
 
 
-def _momentum(running: Running | None) -> dict:
-    momentum = 0.0 if running is None else running.momentum
-    return {
-        "running_mean_ptr": None if running is None else running.mean,
-        "running_var_ptr": None if running is None else running.var,
-        **number("momentum", momentum, 0.0),
-    }
+def _running(running: Running | None) -> dict[str, Any]:
+    if running is None:
+        return {"running": kernels.Running(None, None, None), "momentum": 0.0}
+    in_memory = isinstance(running.momentum, Tensor)
+    momentum = (running.momentum, 0.0) if in_memory else (None, running.momentum)
+    return {"running": kernels.Running(running.mean, running.var, momentum[0]), "momentum": momentum[1]}
 
 
 @planned
@@ -190,21 +201,13 @@ def forward_launches(
             *apply_launches(x, weight, bias, residual, y, signs, mean, var, form),
         ]
     arguments = {
-        "x_ptr": x,
-        "residual_ptr": residual,
-        "y_ptr": y,
-        "signs_ptr": signs,
-        "mean_ptr": mean,
-        "var_ptr": var,
-        "weight_ptr": weight,
-        "bias_ptr": bias,
-        **_momentum(running),
+        "tensors": kernels.Forward(x, residual, y, signs),
+        "moments": kernels.Moments(mean, var),
+        "affine": kernels.Affine(weight, bias),
+        **_running(running),
         "eps": form.eps,
-        "channels": seen.channels,
-        "REPEATED": seen.repeat > 1,
-        "width": seen.width,
-        "ACTIVATION": form.activation,
-        **_whole_arguments(seen, plan),
+        "activation": form.activation,
+        **_whole_geometry(seen, plan),
     }
     return [Launch(kernels.whole_forward, plan.grid(seen), arguments)]
 
@@ -216,15 +219,13 @@ def statistics_launches(
     splits = _few_splits(seen, plan, x.device)
     all_lines = seen.batches * seen.lines
     partial_mean, partial_var = mean.new_empty(2, splits, all_lines)
-    partials = (partial_mean, partial_var, mean.new_empty(splits))
+    partials = kernels.Partials(partial_mean, partial_var, mean.new_empty(splits))
     arguments = {
         "x_ptr": x,
-        "mean_ptr": partials[0],
-        "var_ptr": partials[1],
-        "count_ptr": partials[2],
+        "partials": partials,
         "batches": seen.batches,
         "splits": splits,
-        **_arguments(seen, plan),
+        **_geometry(seen, plan),
     }
     return [
         Launch(kernels.statistics, (plan.blocks(seen) * splits,), arguments),
@@ -237,25 +238,14 @@ def merge_statistics_launch(
 ) -> Launch:
     """partials: means and variances [splits, lines] and numbers of elements [splits]."""
     plan = merge_plan(seen)
-    all_lines = seen.batches * seen.lines
     arguments = {
-        "partial_mean_ptr": partials[0],
-        "partial_var_ptr": partials[1],
-        "partial_count_ptr": partials[2],
-        "mean_ptr": mean,
-        "var_ptr": var,
-        **_momentum(running),
-        "all_lines": all_lines,
-        "splits": partials[2].numel(),
-        "width": seen.width,
-        "block": plan.block,
-        "UNITS": plan.units,
-        "TOUCHED": plan.touched(seen),
-        "LINES": plan.lines,
-        "SPLITS": plan.along,
-        "num_warps": plan.warps,
+        "partials": kernels.Partials(*partials),
+        "moments": kernels.Moments(mean, var),
+        **_running(running),
+        **_merge_geometry(seen, plan, partials[2].numel()),
     }
-    return Launch(kernels.merge_statistics, (ceil_div(all_lines, plan.block),), arguments)
+    grid = ceil_div(seen.batches * seen.lines, plan.block)
+    return Launch(kernels.merge_statistics, (grid,), arguments)
 
 
 @planned
@@ -275,21 +265,13 @@ def apply_launches(
     plan = split_plan(seen, x.element_size())
     splits = _many_splits(seen, plan, x.device)
     arguments = {
-        "x_ptr": x,
-        "residual_ptr": residual,
-        "y_ptr": y,
-        "signs_ptr": signs,
-        "mean_ptr": mean,
-        "var_ptr": var,
-        "weight_ptr": weight,
-        "bias_ptr": bias,
+        "tensors": kernels.Forward(x, residual, y, signs),
+        "moments": kernels.Moments(mean, var),
+        "affine": kernels.Affine(weight, bias),
         "eps": form.eps,
-        "channels": seen.channels,
-        "REPEATED": seen.repeat > 1,
-        "width": seen.width,
         "splits": splits,
-        "ACTIVATION": form.activation,
-        **_arguments(seen, plan),
+        "activation": form.activation,
+        **_geometry(seen, plan),
     }
     return [Launch(kernels.apply, (plan.blocks(seen) * splits,), arguments)]
 
@@ -357,138 +339,118 @@ def _gradient_launches(
     form: Form,
     seen: View,
 ) -> list[Launch]:
-    forward = forward_arguments(x, weight, bias, mean, var, form, seen)
-    kept = {"dy_ptr": dy, "residual_ptr": residual, "signs_ptr": signs}
+    tensors = kernels.Backward(dy, x, residual, signs)
+    forward = forward_arguments(weight, bias, mean, var, form)
     sizes = x.element_size(), dy.element_size()
     plan = whole_plan(seen, sizes, x.device, form.activation is not None) if training else None
     if plan is not None:
-        arguments = {f"{name}_ptr": tensor for name, tensor in out._asdict().items()}
-        arguments |= (
-            {"count": float(seen.unit_elements), "REREAD": plan.reread}
-            | forward
-            | kept
-            | _whole_arguments(seen, plan)
-        )
+        arguments = {
+            "tensors": tensors,
+            "gradients": kernels.Gradients(out.dx, out.dv),
+            "sums": kernels.Sums(out.dbias, out.dweight),
+            "elements": float(seen.unit_elements),
+            "activation": form.activation,
+            **forward,
+            **_whole_geometry(seen, plan),
+        }
         return [Launch(kernels.whole_backward, plan.grid(seen), arguments)]
 
     if training and (residual is not None or signs is not None) and out.dv is None:
         # The residual's gradient is not wanted, but it is what the second pass starts from.
         out = out._replace(dv=torch.empty_like(x))
-    launch, (sums, products) = gradient_sums_launch(kept, out.dv, None if training else out.dx, forward, seen)
-    launches = [launch]
+    gradients = kernels.Gradients(None if training else out.dx, out.dv)
+    launch, partials = gradient_sums_launch(tensors, gradients, forward, form, seen)
     means = mean.new_empty(2, seen.units) if training else None
-    launches.append(
-        merge_gradients_launch(sums, products, var, weight, out, means, float(seen.unit_elements), form, seen)
-    )
+    launches = [
+        launch,
+        merge_gradients_launch(partials, var, weight, out, means, float(seen.unit_elements), form, seen),
+    ]
     if means is not None:
         # With dv, it is what the sums were taken of: no activation any more.
         dv, activation = (dy, form.activation) if out.dv is None else (out.dv, None)
-        launches.append(dx_launch(dv, out.dx, means, forward, activation, seen))
+        launches.append(dx_launch(dv, x, out.dx, means, forward, activation, seen))
     return launches
 
 
 def forward_arguments(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mean: Tensor,
-    var: Tensor,
-    form: Form,
-    seen: View,
-) -> dict:
-    """Inputs and statistics of the forward pass, under the names of the backward kernels' arguments."""
+    weight: Tensor | None, bias: Tensor | None, mean: Tensor, var: Tensor, form: Form
+) -> dict[str, Any]:
+    """Parameters and statistics of the forward pass, under the names of the backward kernels' arguments."""
     return {
-        "x_ptr": x,
-        "mean_ptr": mean,
-        "var_ptr": var,
-        "weight_ptr": weight,
-        "bias_ptr": bias,
+        "moments": kernels.Moments(mean, var),
+        "affine": kernels.Affine(weight, bias),
         "eps": form.eps,
-        "channels": seen.channels,
-        "REPEATED": seen.repeat > 1,
-        "width": seen.width,
-        "ACTIVATION": form.activation,
     }
 
 
 def gradient_sums_launch(
-    kept: dict, dv: Tensor | None, dx: Tensor | None, forward: dict, seen: View
+    tensors: Any, gradients: Any, forward: dict[str, Any], form: Form, seen: View
 ) -> tuple[Launch, Tensor]:
-    """kept: dy, residual and signs. Returns also where the sums and products go: [2, splits, lines]."""
-    x = forward["x_ptr"]
+    """tensors, gradients: the kernels' structs. Returns also where the sums go, of g and of g (x - mean):
+    [2, splits, lines]."""
+    x = tensors.x
     plan = split_plan(seen, x.element_size())
     splits = _few_splits(seen, plan, x.device)
-    partials = forward["mean_ptr"].new_empty(2, splits, seen.batches * seen.lines)
+    partials = forward["moments"].mean.new_empty(2, splits, seen.batches * seen.lines)
     arguments = {
-        "dv_ptr": dv,
-        "dx_ptr": dx,
-        "sum_ptr": partials[0],
-        "product_ptr": partials[1],
+        "tensors": tensors,
+        "gradients": gradients,
+        "sums": kernels.Sums(*partials),
         "batches": seen.batches,
         "splits": splits,
+        "activation": form.activation,
+        **forward,
+        **_geometry(seen, plan),
     }
-    launch = Launch(
-        kernels.gradient_sums,
-        (plan.blocks(seen) * splits,),
-        forward | kept | arguments | _arguments(seen, plan),
-    )
-    return launch, partials
+    return Launch(kernels.gradient_sums, (plan.blocks(seen) * splits,), arguments), partials
 
 
 def merge_gradients_launch(
-    sums: Tensor,
-    products: Tensor,
+    partials: Tensor,
     var: Tensor,
     weight: Tensor | None,
     out: Gradients,
     means: Tensor | None,
-    count: float | Tensor,
+    elements: float | Tensor,
     form: Form,
     seen: View,
 ) -> Launch:
-    """count: elements of a unit. means: [2, units], where to write what ``gradient_apply`` needs."""
+    """partials: what ``gradient_sums`` wrote. elements: of a unit. means: [2, units], where to write what
+    ``gradient_apply`` needs."""
     plan = merge_plan(seen)
     all_lines = seen.batches * seen.lines
     arguments = {
-        "sum_ptr": sums,
-        "product_ptr": products,
+        "partials": kernels.Sums(*partials),
         "var_ptr": var,
         "weight_ptr": weight,
-        "dweight_ptr": out.dweight,
-        "dbias_ptr": out.dbias,
-        "b_ptr": None if means is None else means[0],
-        "w_ptr": None if means is None else means[1],
-        **number("count", count, 0.0),
+        "sums": kernels.Sums(out.dbias, out.dweight),
+        "means": kernels.Means(None, None) if means is None else kernels.Means(*means),
+        **number("elements", elements, 0.0),
         "eps": form.eps,
-        "all_lines": all_lines,
-        "splits": sums.numel() // all_lines,
-        "channels": seen.channels,
-        "REPEATED": seen.repeat > 1,
-        "width": seen.width,
-        "block": plan.block,
-        "UNITS": plan.units,
-        "TOUCHED": plan.touched(seen),
-        "LINES": plan.lines,
-        "SPLITS": plan.along,
-        "num_warps": plan.warps,
+        **_merge_geometry(seen, plan, partials[0].numel() // all_lines),
     }
     return Launch(kernels.merge_gradient_sums, (ceil_div(all_lines, plan.block),), arguments)
 
 
 def dx_launch(
-    dy: Tensor, dx: Tensor, means: Tensor, forward: dict, activation: str | None, seen: View
+    dy: Tensor,
+    x: Tensor,
+    dx: Tensor,
+    means: Tensor,
+    forward: dict[str, Any],
+    activation: str | None,
+    seen: View,
 ) -> Launch:
     plan = split_plan(seen, dy.element_size())
     splits = _many_splits(seen, plan, dx.device)
     arguments = {
-        "dy_ptr": dy,
+        "tensors": kernels.Backward(dy, x, None, None),
         "dx_ptr": dx,
-        "b_ptr": means[0],
-        "w_ptr": means[1],
+        "means": kernels.Means(*means),
         "splits": splits,
+        "activation": activation,
         **forward,
-        "ACTIVATION": activation,
-        **_arguments(seen, plan),
+        **_geometry(seen, plan),
     }
     return Launch(kernels.gradient_apply, (plan.blocks(seen) * splits,), arguments)
 

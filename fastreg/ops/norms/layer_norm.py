@@ -7,7 +7,7 @@ two numbers a row.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -98,31 +98,34 @@ def _long_blocks(x: Tensor, columns: int, rows: int, block: int) -> _Blocks:
     )
 
 
-def _arguments(rows: int, blocks: _Blocks, stream: Stream, form: Form) -> dict:
-    """The arguments that forward and backward kernels share."""
+def _arguments(rows: int, blocks: _Blocks, form: Form) -> dict[str, Any]:
+    """The arguments that all kernels share."""
     return {
-        **number("seed", stream.seed, 0),
-        "offset": stream.offset,
-        "threshold": form.threshold,
-        "scale": form.scale,
         "rows": rows,
         "vectors": form.columns // blocks.vector,
-        "DROP": form.threshold > 0,
-        "ACTIVATION": form.activation,
-        "EVEN_ROWS": rows % blocks.rows == 0,
-        "EVEN_COLUMNS": form.columns % blocks.columns == 0,
-        "BLOCK_ROWS": blocks.rows,
-        "BLOCK_COLUMNS": blocks.columns,
-        "VECTOR": blocks.vector,
-        "WIDE": rows * form.columns >= 1 << 31,
+        "plan": kernels.Plan(
+            drop=form.threshold > 0,
+            activation=form.activation,
+            rows=blocks.rows,
+            columns=blocks.columns,
+            vector=blocks.vector,
+            even_rows=rows % blocks.rows == 0,
+            even_columns=form.columns % blocks.columns == 0,
+            wide=rows * form.columns >= 1 << 31,
+        ),
         "num_warps": blocks.warps,
         # Said, or the assembler may spill to fit more programs, which memory does not need.
         "maxnreg": 128,
     }
 
 
-def _without(arguments: dict, *names: str) -> dict:
-    return {name: value for name, value in arguments.items() if name not in names}
+def _draw(stream: Stream, form: Form) -> dict[str, Any]:
+    return {
+        **number("seed", stream.seed, 0),
+        "offset": stream.offset,
+        "threshold": form.threshold,
+        "scale": form.scale,
+    }
 
 
 @planned
@@ -139,18 +142,18 @@ def forward_launches(
     form: Form,
 ) -> list[Launch]:
     """All contiguous."""
-    tensors = {
-        "x_ptr": x, "skip_ptr": skip, "h_ptr": h, "weight_ptr": weight, "bias_ptr": bias,
-        "residual_ptr": residual, "y_ptr": y, "statistics_ptr": statistics,
-    }  # fmt: skip
     rows = x.numel() // form.columns
-    if form.columns * x.element_size() > ROW_BYTES:
-        arguments = _arguments(rows, _long_blocks(x, form.columns, 1, LONG_BLOCK), stream, form)
-        arguments = _without(arguments, "BLOCK_ROWS", "EVEN_ROWS")
-        return [Launch(kernels.forward_long, (rows,), tensors | {"eps": form.eps} | arguments)]
-    blocks = _blocks(x, form.columns, 32)
-    arguments = _arguments(rows, blocks, stream, form)
-    return [Launch(kernels.forward, (ceil_div(rows, blocks.rows),), tensors | {"eps": form.eps} | arguments)]
+    long = form.columns * x.element_size() > ROW_BYTES
+    blocks = _long_blocks(x, form.columns, 1, LONG_BLOCK) if long else _blocks(x, form.columns, 32)
+    arguments = {
+        "tensors": kernels.Forward(x, skip, h, residual, y, statistics),
+        "affine": kernels.Affine(weight, bias),
+        **_draw(stream, form),
+        "eps": form.eps,
+        **_arguments(rows, blocks, form),
+    }
+    kernel = kernels.forward_long if long else kernels.forward
+    return [Launch(kernel, (ceil_div(rows, blocks.rows),), arguments)]
 
 
 _Sums = tuple[Tensor | None, Tensor | None]  # where the gradients of weight and bias go
@@ -176,11 +179,11 @@ def backward_launches(
     """All contiguous. Workspace: partial sums for the parameters."""
     if form.activation is None:
         bias = residual = None
-    inputs = {
-        "dy_ptr": dy, "h_ptr": h, "weight_ptr": weight, "bias_ptr": bias, "residual_ptr": residual,
-        "statistics_ptr": statistics,
-    }  # fmt: skip
-    tensors = inputs | {"dh_ptr": dh, "dx_ptr": dx, "dskip_ptr": dskip, "dresidual_ptr": dresidual}
+    tensors = {
+        "tensors": kernels.Backward(dy, dh, h, residual, statistics),
+        "affine": kernels.Affine(weight, bias),
+    }
+    written = {"gradients": kernels.Gradients(dx, dskip, dresidual), **_draw(stream, form)}
     sums = dweight, dbias
     rows = h.numel() // form.columns
     narrow = form.columns * h.element_size() % 16 != 0
@@ -189,9 +192,8 @@ def backward_launches(
     launches = []
     if any(t is not None for t in (dx, dskip, dresidual)):
         if long:
-            blocks = _long_blocks(h, form.columns, 1, LONG_BLOCK)
-            arguments = _without(_arguments(rows, blocks, stream, form), "BLOCK_ROWS", "EVEN_ROWS")
-            launches.append(Launch(kernels.backward_long, (rows,), tensors | arguments))
+            arguments = _arguments(rows, _long_blocks(h, form.columns, 1, LONG_BLOCK), form)
+            launches.append(Launch(kernels.backward_long, (rows,), tensors | written | arguments))
         else:
             # 16 elements a thread, so that the sums have registers beside them, and 16 warps on a multiprocessor.
             # Narrow accesses, fp64 and activations need more registers than that leaves: 8 warps, and no spills.
@@ -202,18 +204,17 @@ def backward_launches(
             programs = min(ceil_div(ceil_div(rows, blocks.rows), 4), most)
             partial = _partial(h, programs, form, sums if together else (None, None))
             registers = 255 if crowded and blocks.warps <= 8 else 128
-            arguments = _arguments(rows, blocks, stream, form) | {"maxnreg": registers}
-            launches.append(Launch(kernels.backward, (programs,), tensors | partial | arguments))
+            arguments = _arguments(rows, blocks, form) | {"sums": partial, "maxnreg": registers}
+            launches.append(Launch(kernels.backward, (programs,), tensors | written | arguments))
     if any(t is not None for t in sums):
         if not launches or not together:
-            launches.append(_columns_launch(inputs, sums, stream, form))
-        launches.append(_sum_launch(launches[-1].arguments, sums))
+            launches.append(_columns_launch(tensors, h, sums, form))
+        launches.append(_sum_launch(launches[-1].arguments["sums"], sums))
     return launches
 
 
-def _columns_launch(inputs: dict, sums: _Sums, stream: Stream, form: Form) -> Launch:
+def _columns_launch(tensors: dict[str, Any], h: Tensor, sums: _Sums, form: Form) -> Launch:
     """The partial sums alone."""
-    h = inputs["h_ptr"]
     rows = h.numel() // form.columns
     vector = math.gcd(16 // h.element_size(), form.columns)
     columns = min(32 * vector, max(vector, 1 << (form.columns - 1).bit_length()))
@@ -221,25 +222,23 @@ def _columns_launch(inputs: dict, sums: _Sums, stream: Stream, form: Form) -> La
     column_blocks = ceil_div(form.columns, columns)
     most = ceil_div(4 * backend.multiprocessors(h.device), column_blocks)
     programs = min(ceil_div(ceil_div(rows, blocks.rows), 4), most)
-    arguments = _arguments(rows, blocks, stream, form)
-    arguments = _without(arguments, "seed_ptr", "seed", "offset", "threshold", "scale", "DROP")
-    tensors = inputs | _partial(h, programs, form, sums)
-    return Launch(kernels.backward_columns, (column_blocks, programs), tensors | arguments)
+    arguments = tensors | {"sums": _partial(h, programs, form, sums)} | _arguments(rows, blocks, form)
+    return Launch(kernels.backward_columns, (column_blocks, programs), arguments)
 
 
-def _partial(h: Tensor, programs: int, form: Form, sums: _Sums) -> dict:
+def _partial(h: Tensor, programs: int, form: Form, sums: _Sums) -> Any:
     """Where the programs leave their sums: one buffer, so that one kernel adds them up."""
     count = sum(t is not None for t in sums)
     parts = torch.empty(count, programs, form.columns, dtype=sum_dtype(h.dtype), device=h.device).unbind()
-    return {
-        "dweight_ptr": None if sums[0] is None else parts[0],
-        "dbias_ptr": None if sums[1] is None else parts[-1],
-    }
+    return kernels.Sums(
+        None if sums[0] is None else parts[0],
+        None if sums[1] is None else parts[-1],
+    )
 
 
-def _sum_launch(partials: dict, sums: _Sums) -> Launch:
-    """partials: what ``_partial`` made, among other arguments."""
-    first = next(partials[name] for name in ("dweight_ptr", "dbias_ptr") if partials[name] is not None)
+def _sum_launch(partial: Any, sums: _Sums) -> Launch:
+    """partial: what ``_partial`` made."""
+    first = next(t for t in partial if t is not None)
     results = [t for t in sums if t is not None]
     both = first.as_strided((len(results), *first.shape), (first.numel(), *first.stride()))
     return sum_launch(both, *results)

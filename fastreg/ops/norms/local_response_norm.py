@@ -39,6 +39,8 @@ class Form(NamedTuple):
 
 
 def _definition(x: Tensor, residual: Tensor | None, form: Form) -> Tensor:
+    if x.dim() > 4:
+        x = x.contiguous()  # torch views it in a shape that channels last do not have
     return activated(F.local_response_norm(x, *form[:4]), form.activation, residual)
 
 

@@ -39,6 +39,9 @@ from fastreg.ops.norms.channel_norm import (
 from fastreg.ops.norms.lines import View, viewed
 from fastreg.ops.operator import by_definition
 
+if backend.HAS_TRITON:
+    from fastreg.kernels import channel_norm as kernels
+
 SLOPES = {"relu": 0.0, "leaky_relu": 0.01}
 """Derivative of the activations whose signs are kept, where those are not positive."""
 
@@ -195,16 +198,16 @@ def _kernel_backward(dy, x, weight, bias, residual, signs, mean, var, total, for
     residual = None if residual is None else with_strides(residual, x.stride())
     weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
     dv = None if dv_dtype is None else torch.empty_like(x, dtype=dv_dtype)
-    forward = forward_arguments(x, weight, bias, mean, var, form, seen)
-    kept = {"dy_ptr": dy, "residual_ptr": residual, "signs_ptr": signs}
-    launch, partials = gradient_sums_launch(kept, dv, None, forward, seen)
+    forward = forward_arguments(weight, bias, mean, var, form)
+    tensors = kernels.Backward(dy, x, residual, signs)
+    launch, partials = gradient_sums_launch(tensors, kernels.Gradients(None, dv), forward, form, seen)
     launch.run(x.device)
-    sums, products = both = partials.view(2, -1, seen.channels, seen.repeat).sum((1, 3))
+    both = partials.view(2, -1, seen.channels, seen.repeat).sum((1, 3))
 
     dx = result if result.stride() == x.stride() else torch.empty_like(x)
     dweight, dbias = torch.empty_like(both)
     own = Gradients(dx, dweight, dbias, dv)
-    merge_gradients_launch(sums, products, var, weight, own, None, 0.0, form, channels).run(x.device)
+    merge_gradients_launch(both, var, weight, own, None, 0.0, form, channels).run(x.device)
     dist.all_reduce(both, group=group)
     if not needs_dx:
         return None, own.dweight, own.dbias, dv
@@ -212,11 +215,11 @@ def _kernel_backward(dy, x, weight, bias, residual, signs, mean, var, total, for
     means = torch.empty_like(both)
     ignored = torch.empty_like(both)
     everyones = Gradients(dx, ignored[0], ignored[1], None)
-    merge_gradients_launch(sums, products, var, weight, everyones, means, total, form, channels).run(x.device)
+    merge_gradients_launch(both, var, weight, everyones, means, total, form, channels).run(x.device)
     if dv is None:
-        dx_launch(dy, dx, means, forward, form.activation, seen).run(x.device)
+        dx_launch(dy, x, dx, means, forward, form.activation, seen).run(x.device)
     else:  # what the sums were taken of: no activation any more
-        dx_launch(dv, dx, means, forward, None, seen).run(x.device)
+        dx_launch(dv, x, dx, means, forward, None, seen).run(x.device)
     return result if dx is result else result.copy_(dx), own.dweight, own.dbias, dv
 
 

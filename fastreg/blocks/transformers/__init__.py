@@ -1,0 +1,1 @@
+"""transformers' layers: one small file an architecture, imported where that architecture is loaded."""
