@@ -174,7 +174,7 @@ def _violations(report: Report) -> Iterator[str]:
     if report.stack_bytes or report.spill_instructions:
         yield f"spills: {report.spill_instructions} local accesses, {report.stack_bytes} bytes of stack"
     if report.one_sided_sums:
-        yield f"{report.one_sided_sums} sums over lanes take in the product of one side: see fastmath.terms"
+        yield f"{report.one_sided_sums} sums over lanes take in the product of one side: see ptxas.terms"
     for way, allowed in (("loads", budget.narrow_loads), ("stores", budget.narrow_stores)):
         widths = getattr(report, way)
         narrow = {width: count for width, count in widths.items() if width < budget.access_bytes}

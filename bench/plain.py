@@ -41,7 +41,7 @@ def rows_of(x: Tensor) -> tuple[int, int, int]:
 
 def run(kernel: Any, grid: tuple[int, ...], *arguments: Any, BLOCK: int, **constants: Any) -> None:
     """Launches without fused multiply-adds: one lane would fuse its product into ``tl.sum(a * b)``, another its
-    neighbour's, and their sums would differ. (``fastmath.terms`` is the tuned kernels' answer.)"""
+    neighbour's, and their sums would differ. (``ptxas.terms`` is the tuned kernels' answer.)"""
     kernel[grid](*arguments, BLOCK=BLOCK, **constants, enable_fp_fusion=False)
 
 

@@ -1,5 +1,6 @@
 """The command itself: what it lists and answers at once, and what it leaves to the packages behind it."""
 
+import os
 import subprocess
 import sys
 
@@ -23,9 +24,9 @@ assert "torch" not in sys.modules
 
 
 def run(*arguments: str, code: str = "from fastreg.cli import main; main()") -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=300
-    )
+    wide = os.environ | {"COLUMNS": "160"}  # a summary is on one line
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, env=wide, capture_output=True, text=True, timeout=300)
 
 
 @pytest.mark.parametrize("option", ["--help", "--version"])

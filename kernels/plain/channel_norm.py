@@ -6,7 +6,7 @@ and a variance is a unit, and a program takes one: row r of unit u is row u * un
     batch norm   a unit is a channel of all samples      unit_stride = 1              row_stride = channels
     group norm   a unit is some channels of a sample     unit_stride = rows_per_unit  row_stride = 1
 
-The tuned twin is ``kernels/channel_norm.py``.
+The tuned twin is ``kernels/channel_norm/``.
 """
 
 import triton
