@@ -273,7 +273,7 @@ def pieces(
 def conversion(
     out: Annotated[Path, typer.Option(help="The result file.")] = RESULTS / "conversion.json",
     models: Annotated[list[str] | None, typer.Option(help="Only models with this in their name.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 3,
+    repeats: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 10,
 ) -> None:
     """Convert models of torchvision, timm, transformers, MONAI and SMP, and compare them with what they were."""
     compare_models(out, models or [], repeats, lambda line: console.print(line, markup=False))

@@ -27,6 +27,7 @@ LOWER = {
     "folding": {"nn", "population", "ops"},
     "blocks": {"functional", "nn", "folding", "ops"},
     "conversion": {"blocks", "nn", "optim"},
+    "integrations": {"conversion"},
     "": {
         "functional",
         "nn",
