@@ -39,7 +39,7 @@ LOWER = {
         "conversion",
         "random",
     },
-    "training": {"", "nn", "optim"},
+    "training": {"", "nn", "optim", "conversion"},
     "bench": {
         "",
         "functional",

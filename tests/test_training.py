@@ -6,11 +6,13 @@ import functools
 import gzip
 import io
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -644,6 +646,11 @@ BAD_INPUT = {
     "study": (["--study", "batch"], "unknown study 'batch': choose from batch-size"),
     "study with a bad value": (["--study", "batch-size", "--lr", "1e308"], "--lr has to be a number above 0"),
     "model": (["--model", "transformer"], "unknown model 'transformer': choose from mlp, cnn"),
+    "model of no library": (["--model", "keras/resnet"], "choose from mlp, cnn, timm/NAME, torchvision/NAME"),
+    "layers of a library's model": (
+        ["--model", "timm/resnet18", "--compare", "none,dropout"],
+        "timm/resnet18 has its own layers, which dropout would change: compare none, converted, l2",
+    ),
     "p above 1": (["--dropout", "1.5"], "dropout probability has to be between 0 and 1, but got 1.5"),
     "p below 0": (["--input-dropout", "-0.1"], "dropout probability has to be between 0 and 1, but got -0.1"),
     "noise below 0": (["--input-noise", "-1"], "--input-noise has to be at least 0, but got -1.0"),
@@ -683,6 +690,57 @@ def test_bad_input_gives_one_line_and_writes_nothing(tmp_path, monkeypatch, name
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
     assert sorted(tmp_path.rglob("*")) == before
+
+
+# Models of libraries -------------------------------------------------------------------------------------
+
+
+def small(num_classes: int, channels: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(num_classes)
+    )
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    """In the place of timm and torchvision, one small model."""
+
+    def make(channels, classes):
+        model = small(classes, channels)
+        model(torch.zeros(2, channels, 8, 8))
+        return model
+
+    timm = types.ModuleType("timm")
+    timm.list_models = lambda: ["small"]
+    timm.create_model = lambda name, num_classes, in_chans: make(in_chans, num_classes)
+    models = types.ModuleType("torchvision.models")
+    models.list_models = lambda: ["small"]
+    models.get_model = lambda name, weights, num_classes: make(3, num_classes)
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_a_model_of_a_library_is_trained_plain_and_converted(library, libraries, digits, tmp_path):
+    result = run_here(*QUICK, "--model", f"{library}/small", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    metrics = metrics_in(tmp_path)
+    assert [trial["setting"] for trial in metrics["trials"]] == ["none", "converted"]
+    plain, converted = (trial["history"] for trial in metrics["trials"])
+    for before, after in zip(plain, converted, strict=True):
+        assert after["train_loss"] == pytest.approx(before["train_loss"], rel=1e-4)
+    trial = Trial(
+        quick_settings(model=f"{library}/small", compare=("converted",)), "converted", 0, digits, ALONE
+    )
+    assert any(isinstance(module, fnn.BatchNorm2d) for module in trial.model.modules())
+    missing = run_here(*QUICK, "--model", f"{library}/none", "--out", tmp_path / "none")
+    assert missing.exit_code == 2
+    assert f"{library} has no model 'none'" in missing.stderr
+
+
+def test_our_own_models_can_be_converted(digits):
+    trial = Trial(quick_settings(model="cnn"), "converted", 0, digits, ALONE)
+    assert math.isfinite(trial.run_epoch()["train_loss"])
 
 
 # The display ---------------------------------------------------------------------------------------------
