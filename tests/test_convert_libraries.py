@@ -525,3 +525,28 @@ def test_a_trace_finds_what_the_files_of_libraries_do_not_know(aten):
     assert found >= before > 0
     given = everything(fastreg.convert(model, fuse="trace"), x)
     assert [name for name in wanted if not torch.equal(given[name], wanted[name])] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torchvision resnet18",
+        "torchvision vit",
+        "torchvision swin_t",
+        "timm efficientnet_b0",
+        "timm vit_tiny",
+    ],
+)
+def test_features_are_extracted(name, aten):
+    """torch.fx traces the blocks, whose layers stay nodes: torchvision's and timm's feature extraction."""
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model, x = MODELS[name][0]()
+    plain = copy.deepcopy(model).eval()
+    fastreg.convert(model).eval()
+    nodes = extraction.get_graph_node_names(plain)[1]
+    chosen = [node for node in nodes if node.endswith(("conv2", "norm1", "norm2", "ln_1", "mlp"))][
+        :6
+    ] + nodes[-1:]
+    wanted, given = (extraction.create_feature_extractor(one, chosen)(x) for one in (plain, model))
+    assert list(given) == list(wanted)
+    assert all(torch.equal(given[node], wanted[node]) for node in wanted)
