@@ -349,6 +349,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.filterwarnings("error:.*learning rate scheduler", "error:.*lr_scheduler")
 @pytest.mark.parametrize("after", [0, 2])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_goes_on_as_ours(name, after):
