@@ -52,7 +52,7 @@ from .steps import run as time_steps
 # Results belong to the checkout; an installed package writes none into itself.
 RESULTS = REPOSITORY / "bench/results" if (REPOSITORY / "pyproject.toml").exists() else Path("bench-results")
 app = typer.Typer(
-    help="Benchmarks: run, steps, host, pieces, lesson, conversion, report, check, list.",
+    help="Benchmarks: run, steps, host, pieces, lesson, models, report, check, list.",
     no_args_is_help=True,
     add_completion=False,
 )
@@ -271,13 +271,13 @@ def pieces(
 
 
 @app.command()
-def conversion(
+def models(
     out: Annotated[Path, typer.Option(help="The result file.")] = RESULTS / "conversion.json",
-    models: Annotated[list[str] | None, typer.Option(help="Only models with this in their name.")] = None,
-    repeats: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 3,
+    only: Annotated[list[str] | None, typer.Option(help="Only models with this in their name.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Steps that are timed.")] = 10,
 ) -> None:
     """Convert models of torchvision, timm, transformers, MONAI and SMP, and compare them with what they were."""
-    compare_models(out, models or [], repeats, lambda line: console.print(line, markup=False))
+    compare_models(out, only or [], repeats, lambda line: console.print(line, markup=False))
     console.print(f"wrote {out}", markup=False)
 
 

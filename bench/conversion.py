@@ -1,6 +1,6 @@
 """Whole models of other libraries, converted: how much of each is fused, how equal the results are, what it saves.
 
-``python -m bench conversion`` builds every model that is installed, without weights, and compares a training step and
+``python -m bench models`` builds every model that is installed, without weights, and compares a training step and
 an inference of the model with those of its converted copy, on the CPU: with classes changed alone and with fusion, in
 fp32, under autocast to bf16 and with channels last. Nothing here is measured on a GPU.
 
@@ -370,7 +370,7 @@ def run(out: Path, only: list[str], repeats: int, say: Callable[[str], Any] = pr
         return [c for c in cases if not only or any(part in f"{c.library}/{c.name}" for part in only)]
 
     content: dict[str, Any] = {
-        "provenance": {**provenance(torch.device("cpu")), "command": "python -m bench conversion"},
+        "provenance": {**provenance(torch.device("cpu")), "command": "python -m bench models"},
         "versions": {},
         "rows": [],
         "counts": [],

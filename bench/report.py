@@ -302,6 +302,66 @@ def pieces_table(content: dict) -> str:
     return f"{origin}. {content['note']}\n\n{table}"
 
 
+def conversion_table(content: dict) -> str:
+    """Models of other libraries, converted: what is fused, how equal the results are, launches and bytes."""
+    origin = origin_line({"provenance": content["provenance"], "quick": False, "complete": True})
+    versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    header = ["library", "model", "layers", "seams", "of which", "classes alone", "fused", "state_dict"]
+    models = markdown(header, map(_converted_model, content["rows"]), left=2)
+    header = ["library", "model", "before", "classes alone", "fused"]
+    counts = markdown(header, map(_counted_model, content["counts"]), left=2)
+    return "\n\n".join(
+        [
+            f"{origin}. {versions}. Built without weights, on the CPU, small inputs. Layers: converted of those known "
+            "or alike; seams: fused of those found. Then the relative difference of outputs, gradients and running "
+            "statistics, where they are not equal to the bit, in fp32, under autocast to bf16, and with channels last. "
+            f"{_step_times(content['rows'])}",
+            models,
+            "Launches and bytes of a training step with two images of 224 x 224, or two sequences of 128, counted and "
+            "not timed: an operation of ATen counts as one launch, which of its norms is too few.",
+            counts,
+        ]
+    )
+
+
+def _converted_model(row: dict) -> list[str]:
+    if "error" in row:
+        return [row["library"], row["model"], f"🔴 {row['error']}", *[""] * 5]
+    fused, found = (sum(pair[i] for pair in row["seams"].values()) for i in (0, 1))
+    kinds = "; ".join(f"{kind} {a}/{b}" for kind, (a, b) in row["seams"].items())
+    layers = f"{row['converted']} / {row['layers']}"
+    equal = [_differences(row, form) for form in ("classes", "fused")]
+    state = "yes" if row["state_dict"] else "🔴 no"
+    return [row["library"], row["model"], layers, f"{fused} / {found}", kinds, *equal, state]
+
+
+def _differences(row: dict, form: str) -> str:
+    """The largest one of each mode that has any."""
+    found = {
+        mode.partition(",")[0]: max(d.values()) for mode, d in row["differences"].items() if form in mode
+    }
+    return ", ".join(f"{mode} {value:.1g}" for mode, value in found.items() if value) or "0"
+
+
+def _counted_model(row: dict) -> list[str]:
+    if "error" in row:
+        return [row["library"], row["model"], f"🔴 {row['error']}", "", ""]
+    before = row["before"]
+    cells = [row["library"], row["model"], f"{before['launches']}, {before['bytes'] / 1e6:.0f} MB"]
+    for form in ("classes", "fused"):
+        launches, moved = row[form]["launches"], row[form]["bytes"]
+        cells.append(f"{launches}, {moved / 1e6:.0f} MB ({moved / before['bytes']:.2f}×)")
+    return cells
+
+
+def _step_times(rows: list[dict]) -> str:
+    times = sorted(row["time"] for row in rows if "time" in row)
+    if not times:
+        return ""
+    middle = times[len(times) // 2]
+    return f"A CPU training step takes {times[0]:.2f} to {times[-1]:.2f} times as long, {middle:.2f} in the middle."
+
+
 def failure_list(document: dict) -> str:
     def line(row: dict) -> str:
         mark = f"{RED} " if row["implementation"] == OURS else ""
@@ -318,10 +378,12 @@ def results_page(
     static: Path | None = None,
     host: Path | None = None,
     pieces: Path | None = None,
+    conversion: Path | None = None,
     executed: Path | None = None,
     tests: Path | None = None,
 ) -> str:
-    """The full page: one section for each device, family and dtype, the times of ``host`` and ``pieces``, the
+    """The full page: one section for each device, family and dtype, the times of ``host`` and ``pieces``, models of
+    ``conversion``, the
     counts of ``executed``, the ``tests`` on executed PTX, the predictions of ``static``."""
     parts = ["# Benchmark results", LEGEND]
     for document in documents:
@@ -351,6 +413,8 @@ def results_page(
         parts += ["## Calls on the host", host_table(json.loads(host.read_text()))]
     if pieces is not None and pieces.exists():
         parts += ["## On the CPU, beside torch's functions", pieces_table(json.loads(pieces.read_text()))]
+    if conversion is not None and conversion.exists():
+        parts += ["## Converted models", conversion_table(json.loads(conversion.read_text()))]
     if executed is not None and executed.exists():
         parts += ["## Executed", executed_table(json.loads(executed.read_text()))]
     if tests is not None and tests.exists():
@@ -651,7 +715,7 @@ def report(results: Path, page: Path, readme: Path | None = None) -> list[Path]:
     if static.exists():
         draw_predictions(json.loads(static.read_text()), static.with_suffix(".png"))
         written.append(static.with_suffix(".png"))
-    others = ("host.json", "pieces.json", "executed.json", "machine_tests.json")
+    others = ("host.json", "pieces.json", "conversion.json", "executed.json", "machine_tests.json")
     page.write_text(results_page(documents, page, static, *(results / name for name in others)))
     written.append(page)
     if readme is not None:

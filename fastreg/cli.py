@@ -15,7 +15,7 @@ COMMANDS = {
     ),
     "bench": (
         "fastreg.bench.__main__:app",
-        "Benchmarks: run, steps, host, pieces, lesson, conversion, report, check, list.",
+        "Benchmarks: run, steps, host, pieces, lesson, models, report, check, list.",
     ),
     "inspect": (
         "fastreg.bench.inspect:inspect",

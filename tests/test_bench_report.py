@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 from typer.testing import CliRunner
 
@@ -375,3 +376,41 @@ def test_report_leaves_a_readme_alone_that_it_is_not_given(tmp_path, monkeypatch
 def test_readme_needs_its_markers():
     with pytest.raises(ValueError, match="bench:begin"):
         report.replace_section("no markers", "x")
+
+
+def test_models_are_compared_and_counted(tmp_path, monkeypatch):
+    """One small model through all of it, and onto the page."""
+    from fastreg.bench import conversion
+
+    def make():
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(16, 8),
+            nn.GELU(),
+            nn.Dropout(0.5),
+        )
+
+    case = conversion.Case("torch", "small", make, lambda: torch.randn(2, 3, 4, 4))
+    broken = conversion.Case("torch", "broken", lambda: 1 / 0, lambda: None)
+    absent = conversion.Case("no_such_library", "any", make, lambda: None)
+    monkeypatch.setattr(conversion, "CASES", [case, broken, absent])
+    monkeypatch.setattr(conversion, "COUNTED", [case])
+    path = tmp_path / "conversion.json"
+    done = CliRunner().invoke(command.app, ["models", "--out", str(path), "--repeats", "1"])
+    assert done.exit_code == 0, done.output
+    content = json.loads(path.read_text())
+    row, failed = content["rows"]
+    assert (row["layers"], row["converted"], row["state_dict"]) == (2, 2, True)
+    assert row["seams"] == {"activation -> dropout": [1, 1], "norm -> activation": [1, 1]}
+    assert {form: d for form, d in row["differences"].items() if max(d.values()) > 1e-6} == {}
+    assert "division by zero" in failed["error"]
+    (counted,) = content["counts"]
+    assert counted["fused"]["launches"] < counted["classes"]["launches"]
+    assert counted["fused"]["bytes"] < counted["classes"]["bytes"]
+    page = tmp_path / "RESULTS.md"
+    report.report(tmp_path, page)
+    assert "## Converted models" in page.read_text()
+    assert "| torch | small | 2 / 2 | 2 / 2 |" in page.read_text()

@@ -46,8 +46,8 @@ def tokens(n: int = 2, length: int = 7) -> torch.Tensor:
     return torch.randint(2, 90, (n, length), generator=torch.Generator().manual_seed(6))
 
 
-def bert(**arguments):
-    return transformers("bert", vocab_size=100, **SMALL, **arguments), {"input_ids": tokens()}
+def bert(kind="bert", **arguments):
+    return transformers(kind, vocab_size=100, **SMALL, **arguments), {"input_ids": tokens()}
 
 
 def gpt2(**arguments):
@@ -77,6 +77,7 @@ MODELS = {
     "torchvision resnet18": (lambda: torchvision("resnet18"), {ACT: 9, SUM_ACT: 8}),
     "torchvision resnet50": (lambda: torchvision("resnet50"), {ACT: 33, SUM_ACT: 16}),
     "torchvision densenet121": (lambda: torchvision("densenet121"), {ACT: 120}),
+    "torchvision mobilenet_v2": (lambda: torchvision("mobilenet_v2"), {ACT: 35, SUM: 10}),
     "torchvision mobilenet_v3_small": (lambda: torchvision("mobilenet_v3_small"), {ACT: 23, SUM: 6}),
     "torchvision efficientnet_b0": (lambda: torchvision("efficientnet_b0"), {ACT: 33, BRANCH: 9}),
     "torchvision convnext_tiny": (lambda: torchvision("convnext_tiny"), {BRANCH: 17}),
@@ -106,6 +107,8 @@ MODELS = {
     "timm regnety": (lambda: timm("regnety_002"), {ACT: 27}),
     "timm densenet": (lambda: timm("densenet121"), {ACT: 121}),
     "transformers bert": (bert, {"dropout -> add -> norm": 4}),
+    "transformers roberta": (lambda: bert("roberta"), {"dropout -> add -> norm": 4}),
+    "transformers electra": (lambda: bert("electra"), {"dropout -> add -> norm": 4}),
     "transformers gpt2": (gpt2, {REUSED: 2}),
     "transformers vit": (
         lambda: vit(hidden_dropout_prob=0.1), {f"dropout -> {REUSED}": 2, "dropout -> add": 2},
@@ -522,3 +525,28 @@ def test_a_trace_finds_what_the_files_of_libraries_do_not_know(aten):
     assert found >= before > 0
     given = everything(fastreg.convert(model, fuse="trace"), x)
     assert [name for name in wanted if not torch.equal(given[name], wanted[name])] == []
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "torchvision resnet18",
+        "torchvision vit",
+        "torchvision swin_t",
+        "timm efficientnet_b0",
+        "timm vit_tiny",
+    ],
+)
+def test_features_are_extracted(name, aten):
+    """torch.fx traces the blocks, whose layers stay nodes: torchvision's and timm's feature extraction."""
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    model, x = MODELS[name][0]()
+    plain = copy.deepcopy(model).eval()
+    fastreg.convert(model).eval()
+    nodes = extraction.get_graph_node_names(plain)[1]
+    chosen = [node for node in nodes if node.endswith(("conv2", "norm1", "norm2", "ln_1", "mlp"))][
+        :6
+    ] + nodes[-1:]
+    wanted, given = (extraction.create_feature_extractor(one, chosen)(x) for one in (plain, model))
+    assert list(given) == list(wanted)
+    assert all(torch.equal(given[node], wanted[node]) for node in wanted)

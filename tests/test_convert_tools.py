@@ -349,6 +349,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.filterwarnings("error:.*learning rate scheduler", "error:.*lr_scheduler")
 @pytest.mark.parametrize("after", [0, 2])
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_an_optimizer_goes_on_as_ours(name, after):
@@ -400,6 +401,77 @@ def test_an_optimizer_of_another_kind_is_refused():
     with pytest.raises(RuntimeError, match="step was replaced"):
         fastreg.convert_optimizer(optimizer)
     assert type(optimizer) is torch.optim.SGD
+
+
+# --- clients ----------------------------------------------------------------------------------------------
+
+
+def classifier():
+    library = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = library.BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+    )
+    return library.BertForSequenceClassification(config)
+
+
+def test_the_trainer_of_transformers(tmp_path):
+    """Trainer(optimizers=...) takes ours, and a converted model; losses are those of torch's, to fp32's rounding."""
+    pytest.importorskip("accelerate")
+    library = pytest.importorskip("transformers")
+    tokens = torch.randint(0, 50, (8, 6), generator=torch.Generator().manual_seed(1))
+    data = [{"input_ids": row, "labels": torch.tensor(i % 2)} for i, row in enumerate(tokens)]
+    losses = []
+    for ours in (False, True):
+        model = classifier()
+        if ours:
+            fastreg.convert(model)
+        optimizer = (optim if ours else torch.optim).AdamW(model.parameters(), lr=1e-3)
+        arguments = library.TrainingArguments(
+            str(tmp_path), max_steps=3, per_device_train_batch_size=4, use_cpu=True, report_to=[], disable_tqdm=True,
+            save_strategy="no", logging_strategy="no", seed=3,
+        )  # fmt: skip
+        trainer = library.Trainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+        losses.append(trainer.train().training_loss)
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("first", ["convert", "adapt"])
+def test_lora(first):
+    peft = pytest.importorskip("peft")
+    x = {"input_ids": torch.randint(0, 50, (3, 6)), "labels": torch.tensor([0, 1, 0])}
+    found = []
+    for ours in (False, True):
+        model = classifier()
+        if ours and first == "convert":
+            fastreg.convert(model)
+        torch.manual_seed(1)
+        config = peft.LoraConfig(target_modules=["query", "dense"], r=2, modules_to_save=["LayerNorm"])
+        model = peft.get_peft_model(model, config)
+        if ours and first == "adapt":
+            fastreg.convert(model)
+        torch.manual_seed(2)
+        model(**x).loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert list(found[0]) == list(found[1])
+    for name, grad in found[0].items():
+        assert_close(found[1][name], grad, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_accelerate_prepares_a_converted_model():
+    accelerate = pytest.importorskip("accelerate")
+    model, converted = pair()
+    optimizer = fastreg.convert_optimizer(torch.optim.AdamW(converted.parameters(), lr=0.1))
+    accelerator = accelerate.Accelerator(cpu=True)
+    prepared, optimizer = accelerator.prepare(converted, optimizer)
+    torch.manual_seed(1)
+    accelerator.backward(prepared(images()).square().sum())
+    optimizer.step()
+    expected = torch.optim.AdamW(model.parameters(), lr=0.1)
+    gradients(model, images())
+    expected.step()
+    for p, q in zip(converted.parameters(), model.parameters(), strict=True):
+        assert_close(p, q, atol=1e-5, rtol=1e-4)
 
 
 # --- the command ------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Optimizers as Lightning drives them: mixed precision with clipping."""
+"""Optimizers as Lightning drives them, mixed precision with clipping; and the callback that converts."""
 
 import copy
 
@@ -79,3 +79,39 @@ def test_a_trainer_with_mixed_precision_clips(name, precision):
     ours, theirs = (trained(getattr(where, name), precision) for where in (optim, torch.optim))
     for p, q in zip(ours, theirs, strict=True):
         assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+def test_the_callback_converts_the_module_and_its_optimizers():
+    lightning = pytest.importorskip("lightning.pytorch")
+    from fastreg import nn as fnn
+    from fastreg.integrations.lightning import Convert
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(
+                nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1)
+            )
+
+        def training_step(self, batch, _):
+            return self.layers(batch[0]).square().mean()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+    data = torch.utils.data.TensorDataset(torch.randn(12, 4, generator=torch.Generator().manual_seed(1)))
+    trained_modules = []
+    for callbacks in ([], [Convert()]):
+        trainer = lightning.Trainer(
+            max_epochs=2, accelerator="cpu", callbacks=callbacks, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        module = Module()
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=4))
+        trained_modules.append((module, trainer.optimizers[0]))
+    (plain, _), (converted, optimizer) = trained_modules
+    assert type(converted.layers[1]) is fnn.BatchNorm1d
+    assert type(optimizer) is optim.AdamW
+    for p, q in zip(plain.parameters(), converted.parameters(), strict=True):
+        assert_close(q, p, rtol=1e-5, atol=1e-6)

@@ -28,6 +28,7 @@ LOWER = {
     "folding": {"nn", "population", "ops"},
     "blocks": {"functional", "nn", "folding", "ops"},
     "conversion": {"blocks", "nn", "optim"},
+    "integrations": {"conversion"},
     "": {
         "functional",
         "nn",
@@ -39,7 +40,7 @@ LOWER = {
         "conversion",
         "random",
     },
-    "training": {"", "nn", "optim"},
+    "training": {"", "nn", "optim", "conversion"},
     "bench": {
         "",
         "functional",

@@ -4,19 +4,23 @@ import dataclasses
 import functools
 import io
 import json
+import math
 import os
 import re
 import signal
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
+from torch import nn
 from training_runs import ALONE, APP, quick_settings, write_idx_folder
 from typer.testing import CliRunner
 
+import fastreg.nn as fnn
 from fastreg.training import data
 from fastreg.training.display import Display
 from fastreg.training.errors import InputError
@@ -136,6 +140,11 @@ BAD_INPUT = {
     "study": (["--study", "batch"], "unknown study 'batch': choose from batch-size"),
     "study with a bad value": (["--study", "batch-size", "--lr", "1e308"], "--lr has to be a number above 0"),
     "model": (["--model", "transformer"], "unknown model 'transformer': choose from mlp, cnn"),
+    "model of no library": (["--model", "keras/resnet"], "choose from mlp, cnn, timm/NAME, torchvision/NAME"),
+    "layers of a library's model": (
+        ["--model", "timm/resnet18", "--compare", "none,dropout"],
+        "timm/resnet18 has its own layers, which dropout would change: compare none, converted, l2",
+    ),
     "p above 1": (["--dropout", "1.5"], "dropout probability has to be between 0 and 1, but got 1.5"),
     "p below 0": (["--input-dropout", "-0.1"], "dropout probability has to be between 0 and 1, but got -0.1"),
     "noise below 0": (["--input-noise", "-1"], "--input-noise has to be at least 0, but got -1.0"),
@@ -585,3 +594,59 @@ def test_bad_input_ends_all_processes(tmp_path, command_file):
     assert process.returncode not in (0, None)
     assert "no data called" in errors
     assert not (tmp_path / "run").exists()
+
+
+# Models of libraries -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def digits():
+    return data.load("digits")
+
+
+def small(num_classes: int, channels: int) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(num_classes)
+    )
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    """In the place of timm and torchvision, one small model."""
+
+    def make(channels, classes):
+        model = small(classes, channels)
+        model(torch.zeros(2, channels, 8, 8))
+        return model
+
+    timm = types.ModuleType("timm")
+    timm.list_models = lambda: ["small"]
+    timm.create_model = lambda name, num_classes, in_chans: make(in_chans, num_classes)
+    models = types.ModuleType("torchvision.models")
+    models.list_models = lambda: ["small"]
+    models.get_model = lambda name, weights, num_classes: make(3, num_classes)
+    monkeypatch.setitem(sys.modules, "timm", timm)
+    monkeypatch.setitem(sys.modules, "torchvision.models", models)
+
+
+@pytest.mark.parametrize("library", ["timm", "torchvision"])
+def test_a_model_of_a_library_is_trained_plain_and_converted(library, libraries, digits, tmp_path):
+    result = run_here(*QUICK, "--model", f"{library}/small", "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    metrics = metrics_in(tmp_path)
+    assert [trial["setting"] for trial in metrics["trials"]] == ["none", "converted"]
+    plain, converted = (trial["history"] for trial in metrics["trials"])
+    for before, after in zip(plain, converted, strict=True):
+        assert after["train_loss"] == pytest.approx(before["train_loss"], rel=1e-4)
+    trial = Trial(
+        quick_settings(model=f"{library}/small", compare=("converted",)), "converted", 0, digits, ALONE
+    )
+    assert any(isinstance(module, fnn.BatchNorm2d) for module in trial.model.modules())
+    missing = run_here(*QUICK, "--model", f"{library}/none", "--out", tmp_path / "none")
+    assert missing.exit_code == 2
+    assert f"{library} has no model 'none'" in missing.stderr
+
+
+def test_our_own_models_can_be_converted(digits):
+    trial = Trial(quick_settings(model="cnn"), "converted", 0, digits, ALONE)
+    assert math.isfinite(trial.run_epoch()["train_loss"])

@@ -46,6 +46,10 @@ with fastreg.mc_dropout(layer) as model:
     model(x)
 fastreg.update_bn(model, [x], estimator=2)  # wrong: arg-type
 fastreg.ExponentialMovingAverage(model, decay=0.9).update()
+converted: nn.Dropout = fastreg.convert(layer, fuse="trace", filter=lambda module, name: True)
+fastreg.convert(x)  # wrong: type-var
+fastreg.explain(layer).as_dict()
+ours: optim.AdamW = fastreg.convert_optimizer(optimizer)
 fastreg.no_such_name  # wrong: attr-defined
 """
 

@@ -17,9 +17,12 @@ FILES = {
     "timm": "timm",
     "transformers.activations": "transformers.activations",
     "transformers.models.bert.modeling_bert": "transformers.bert",
+    "transformers.models.electra.modeling_electra": "transformers.electra",
     "transformers.models.gpt2.modeling_gpt2": "transformers.gpt2",
+    "transformers.models.roberta.modeling_roberta": "transformers.roberta",
     "transformers.models.vit.modeling_vit": "transformers.vit",
     "transformers.models.whisper.modeling_whisper": "transformers.whisper",
+    "transformers.models.xlm_roberta.modeling_xlm_roberta": "transformers.xlm_roberta",
 }
 
 

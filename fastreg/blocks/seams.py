@@ -45,9 +45,11 @@ def _adds(norm: nn.Module) -> TypeGuard[FusedNorm]:
     return isinstance(norm, (FusedNorm, ChannelAffine, Folded))
 
 
-def _plain_layer_norm(norm: nn.Module) -> TypeGuard[LayerNorm]:
-    """Normalizes the last dimensions and nothing more."""
-    return isinstance(norm, LayerNorm) and type(norm).forward is LayerNorm.forward and not hooked(norm)
+def _takes_sum(norm: nn.Module, branch: Tensor) -> TypeGuard[LayerNorm]:
+    """Whether a function may compute what ``norm`` does: it normalizes the last dimensions and nothing more, and
+    nobody traces the calls of layers (torch.fx)."""
+    plain = isinstance(norm, LayerNorm) and type(norm).forward is LayerNorm.forward
+    return plain and not isinstance(branch, Proxy) and not hooked(norm)
 
 
 def add(drop: nn.Module | None, branch: Tensor, skip: Tensor) -> Tensor:
@@ -80,7 +82,7 @@ def norm_drop_add(norm: nn.Module, drop: nn.Module | None, branch: Tensor, skip:
 
 def add_norm(drop: nn.Module | None, branch: Tensor, skip: Tensor, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """h = skip + drop(branch), and norm(h), which is what the next branch takes: one pass for both."""
-    if _plain_layer_norm(norm) and not hooked(drop):
+    if _takes_sum(norm, branch) and not hooked(drop):
         if isinstance(drop, nn.Dropout):
             return dropout_add_norm(branch, skip, norm, drop.p, drop.training)
         if idle(drop):
@@ -89,12 +91,19 @@ def add_norm(drop: nn.Module | None, branch: Tensor, skip: Tensor, norm: nn.Modu
     return h, norm(h)
 
 
+def dropout_add(branch: Tensor, skip: Tensor, p: float, training: bool) -> Tensor:
+    """skip + dropout(branch), for dropout without a module."""
+    if isinstance(branch, Proxy):
+        return F.dropout(branch, p, training) + skip
+    return F.dropout(branch, p, training, residual=skip)
+
+
 def dropout_add_norm(
     branch: Tensor, skip: Tensor, norm: nn.Module, p: float, training: bool
 ) -> tuple[Tensor, Tensor]:
     """As ``add_norm``, for dropout without a module."""
-    if not _plain_layer_norm(norm):
-        h = F.dropout(branch, p, training, residual=skip)
+    if not _takes_sum(norm, branch):
+        h = dropout_add(branch, skip, p, training)
         return h, norm(h)
     normalized, h = F.dropout_add_layer_norm(
         branch,
@@ -117,8 +126,9 @@ def dropout_add_postnorm(drop: nn.Module, branch: Tensor, skip: Tensor, norm: nn
     Under autocast torch's stream is fp32, and the fused form would round it to 16 bits: then dropout and addition are
     one pass, and the normalization another.
     """
-    same = branch.dtype == skip.dtype and not torch.is_autocast_enabled(branch.device.type)
-    if not (same and isinstance(drop, nn.Dropout) and _plain_layer_norm(norm)) or hooked(drop):
+    if not (isinstance(drop, nn.Dropout) and _takes_sum(norm, branch)) or hooked(drop):
+        return norm(add(drop, branch, skip))
+    if branch.dtype != skip.dtype or torch.is_autocast_enabled(branch.device.type):
         return norm(add(drop, branch, skip))
     normalized = F.dropout_add_layer_norm(
         branch,

@@ -12,6 +12,7 @@ import typer
 from fastreg.training.data import SOURCES, Dataset, load
 from fastreg.training.display import Display
 from fastreg.training.errors import DivergedError, InputError
+from fastreg.training.libraries import is_of_library
 from fastreg.training.loop import Trial
 from fastreg.training.models import INPUT_DROPOUT, MODELS
 from fastreg.training.plots import draw_learning_curves, draw_study
@@ -37,15 +38,19 @@ def train(
         str,
         typer.Option(help=f"{', '.join(SOURCES)}, or a folder with IDX files (MNIST, Fashion-MNIST, ...)."),
     ] = DEFAULTS.data,
-    model: Annotated[str, typer.Option(help=f"One of {', '.join(MODELS)}.")] = DEFAULTS.model,
+    model: Annotated[
+        str, typer.Option(help=f"One of {', '.join(MODELS)}, timm/NAME, torchvision/NAME.")
+    ] = DEFAULTS.model,
     compare: Annotated[
-        str,
+        str | None,
         typer.Option(
             help=f"Settings to train, separated by commas: {', '.join(REGULARIZERS)}, or some joined by +. "
             "At most one of them normalizes; l2 and weight-decay exclude each other; "
-            "instancenorm needs the cnn, and normalizes its convolutions alone."
+            "instancenorm needs the cnn, and normalizes its convolutions alone. "
+            "converted is fastreg.convert, of any model.",
+            show_default=f"{','.join(DEFAULTS.compare)}; none,converted with a model of a library",
         ),
-    ] = ",".join(DEFAULTS.compare),
+    ] = None,
     study: Annotated[
         str | None,
         typer.Option(
@@ -146,7 +151,7 @@ def train(
         settings = Settings(
             data=data if data in SOURCES else str(Path(data).resolve()),
             model=model,
-            compare=tuple(name.strip() for name in compare.split(",")),
+            compare=_compared(compare, model),
             study=study,
             dropout=dropout,
             input_noise=input_noise,
@@ -169,6 +174,12 @@ def train(
         folder = RunFolder(out or settings.default_folder())
         with cpu_threads(settings.threads), join_workers(settings.device) as workers:
             run(settings, folder, workers, restart)
+
+
+def _compared(compare: str | None, model: str) -> tuple[str, ...]:
+    if compare is None:
+        return ("none", "converted") if is_of_library(model) else DEFAULTS.compare
+    return tuple(name.strip() for name in compare.split(","))
 
 
 def run(settings: Settings, folder: RunFolder, workers: Workers, restart: bool = False) -> dict:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastreg.training.data import Dataset, Examples, split
 from fastreg.training.errors import DivergedError
-from fastreg.training.models import MODELS
+from fastreg.training.models import make_network
 from fastreg.training.regularizers import recipe_for
 from fastreg.training.seeds import seed_for
 from fastreg.training.settings import Settings
@@ -42,7 +42,7 @@ class Trial:
         self.recipe = recipe_for(setting, settings)
 
         torch.manual_seed(seed_for(seed, "weights"))
-        self.model = MODELS[settings.model](dataset.image_shape, dataset.classes, self.recipe)
+        self.model = make_network(settings.model, dataset.image_shape, dataset.classes, self.recipe)
         self.model.to(workers.device)
         self.network = workers.wrap(self.model)
         self.optimizer = self.recipe.make_optimizer(self.model)

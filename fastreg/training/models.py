@@ -1,11 +1,13 @@
-"""The networks that ``--model`` chooses from: small, with no regularization but what the recipe adds."""
+"""The networks that ``--model`` chooses from: small, with no regularization but what the recipe adds; and others'."""
 
 import math
 from collections.abc import Callable
 
 from torch import nn
 
+from fastreg.conversion import convert
 from fastreg.training.errors import InputError
+from fastreg.training.libraries import is_of_library, model_of_library
 from fastreg.training.regularizers import Recipe
 
 
@@ -55,6 +57,19 @@ MODELS: dict[str, Callable[..., nn.Sequential]] = {"mlp": mlp, "cnn": cnn}
 #: Share of the input pixels that dropout drops by default. Dense layers profit from it (Srivastava et al.,
 #: 2014, use 0.2), while convolutions lose the neighbourhoods they look for.
 INPUT_DROPOUT = {"mlp": 0.2, "cnn": 0.0}
+
+
+def make_network(name: str, image_shape: tuple[int, int, int], classes: int, recipe: Recipe) -> nn.Module:
+    """The network that ``--model`` names, converted where the recipe says so.
+
+    Raises:
+        InputError: there is no such model, or it takes no such images.
+    """
+    if is_of_library(name):
+        network = model_of_library(name, image_shape, classes)
+    else:
+        network = MODELS[name](image_shape, classes, recipe)
+    return convert(network) if recipe.converted else network
 
 
 def _dense(inputs: int, outputs: int, recipe: Recipe, layer: Callable | None = None) -> list[nn.Module]:

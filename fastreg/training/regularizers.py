@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import fastreg.nn as fnn
 from fastreg import optim
 from fastreg.training.errors import InputError
+from fastreg.training.libraries import is_of_library
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Recipe:
         dense: maker of every hidden dense layer, in place of ``torch.nn.Linear`` and what it is followed by: given
             inputs, outputs, and the name of the activation, or None where a normalization does it.
         last_hidden: the same of the last dense layer before the output, in place of ``dense``.
+        converted: put the network onto fastreg's layers with ``fastreg.convert``.
         smallest_share: the fewest examples of a batch that the layers can train on, in every process.
         optimizer_class: of ``fastreg.optim``, with momentum.
         optimizer: its keyword arguments.
@@ -49,12 +51,20 @@ class Recipe:
     normalization: Callable[[int, int], nn.Module] | None = None
     dense: Callable[[int, int, str | None], nn.Module] | None = None
     last_hidden: Callable[[int, int, str | None], nn.Module] | None = None
+    converted: bool = False
     smallest_share: int = 0
     optimizer_class: type[optim.SGD] = optim.SGD
     optimizer: dict = field(default_factory=dict)
     weights: dict = field(default_factory=dict)
     hidden_weights: dict = field(default_factory=dict)
     transforms: list[Callable[[Tensor], Tensor]] = field(default_factory=list)
+
+    @property
+    def changes_layers(self) -> bool:
+        """Whether the network is built of other layers."""
+        return bool(
+            self.input_layers or self.hidden_layers or self.normalization or self.dense or self.last_hidden
+        )
 
     def make_optimizer(self, model: nn.Module) -> optim.SGD:
         """The optimizer of ``model``, whose last layer is its output."""
@@ -90,6 +100,8 @@ def recipe_for(setting: str, options: Any) -> Recipe:
         InputError: a name is not registered, or does not go with the others or with the options.
     """
     recipe = Recipe(optimizer={"lr": options.lr, "momentum": options.momentum})
+    if is_of_library(options.model):
+        recipe.smallest_share = 2  # most of them normalize batches
     names = setting.split("+")
     for name in names:
         if name not in REGULARIZERS:
@@ -214,6 +226,12 @@ def instancenorm(recipe: Recipe, options: Any) -> None:
 
     _normalize(recipe, layer)
     recipe.smallest_share = 1  # torch's instance_norm refuses an empty batch
+
+
+@regularizer("converted")
+def converted(recipe: Recipe, options: Any) -> None:
+    """The network put onto fastreg's layers: the same errors, to the rounding, and other times."""
+    recipe.converted = True
 
 
 def _normalize(recipe: Recipe, layer: Callable[[int, int], nn.Module]) -> None:

@@ -11,6 +11,7 @@ import torch
 
 from fastreg.training.data import SOURCES
 from fastreg.training.errors import InputError
+from fastreg.training.libraries import LIBRARIES, is_of_library
 from fastreg.training.models import INPUT_DROPOUT, MODELS
 from fastreg.training.regularizers import recipe_for
 from fastreg.training.studies import STUDIES
@@ -64,8 +65,9 @@ class Settings:
     processes: int = 1
 
     def __post_init__(self):
-        if self.model not in MODELS:
-            raise InputError(f"unknown model '{self.model}': choose from {', '.join(MODELS)}")
+        if self.model not in MODELS and not is_of_library(self.model):
+            known = (*MODELS, *(f"{library}/NAME" for library in LIBRARIES))
+            raise InputError(f"unknown model '{self.model}': choose from {', '.join(known)}")
         for probability in (self.dropout, self.input_dropout):
             if not 0 <= probability <= 1:
                 raise InputError(f"dropout probability has to be between 0 and 1, but got {probability}")
@@ -83,7 +85,13 @@ class Settings:
         if not 0 <= self.momentum < 1:
             raise InputError(f"--momentum has to be at least 0 and below 1, but got {self.momentum}")
         for setting in self.compare:
-            smallest_share = recipe_for(setting, self).smallest_share
+            recipe = recipe_for(setting, self)
+            if is_of_library(self.model) and recipe.changes_layers:
+                raise InputError(
+                    f"{self.model} has its own layers, which {setting} would change: "
+                    "compare none, converted, l2, weight-decay, l1 or max-norm"
+                )
+            smallest_share = recipe.smallest_share
             if self.study is None and self.batch_size // self.processes < smallest_share:
                 raise InputError(
                     f"{setting} needs a batch of {smallest_share} in each process: --batch-size has to be "
@@ -125,7 +133,7 @@ class Settings:
         """``runs/<data>-<model>-<study>-<compared>-<fingerprint>``: a rerun finds it, other settings do not."""
         data = self.data if self.data in SOURCES else Path(self.data).name
         fingerprint = hashlib.sha256(json.dumps(self.as_json(), sort_keys=True).encode()).hexdigest()[:6]
-        parts = (data, self.model, self.study, "-vs-".join(self.compare), fingerprint)
+        parts = (data, self.model.replace("/", "-"), self.study, "-vs-".join(self.compare), fingerprint)
         return Path("runs") / "-".join(filter(None, parts))
 
 

@@ -1,31 +1,16 @@
 """BERT: dropout -> add -> norm behind attention and behind the feed-forward layers, normalized last."""
 
-from typing import Any
-
-from torch import Tensor
 from transformers.models.bert import modeling_bert as bert
 
-from fastreg.blocks import seams
-from fastreg.blocks.swap import Seam, Swap
+from fastreg.blocks.transformers.postnorm import PostNorm, postnorm
 
 
-class BertSelfOutput(bert.BertSelfOutput):
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        branch = self.dense(hidden_states)
-        return seams.dropout_add_postnorm(self.dropout, branch, input_tensor, self.LayerNorm)
+class BertSelfOutput(PostNorm, bert.BertSelfOutput):
+    pass
 
 
-class BertOutput(bert.BertOutput):
-    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
-        branch = self.dense(hidden_states)
-        return seams.dropout_add_postnorm(self.dropout, branch, input_tensor, self.LayerNorm)
+class BertOutput(PostNorm, bert.BertOutput):
+    pass
 
 
-def _seams(module: Any) -> list[Seam]:
-    return [Seam("dropout -> add -> norm", ("dropout", "LayerNorm"))]
-
-
-SWAPS = [
-    Swap(bert.BertSelfOutput, BertSelfOutput, {"forward": ("2d4b572f7c26",)}, seams=_seams, block=True),
-    Swap(bert.BertOutput, BertOutput, {"forward": ("2d4b572f7c26",)}, seams=_seams, block=True),
-]
+SWAPS = [postnorm(bert.BertSelfOutput, BertSelfOutput), postnorm(bert.BertOutput, BertOutput)]

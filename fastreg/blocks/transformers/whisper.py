@@ -19,7 +19,7 @@ def _feed_forward(layer: Any, x: Tensor, y: Tensor) -> Tensor:
     if name is None:
         y = layer.activation_fn(y)
     y = F.dropout(y, p, training, activation=name)
-    return F.dropout(layer.fc2(y), layer.dropout, training, residual=x)
+    return seams.dropout_add(layer.fc2(y), x, layer.dropout, training)
 
 
 def _activation(layer: Any) -> str | None:

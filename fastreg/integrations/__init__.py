@@ -1,0 +1,1 @@
+"""Clients of other libraries: each file imports the library it is for."""
