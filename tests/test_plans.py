@@ -194,34 +194,31 @@ def check_wide(a: dict, numel: int) -> None:
 
 
 def check_dropout(launch: backend.Launch) -> None:
-    a = launch.arguments
-    numel = elements(a, "x_ptr", "dy_ptr")
-    vector, rows = a["VECTOR"], a["rows"] or 1
-    whole, tail = a["vectors"] * vector, a.get("tail", 0)
+    a, view, plan = launch.arguments, launch.arguments["view"], launch.arguments["plan"]
+    numel = (a["tensors"].y if launch.kernel is dropout.forward else a["tensors"].dx).numel()
+    rows, whole, tail = view.rows or 1, view.vectors * plan.vector, a.get("tail", 0)
     assert rows * (whole + tail) == numel
-    assert tail < vector
-    assert a.get("RAGGED", False) == (tail > 0)
-    assert tail == 0 or a["rows"] is None  # only one row has an end that is taken care of
-    assert a["BLOCK_COLUMNS"] % vector == 0
-    row_blocks, column_blocks = -(-rows // a["BLOCK_ROWS"]), max(1, -(-whole // a["BLOCK_COLUMNS"]))
+    assert tail < plan.vector
+    assert plan.ragged == (tail > 0)
+    assert tail == 0 or view.rows is None  # only one row has an end that is taken care of
+    assert plan.columns % plan.vector == 0
+    row_blocks, column_blocks = -(-rows // plan.rows), max(1, -(-whole // plan.columns))
     if launch.kernel is dropout.backward_bias_columns:
         assert launch.grid[0] == column_blocks
         assert launch.grid[1] <= row_blocks
+        assert plan.bias == "columns"
     else:
         assert launch.grid == (row_blocks * column_blocks,)
-    check_covered(rows, row_blocks, a["BLOCK_ROWS"], masked=not a["EVEN"])
-    check_covered(whole, column_blocks, a["BLOCK_COLUMNS"], masked=not a["EVEN"])
-    assert rows % a["mask_repeat"] == 0
-    if a.get("BIAS") == "rows":
-        assert rows % (a["bias_repeat"] * a["bias_size"]) == 0  # read without a mask
-    partial = a.get("partial_ptr")
+    check_covered(rows, row_blocks, plan.rows, masked=not plan.even)
+    check_covered(whole, column_blocks, plan.columns, masked=not plan.even)
+    assert rows % view.mask_repeat == 0
+    if plan.bias == "rows":
+        assert rows % (view.bias_repeat * view.bias_size) == 0  # read without a mask
+    partial = getattr(a["tensors"], "partial", None)
     if partial is not None:
-        bias_rows = rows if launch.kernel is dropout.backward else launch.grid[1]
-        assert partial.shape == (
-            bias_rows,
-            column_blocks if launch.kernel is dropout.backward else whole,
-        )
-    check_wide(a, numel)
+        by_rows = launch.kernel is dropout.backward
+        assert partial.shape == ((rows, column_blocks) if by_rows else (launch.grid[1], whole))
+    assert plan.wide or numel < INT32
 
 
 def check_layer_norm(launch: backend.Launch) -> None:
