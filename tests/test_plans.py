@@ -273,14 +273,14 @@ def check_local_response_norm(launch: backend.Launch) -> None:
 
 
 def check_noise(launch: backend.Launch) -> None:
-    a = launch.arguments
-    whole = a["vectors"] * a["VECTOR"]
-    assert whole + a["tail"] == elements(a, "x_ptr")
-    assert 0 <= a["tail"] < a["VECTOR"]
-    assert a["RAGGED"] == (a["tail"] > 0)
-    assert a["BLOCK"] % a["VECTOR"] == 0
-    check_covered(whole, *launch.grid, a["BLOCK"], masked=True)
-    check_wide(a, whole + a["tail"])
+    a, plan = launch.arguments, launch.arguments["plan"]
+    whole, tail = a["vectors"] * plan.vector, a["tail"]
+    assert whole + tail == a["x_ptr"].numel()
+    assert 0 <= tail < plan.vector
+    assert plan.ragged == (tail > 0)
+    assert plan.block % plan.vector == 0
+    check_covered(whole, *launch.grid, plan.block, masked=True)
+    assert plan.wide or whole + tail < INT32
 
 
 def check_average(launch: backend.Launch) -> None:
@@ -379,14 +379,16 @@ def check_two_products(launch: backend.Launch) -> None:
 
 def check_chunks(launch: backend.Launch) -> None:
     """Each tensor of the table is cut into chunks, each of them one program's; those of rows end with their row."""
-    a, kernel = launch.arguments, launch.kernel
+    a, kernel = launch.leaves, launch.kernel
+    block = a["BLOCK"] if "BLOCK" in a else a["plan.block"]
+    width = a.get("WIDTH", a.get("plan.width"))
     entries, chunks = a["entries_ptr"].numpy(), a["chunks_ptr"].numpy()
     assert launch.grid == (chunks.shape[1],) == (a["programs"],)
     assert entries.shape[1] == a["tensors"]
-    rows = a.get("ROWS", False) or kernel in (penalties.project_rows, penalties.shorten)
+    rows = a.get("plan.rows", False) or kernel in (penalties.project_rows, penalties.shorten)
     lengths = None
     if kernel.fn.__module__ == optimizers.__name__:
-        rows = a.get("PROJECTION") == "rows" or "chunk_units_ptr" in a
+        rows = a.get("plan.projection") == "rows" or "chunk_units_ptr" in a
         lengths = entries[optimizers.ROW.value]
     else:
         numel = entries[penalties.NUMEL.value]
@@ -400,30 +402,30 @@ def check_chunks(launch: backend.Launch) -> None:
         if len(chunks) == 3:
             end = chunks[2][mine]
         else:
-            end = np.minimum(first + a["BLOCK"], numel[tensor])
-            if a.get("WIDTH"):
-                end = np.minimum(first + row * (a["BLOCK"] // a["WIDTH"]), numel[tensor])
+            end = np.minimum(first + block, numel[tensor])
+            if width:
+                end = np.minimum(first + row * (block // width), numel[tensor])
             elif rows:
                 end = np.minimum(end, first - first % row + row)
         assert first[0] == 0
         assert (end[:-1] == first[1:]).all()
         assert end[-1] == (sizes_of(launch)[tensor] if len(chunks) == 3 else numel[tensor])
-        if a.get("WIDTH", 1) > 1:  # whole rows, each in a row of the tile
-            assert power_of_2(a["WIDTH"])
-            assert row <= a["WIDTH"] <= a["BLOCK"]
+        if (width or 1) > 1:  # whole rows, each in a row of the tile
+            assert power_of_2(width)
+            assert row <= width <= block
             assert (first % row == 0).all()
             assert ((end - first) % row == 0).all()
-            assert ((end - first) // row <= a["BLOCK"] // a["WIDTH"]).all()
+            assert ((end - first) // row <= block // width).all()
         else:
-            assert (end - first <= a["BLOCK"]).all()
+            assert (end - first <= block).all()
         if "chunk_units_ptr" in a:
             row = row or int(end[-1])
             assert (a["chunk_units_ptr"].numpy()[mine] == units + first // row).all()
             assert (first // row == (end - 1) // row).all()
             units += int(end[-1]) // row
     if kernel in (averages.follow, averages.copy_if):  # a full tile is taken for one that begins on 16 bytes
-        assert a["BLOCK"] % 16 == 0
-        assert (chunks[1] % a["BLOCK"] == 0).all()
+        assert block % 16 == 0
+        assert (chunks[1] % block == 0).all()
 
 
 tensors_at: dict[int, torch.Tensor] = {}  # by address: those of the test, for ``sizes_of``
