@@ -252,21 +252,20 @@ def check_sum_partials(launch: backend.Launch) -> None:
 
 
 def check_local_response_norm(launch: backend.Launch) -> None:
-    a = launch.arguments
-    vector, last = a["VECTOR"], a["LAST"]
-    channels = a["channel_vectors"] * (vector if last else 1)
-    inner = 1 if last else a["inner_vectors"] * vector
-    numel = elements(a, "x_ptr")
-    assert a["samples"] * channels * inner == numel
-    blocks = -(-channels // a["CHANNELS"])
-    assert power_of_2(a["ROWS"])
-    if last:
-        assert a["CHANNELS"] % vector == 0
-        check_covered(a["samples"] * blocks, *launch.grid, a["ROWS"], masked=True)
+    view, plan = launch.arguments["view"], launch.arguments["plan"]
+    channels = view.channel_vectors * (plan.vector if plan.last else 1)
+    inner = 1 if plan.last else view.inner_vectors * plan.vector
+    numel = launch.arguments["tensors"].x.numel()
+    assert view.samples * channels * inner == numel
+    blocks = -(-channels // plan.channels)
+    assert power_of_2(plan.rows)
+    if plan.last:
+        assert plan.channels % plan.vector == 0
+        check_covered(view.samples * blocks, *launch.grid, plan.rows, masked=True)
     else:
         assert launch.grid[0] % blocks == 0
-        check_covered(a["samples"] * a["inner_vectors"], launch.grid[0] // blocks, a["ROWS"], masked=True)
-    check_wide(a, numel)
+        check_covered(view.samples * view.inner_vectors, launch.grid[0] // blocks, plan.rows, masked=True)
+    assert plan.wide or numel < INT32
 
 
 # --- one row ----------------------------------------------------------------------------------------------
