@@ -238,13 +238,15 @@ def variants(
         headline=headline,
     )
     backward, *_ = ops.backward_launches(x, kept, bias if kept is not None else None, x, stream, form, bias)
-    looped = backward.arguments["partial_ptr"] is not None and tiles.bias == "columns"
+    looped = backward.arguments["tensors"].partial is not None and tiles.bias == "columns"
     yield Kernel.of(
         f"backward {label} {name}",
         backward,
         x.numel(),
-        read * (1 if kept is None else 2) + e + bytes_of(backward, "partial_ptr") / x.numel(),  # dy, x, dx
-        trips=tiles.rows / backward.arguments["BLOCK_ROWS"] / backward.grid[1] if looped else (),
+        read * (1 if kept is None else 2)
+        + e
+        + bytes_of(backward, "tensors.partial") / x.numel(),  # dy, x, dx
+        trips=tiles.rows / backward.arguments["plan"].rows / backward.grid[1] if looped else (),
         budget=budget or budget_of(dtype, tiles, form, seed_in_memory, max_instructions),
         headline=headline,
     )

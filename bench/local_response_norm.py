@@ -89,21 +89,21 @@ def variants(
             launch,
             x.numel(),
             bytes_per_element,
-            budget=budget_of(launch.arguments, e, headroom),
+            budget=budget_of(launch.arguments["plan"], e, headroom),
             headline=headline,
         )
 
 
-def budget_of(arguments, e, headroom) -> Budget:
+def budget_of(plan, e, headroom) -> Budget:
     return Budget(
         # Backward holds two windows for each position of a vector: 8 positions of 16 bits would spill. A warp still
         # reads 256 bytes in a row. The vectors before and behind a row of channels_last come from L1, and the
         # assembler loads only the part of them that is used.
-        access_bytes=min(16, arguments["VECTOR"] * e),
-        narrow_loads=1000 if arguments["LAST"] else 0,
+        access_bytes=min(16, plan.vector * e),
+        narrow_loads=1000 if plan.last else 0,
         # Where channels are last a thread has 16 neighbouring ones, in two vectors (four of fp32): lanes of a request
         # are 32 (64) bytes apart, each with half of a sector. Another request, load or store, has the rest.
-        sectors=2 if arguments["LAST"] else 1,
+        sectors=2 if plan.last else 1,
         # A B200 reads a bf16 element in the time of 20 instructions, and n = 8 with mish takes a little more.
         min_headroom={80: 1, 90: 1.5, 100: 0.75} if headroom is None else headroom,
     )

@@ -34,6 +34,8 @@ Accuracy (fp32): d^-3/4 is r sqrt(r), r = d^-1/2, with a relative error of 3e-7 
 exp2(-beta log2 d): 2e-7 beta max(1, |log2 d|).
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -41,10 +43,81 @@ from . import activation
 from .fastmath import exp2, log2, reciprocal, sqrt, upcast
 
 
+class Forward(NamedTuple):
+    """Pointers to fp64, fp32, fp16 or bf16 [samples, channels, inner]: dense tensors in memory order."""
+
+    x: tl.tensor
+    residual: tl.tensor  # or None
+    y: tl.tensor
+
+
+class Backward(NamedTuple):
+    """Pointers to tensors laid out as forward's x."""
+
+    dy: tl.tensor
+    x: tl.tensor  # forward's
+    residual: tl.tensor  # forward's, or None where there is none or f is the identity
+    dx: tl.tensor
+    dresidual: tl.tensor  # or None where it is not needed or equals dy
+
+
+class View(NamedTuple):
+    """The tensor as a kernel is given it: integers."""
+
+    samples: tl.tensor
+    channel_vectors: tl.tensor  # ``last``: channels / vector; else channels
+    inner_vectors: tl.tensor  # ``last``: 1; else inner / vector
+
+
+class Plan(NamedTuple):
+    """What a kernel is compiled for."""
+
+    before: int  # channels of a window before its own ...
+    after: int  # ... and behind it, at most channels - 1 each
+    three_quarters: bool  # beta is 3/4
+    activation: str | None
+    channels: int  # of a block; ``last``: a multiple of the vector
+    rows: int
+    vector: int
+    last: bool  # channels are innermost in memory
+    wide: bool  # 64-bit indices, for 2^31 elements and more
+
+
+class Numbers(NamedTuple):
+    scale: tl.tensor  # alpha/n
+    beta: tl.tensor
+    k: tl.tensor
+
+
+class Shape(NamedTuple):
+    channels: tl.tensor
+    inner: tl.tensor
+
+
+class Place(NamedTuple):
+    """Where a block lies: values for each of its rows [rows, 1].
+
+    A row is a vector of positions or, where channels are last, the channels of one position.
+    """
+
+    channel: tl.tensor  # the first one; [1, 1] where channels are not last
+    first: tl.tensor  # the index of its element
+    inside: tl.tensor
+
+
 @triton.jit
-def _index(number, WIDE: tl.constexpr):
+def _index(number, plan: tl.constexpr):
     """A number in the type of element indices: 64 bits only where the tensor needs them."""
-    return number.to(tl.int64) if WIDE else number
+    return number.to(tl.int64) if plan.wide else number
+
+
+@triton.jit
+def _shape_of(view, plan: tl.constexpr):
+    """As products, so that the compiler sees that vectors are aligned, and inside as a whole or not at all."""
+    if plan.last:
+        return Shape(view.channel_vectors * plan.vector, 1)
+    else:
+        return Shape(view.channel_vectors, _index(view.inner_vectors, plan) * plan.vector)
 
 
 @triton.jit
@@ -54,28 +127,22 @@ def _constant(number, like):
 
 
 @triton.jit
-def _place(samples, channels, inner_vectors, CHANNELS: tl.constexpr, ROWS: tl.constexpr,
-           VECTOR: tl.constexpr, LAST: tl.constexpr, WIDE: tl.constexpr):  # fmt: skip
-    """Where a program's block is: its first channel, the element index of that, and which rows are in the tensor.
-
-    Each has a value for each of ROWS rows [ROWS, 1]; where not LAST, the first channel is one for all [1, 1]. A row is
-    VECTOR positions or, where LAST, the CHANNELS channels of one position.
-    """
-    row = tl.arange(0, ROWS)[:, None]
-    blocks = tl.cdiv(channels, CHANNELS)
-    if LAST:
-        block = _index(tl.program_id(0), WIDE) * ROWS + row
+def _place(view, channels, plan: tl.constexpr):
+    row = tl.arange(0, plan.rows)[:, None]
+    blocks = tl.cdiv(channels, plan.channels)
+    if plan.last:
+        block = _index(tl.program_id(0), plan) * plan.rows + row
         position = block // blocks
-        channel = (block - position * blocks) * CHANNELS
-        return channel, position * channels + channel, position < samples
+        channel = (block - position * blocks) * plan.channels
+        return Place(channel, position * channels + channel, position < view.samples)
     else:
         tile = tl.program_id(0) // blocks
-        channel = (tl.program_id(0) - tile * blocks) * CHANNELS
-        vector = _index(tile, WIDE) * ROWS + row
-        sample = vector // inner_vectors
-        first = (sample * (channels - 1) + channel) * inner_vectors + vector
+        channel = (tl.program_id(0) - tile * blocks) * plan.channels
+        vector = _index(tile, plan) * plan.rows + row
+        sample = vector // view.inner_vectors
+        first = (sample * (channels - 1) + channel) * view.inner_vectors + vector
         # As a tensor: the interpreter makes integers of a tensor & a number.
-        return tl.full([1, 1], channel, tl.int32), first * VECTOR, sample < samples
+        return Place(tl.full([1, 1], channel, tl.int32), first * plan.vector, sample < view.samples)
 
 
 @triton.jit
@@ -112,56 +179,54 @@ def _packed(parts, ROWS: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _row(
-    x_ptr, place, shape, START: tl.constexpr, STOP: tl.constexpr, ROWS: tl.constexpr, VECTOR: tl.constexpr
-):
-    """What ``_take`` takes from where LAST: the channels from START to STOP, which it rounds to whole vectors."""
-    channel, first, inside = place
-    channels, _ = shape
+def _row(x_ptr, place, shape, START: tl.constexpr, STOP: tl.constexpr, plan: tl.constexpr):
+    """What ``_take`` takes from where channels are last: those from START to STOP, rounded to whole vectors."""
+    ROWS: tl.constexpr = plan.rows
+    VECTOR: tl.constexpr = plan.vector
     found = ()
     for i in tl.static_range(START // VECTOR * VECTOR, STOP, VECTOR):
-        wanted = inside & (channel + i >= 0) & (channel + i < channels)
-        x = tl.load(x_ptr + (first + i) + tl.arange(0, VECTOR)[None, :], mask=wanted, other=0.0)
+        wanted = place.inside & (place.channel + i >= 0) & (place.channel + i < shape.channels)
+        x = tl.load(x_ptr + (place.first + i) + tl.arange(0, VECTOR)[None, :], mask=wanted, other=0.0)
         found += _unpacked(upcast(x), ROWS, VECTOR)
     return found[START % VECTOR : START % VECTOR + STOP - START]
 
 
 @triton.jit
-def _take(source, place, shape, FIRST: tl.constexpr, START: tl.constexpr, STOP: tl.constexpr,
-          VECTOR: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
+def _take(
+    source, place, shape, FIRST: tl.constexpr, START: tl.constexpr, STOP: tl.constexpr, plan: tl.constexpr
+):
     """The channels from START to STOP, counted from the block's first, a tensor each; 0 outside the tensor.
 
-    source: a tensor's pointer; where LAST the ``_row`` that begins with channel FIRST.
+    source: a tensor's pointer; where channels are last, the ``_row`` that begins with channel FIRST.
     """
-    if LAST:
+    if plan.last:
         return source[START - FIRST : STOP - FIRST]
     else:
-        channel, first, inside = place
-        channels, inner = shape
+        lane = tl.arange(0, plan.vector)[None, :]
         found = ()
         for i in tl.static_range(START, STOP):
-            wanted = inside & (channel + i >= 0) & (channel + i < channels)
-            x = tl.load(source + i * inner + (first + tl.arange(0, VECTOR)[None, :]), mask=wanted, other=0.0)
+            wanted = place.inside & (place.channel + i >= 0) & (place.channel + i < shape.channels)
+            x = tl.load(source + i * shape.inner + (place.first + lane), mask=wanted, other=0.0)
             found += (upcast(x),)
         return found
 
 
 @triton.jit
-def _store(y_ptr, values, place, shape, START: tl.constexpr,
-           ROWS: tl.constexpr, VECTOR: tl.constexpr, LAST: tl.constexpr):  # fmt: skip
+def _store(y_ptr, values, place, shape, START: tl.constexpr, plan: tl.constexpr):
     """The block's channels from START."""
-    channel, first, inside = place
-    channels, inner = shape
+    ROWS: tl.constexpr = plan.rows
+    VECTOR: tl.constexpr = plan.vector
     lane = tl.arange(0, VECTOR)[None, :]
-    if LAST:
+    if plan.last:
         for i in tl.static_range(0, len(values), VECTOR):
             y = _packed(values[i : i + VECTOR], ROWS, VECTOR).to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + (first + START + i) + lane, y, mask=inside & (channel + START + i < channels))
+            wanted = place.inside & (place.channel + START + i < shape.channels)
+            tl.store(y_ptr + (place.first + START + i) + lane, y, mask=wanted)
     else:
         for i in tl.static_range(len(values)):
             y = values[i].to(y_ptr.dtype.element_ty)
-            wanted = inside & (channel + START + i < channels)
-            tl.store(y_ptr + (START + i) * inner + (first + lane), y, mask=wanted)
+            wanted = place.inside & (place.channel + START + i < shape.channels)
+            tl.store(y_ptr + (START + i) * shape.inner + (place.first + lane), y, mask=wanted)
 
 
 @triton.jit
@@ -186,7 +251,7 @@ def _window_sums(terms, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _denominators(x, scale, k, SIZE: tl.constexpr):
+def _denominators(x, numbers, SIZE: tl.constexpr):
     """k + scale (sum of x^2) of every whole window."""
     squares = ()
     for i in tl.static_range(len(x)):
@@ -194,14 +259,14 @@ def _denominators(x, scale, k, SIZE: tl.constexpr):
     sums = _window_sums(squares, SIZE)
     found = ()
     for i in tl.static_range(len(sums)):
-        found += (sums[i] * _constant(scale, x[0]) + _constant(k, x[0]),)
+        found += (sums[i] * _constant(numbers.scale, x[0]) + _constant(numbers.k, x[0]),)
     return found
 
 
 @triton.jit
-def _power(d, beta, THREE_QUARTERS: tl.constexpr):
+def _power(d, beta, plan: tl.constexpr):
     """d^-beta and 1/d."""
-    if THREE_QUARTERS:
+    if plan.three_quarters:
         root = tl.rsqrt(d)
         return root * sqrt(root), root * root
     else:
@@ -210,69 +275,55 @@ def _power(d, beta, THREE_QUARTERS: tl.constexpr):
 
 @triton.jit
 def forward(
-    x_ptr,  # fp64, fp32, fp16 or bf16 [samples, channels, inner]: a dense tensor in memory order
-    residual_ptr,  # any of those [samples, channels, inner], or None
-    y_ptr,  # any of those [samples, channels, inner]
+    tensors: Forward,
     scale: tl.float64,  # alpha/n
     beta: tl.float64,
     k: tl.float64,  # > 0, as scale is, so that d is
-    samples,
-    channel_vectors,  # LAST: channels / VECTOR; else channels
-    inner_vectors,  # LAST: 1; else inner / VECTOR
-    BEFORE: tl.constexpr,  # channels of a window before its own ...
-    AFTER: tl.constexpr,  # ... and behind it, at most channels - 1 each
-    THREE_QUARTERS: tl.constexpr,  # beta is 3/4
-    ACTIVATION: tl.constexpr,
-    CHANNELS: tl.constexpr,  # of a block; LAST: a multiple of VECTOR
-    ROWS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    LAST: tl.constexpr,  # channels are innermost in memory
-    WIDE: tl.constexpr,  # 64-bit indices, for 2^31 elements and more
+    view: View,
+    plan: tl.constexpr,
 ):
-    """One block of CHANNELS channels and ROWS rows a program; grid: (channel blocks x row blocks,)."""
-    # Written as products, so that the compiler sees that vectors are aligned, and inside as a whole or not at all.
-    channels = channel_vectors * VECTOR if LAST else channel_vectors
-    inner = 1 if LAST else _index(inner_vectors, WIDE) * VECTOR
-    shape = (channels, inner)
-    place = _place(samples, channels, inner_vectors, CHANNELS, ROWS, VECTOR, LAST, WIDE)
+    """One block of channels and rows a program; grid: (channel blocks x row blocks,)."""
+    shape = _shape_of(view, plan)
+    place = _place(view, shape.channels, plan)
+    numbers = Numbers(scale, beta, k)
+    BEFORE: tl.constexpr = plan.before
+    AFTER: tl.constexpr = plan.after
+    ACTIVATION: tl.constexpr = plan.activation
+    CHANNELS: tl.constexpr = plan.channels
     REACH: tl.constexpr = BEFORE + AFTER
-    STEP: tl.constexpr = VECTOR if LAST else 1
-    x_source, residual_source = x_ptr, residual_ptr
-    if LAST:
-        x_source = _row(x_ptr, place, shape, -BEFORE, CHANNELS + AFTER, ROWS, VECTOR)
-        if residual_ptr is not None:
-            residual_source = _row(residual_ptr, place, shape, 0, CHANNELS, ROWS, VECTOR)
-    x = _take(x_source, place, shape, -BEFORE, -BEFORE, AFTER, VECTOR, LAST)
+    STEP: tl.constexpr = plan.vector if plan.last else 1
+    x_source, residual_source = tensors.x, tensors.residual
+    if plan.last:
+        x_source = _row(tensors.x, place, shape, -BEFORE, CHANNELS + AFTER, plan)
+        if tensors.residual is not None:
+            residual_source = _row(tensors.residual, place, shape, 0, CHANNELS, plan)
+    x = _take(x_source, place, shape, -BEFORE, -BEFORE, AFTER, plan)
     for start in tl.static_range(0, CHANNELS, STEP):
         # The channels of STEP whole windows: of the last step's, what these reach back to, and STEP new ones.
         x = x[len(x) - REACH :] + _take(
-            x_source, place, shape, -BEFORE, start + AFTER, start + AFTER + STEP, VECTOR, LAST
+            x_source, place, shape, -BEFORE, start + AFTER, start + AFTER + STEP, plan
         )
-        if residual_ptr is not None:
-            residual = _take(residual_source, place, shape, 0, start, start + STEP, VECTOR, LAST)
-        d = _denominators(x, scale, k, REACH + 1)
+        if tensors.residual is not None:
+            residual = _take(residual_source, place, shape, 0, start, start + STEP, plan)
+        d = _denominators(x, numbers, REACH + 1)
         y = ()
         for i in tl.static_range(STEP):
-            power, _ = _power(d[i], beta, THREE_QUARTERS)
-            v = x[BEFORE + i] * power
-            if residual_ptr is not None:
+            v = x[BEFORE + i] * _power(d[i], beta, plan)[0]
+            if tensors.residual is not None:
                 v += residual[i].to(v.dtype)
-            y += (activation.forward(v, ACTIVATION, x_ptr.dtype.element_ty),)
-        _store(y_ptr, y, place, shape, start, ROWS, VECTOR, LAST)
+            y += (activation.forward(v, ACTIVATION, tensors.x.dtype.element_ty),)
+        _store(tensors.y, y, place, shape, start, plan)
 
 
 @triton.jit
-def _gradients(
-    x, dy, residual, scale, beta, k,
-    BEFORE: tl.constexpr, SIZE: tl.constexpr, THREE_QUARTERS: tl.constexpr,
-    ACTIVATION: tl.constexpr, STORED: tl.constexpr,
-):  # fmt: skip
-    """Of every channel whose whole window is in ``x``: g, g d^-beta and g x d^(-beta-1)."""
-    d = _denominators(x, scale, k, SIZE)
+def _gradients(x, dy, residual, numbers, STORED: tl.constexpr, plan: tl.constexpr):
+    """g, g d^-beta and g x d^(-beta-1) of every channel whose whole window is in ``x``."""
+    ACTIVATION: tl.constexpr = plan.activation
+    d = _denominators(x, numbers, plan.before + plan.after + 1)
     gs, direct, through_d = (), (), ()
     for i in tl.static_range(len(d)):
-        power, inverse = _power(d[i], beta, THREE_QUARTERS)
-        v = x[BEFORE + i] * power
+        power, inverse = _power(d[i], numbers.beta, plan)
+        v = x[plan.before + i] * power
         g = dy[i].to(v.dtype)
         if ACTIVATION is not None:
             before_activation = v if residual is None else v + residual[i].to(v.dtype)
@@ -285,63 +336,47 @@ def _gradients(
 
 @triton.jit
 def backward(
-    dy_ptr,  # fp64, fp32, fp16 or bf16 [samples, channels, inner], laid out as forward's x
-    x_ptr,  # forward's x
-    residual_ptr,  # forward's residual, or None where there is none or f is the identity
-    dx_ptr,  # any of those [samples, channels, inner]
-    dresidual_ptr,  # any of those [samples, channels, inner], or None where it is not needed or equals dy
+    tensors: Backward,
     scale: tl.float64,
     beta: tl.float64,
     k: tl.float64,
-    samples,
-    channel_vectors,
-    inner_vectors,
-    BEFORE: tl.constexpr,
-    AFTER: tl.constexpr,
-    THREE_QUARTERS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    ROWS: tl.constexpr,
-    VECTOR: tl.constexpr,
-    LAST: tl.constexpr,
-    WIDE: tl.constexpr,
+    view: View,
+    plan: tl.constexpr,
 ):
     """Arguments and grid as in ``forward``."""
-    channels = channel_vectors * VECTOR if LAST else channel_vectors
-    inner = 1 if LAST else _index(inner_vectors, WIDE) * VECTOR
-    shape = (channels, inner)
-    place = _place(samples, channels, inner_vectors, CHANNELS, ROWS, VECTOR, LAST, WIDE)
+    shape = _shape_of(view, plan)
+    place = _place(view, shape.channels, plan)
+    numbers = Numbers(scale, beta, k)
+    BEFORE: tl.constexpr = plan.before
+    AFTER: tl.constexpr = plan.after
+    CHANNELS: tl.constexpr = plan.channels
     REACH: tl.constexpr = BEFORE + AFTER
-    STEP: tl.constexpr = VECTOR if LAST else 1
-    STORED: tl.constexpr = x_ptr.dtype.element_ty
-    x_source, dy_source, residual_source = x_ptr, dy_ptr, residual_ptr
-    if LAST:
-        x_source = _row(x_ptr, place, shape, -REACH, CHANNELS + REACH, ROWS, VECTOR)
-        dy_source = _row(dy_ptr, place, shape, -AFTER, CHANNELS + BEFORE, ROWS, VECTOR)
-        if residual_ptr is not None:
-            residual_source = _row(residual_ptr, place, shape, -AFTER, CHANNELS + BEFORE, ROWS, VECTOR)
+    STEP: tl.constexpr = plan.vector if plan.last else 1
+    STORED: tl.constexpr = tensors.x.dtype.element_ty
+    x_source, dy_source, residual_source = tensors.x, tensors.dy, tensors.residual
+    if plan.last:
+        x_source = _row(tensors.x, place, shape, -REACH, CHANNELS + REACH, plan)
+        dy_source = _row(tensors.dy, place, shape, -AFTER, CHANNELS + BEFORE, plan)
+        if tensors.residual is not None:
+            residual_source = _row(tensors.residual, place, shape, -AFTER, CHANNELS + BEFORE, plan)
 
     # Channel c is in the windows of the channels from c - AFTER to c + BEFORE, and these reach as far again.
-    x = _take(x_source, place, shape, -REACH, -REACH, REACH, VECTOR, LAST)
-    dy = _take(dy_source, place, shape, -AFTER, -AFTER, BEFORE, VECTOR, LAST)
+    x = _take(x_source, place, shape, -REACH, -REACH, REACH, plan)
+    dy = _take(dy_source, place, shape, -AFTER, -AFTER, BEFORE, plan)
     residual = None
-    if residual_ptr is not None:
-        residual = _take(residual_source, place, shape, -AFTER, -AFTER, BEFORE, VECTOR, LAST)
-    g, direct, through_d = _gradients(
-        x, dy, residual, scale, beta, k, BEFORE, REACH + 1, THREE_QUARTERS, ACTIVATION, STORED
-    )
+    if tensors.residual is not None:
+        residual = _take(residual_source, place, shape, -AFTER, -AFTER, BEFORE, plan)
+    g, direct, through_d = _gradients(x, dy, residual, numbers, STORED, plan)
     for start in tl.static_range(0, CHANNELS, STEP):
         x = x[len(x) - REACH :] + _take(
-            x_source, place, shape, -REACH, start + REACH, start + REACH + STEP, VECTOR, LAST
+            x_source, place, shape, -REACH, start + REACH, start + REACH + STEP, plan
         )
-        dy = _take(dy_source, place, shape, -AFTER, start + BEFORE, start + BEFORE + STEP, VECTOR, LAST)
-        if residual_ptr is not None:
+        dy = _take(dy_source, place, shape, -AFTER, start + BEFORE, start + BEFORE + STEP, plan)
+        if tensors.residual is not None:
             residual = _take(
-                residual_source, place, shape, -AFTER, start + BEFORE, start + BEFORE + STEP, VECTOR, LAST
+                residual_source, place, shape, -AFTER, start + BEFORE, start + BEFORE + STEP, plan
             )
-        new_g, new_direct, new_through_d = _gradients(
-            x, dy, residual, scale, beta, k, BEFORE, REACH + 1, THREE_QUARTERS, ACTIVATION, STORED
-        )
+        new_g, new_direct, new_through_d = _gradients(x, dy, residual, numbers, STORED, plan)
         g = g[len(g) - BEFORE :] + new_g
         direct = direct[len(direct) - BEFORE :] + new_direct
         through_d = through_d[len(through_d) - REACH :] + new_through_d
@@ -349,6 +384,6 @@ def backward(
         dx = ()
         for i in tl.static_range(STEP):
             dx += (direct[i] + _constant(-2.0 * scale * beta, x[i]) * x[i] * sums[i],)
-        _store(dx_ptr, dx, place, shape, start, ROWS, VECTOR, LAST)
-        if dresidual_ptr is not None:
-            _store(dresidual_ptr, g[:STEP], place, shape, start, ROWS, VECTOR, LAST)
+        _store(tensors.dx, dx, place, shape, start, plan)
+        if tensors.dresidual is not None:
+            _store(tensors.dresidual, g[:STEP], place, shape, start, plan)

@@ -16,16 +16,37 @@ Accesses are 16 bytes wide, and the normals are born in the thread that loads th
 for a vector of fp32, two for one of 16 bits. No shuffle, no shared memory (fp64 alone takes some).
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
 from .fastmath import upcast
 from .philox import normals
+from .structs import of_constants
+
+
+class Plan(NamedTuple):
+    """What a kernel is compiled for."""
+
+    multiplicative: bool
+    ragged: bool  # there are elements behind the last whole vector
+    block: int
+    vector: int  # 8 for 16-bit types, else 4
+    wide: bool  # 64-bit indices, for 2^31 elements and more
+
+
+@triton.constexpr_function
+def _tail_of(plan):
+    plan = of_constants(plan, Plan)
+    return plan._replace(block=plan.vector)
 
 
 @triton.jit
-def _normals(first, seed, offset, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
-    """fp32 [BLOCK]: the normals of the elements from ``first``, a multiple of VECTOR, on."""
+def _normals(first, seed, offset, plan: tl.constexpr):
+    """fp32 [block]: the normals of the elements from ``first``, a multiple of the vector, on."""
+    BLOCK: tl.constexpr = plan.block
+    VECTOR: tl.constexpr = plan.vector
     vector = first // VECTOR + tl.arange(0, BLOCK // VECTOR)
     if VECTOR == 4:
         return tl.reshape(normals(vector, seed, offset), [BLOCK])
@@ -35,16 +56,13 @@ def _normals(first, seed, offset, BLOCK: tl.constexpr, VECTOR: tl.constexpr):
 
 
 @triton.jit
-def _tile(
-    x_ptr, y_ptr, seed, offset, std, first, limit,
-    MULTIPLICATIVE: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr,
-):  # fmt: skip
-    element = first + tl.arange(0, BLOCK)
+def _tile(x_ptr, y_ptr, seed, offset, std, first, limit, plan: tl.constexpr):
+    element = first + tl.arange(0, plan.block)
     inside = element < limit
     x = upcast(tl.load(x_ptr + element, mask=inside, other=0.0))
-    eps = _normals(first, seed, offset, BLOCK, VECTOR).to(x.dtype)
+    eps = _normals(first, seed, offset, plan).to(x.dtype)
     std = tl.full([1], std, x.dtype)  # it came as fp64
-    y = x * tl.fma(eps, std, tl.full([1], 1.0, x.dtype)) if MULTIPLICATIVE else tl.fma(eps, std, x)
+    y = x * tl.fma(eps, std, tl.full([1], 1.0, x.dtype)) if plan.multiplicative else tl.fma(eps, std, x)
     tl.store(y_ptr + element, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -58,19 +76,15 @@ def add_noise(
     offset: tl.int64,
     std: tl.float64,
     vectors,  # whole ones
-    tail,  # elements behind the last whole vector (RAGGED)
-    MULTIPLICATIVE: tl.constexpr,
-    RAGGED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,  # 8 for 16-bit types, else 4
-    WIDE: tl.constexpr,  # 64-bit indices, for 2^31 elements and more
+    tail,  # elements behind the last whole vector
+    plan: tl.constexpr,
 ):
     """One tile a program; grid: (blocks of whole vectors, one at least,)."""
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    first = (tl.program_id(0).to(tl.int64) if WIDE else tl.program_id(0)) * BLOCK
+    first = (tl.program_id(0).to(tl.int64) if plan.wide else tl.program_id(0)) * plan.block
     # Written as a product, so that the compiler sees that a vector is inside as a whole or not at all.
-    whole = (vectors.to(tl.int64) if WIDE else vectors) * VECTOR
-    _tile(x_ptr, y_ptr, seed, offset, std, first, whole, MULTIPLICATIVE, BLOCK, VECTOR)
-    if RAGGED and tl.program_id(0) == 0:
-        _tile(x_ptr, y_ptr, seed, offset, std, whole, whole + tail, MULTIPLICATIVE, VECTOR, VECTOR)
+    whole = (vectors.to(tl.int64) if plan.wide else vectors) * plan.vector
+    _tile(x_ptr, y_ptr, seed, offset, std, first, whole, plan)
+    if plan.ragged and tl.program_id(0) == 0:
+        _tile(x_ptr, y_ptr, seed, offset, std, whole, whole + tail, _tail_of(plan))

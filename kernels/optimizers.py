@@ -35,6 +35,8 @@ and v read and written: 28. Those are the floors: every value that must be read,
 once. The arithmetic is about 20 instructions an element, of 100 to 270 for which the memory of an H100 leaves time.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -62,11 +64,11 @@ LIVE = tl.constexpr(0)
 GAIN = tl.constexpr(1)
 COUPLED = tl.constexpr(2)
 SUBGRADIENT = tl.constexpr(3)
-SIZE = tl.constexpr(4)
-KEEP = tl.constexpr(5)
+STEP_SIZE = tl.constexpr(4)
+DECAY_FACTOR = tl.constexpr(5)
 THRESHOLD = tl.constexpr(6)
 RADIUS = tl.constexpr(7)
-FOLLOW = tl.constexpr(8)
+AVERAGE_SHARE = tl.constexpr(8)
 DECAY_1 = tl.constexpr(9)
 GAIN_1 = tl.constexpr(10)
 DECAY_2 = tl.constexpr(11)
@@ -90,6 +92,40 @@ L1_PROXIMAL = tl.constexpr(9)
 MAX_NORM = tl.constexpr(10)  # infinite where there is none
 MAX_GRAD_NORM = tl.constexpr(11)
 EMA = tl.constexpr(12)  # 1 - ema_decay
+
+
+class Plan(NamedTuple):
+    """What ``step`` is compiled for."""
+
+    adam: bool
+    momentum: bool  # there is a first moment
+    nesterov: bool
+    amsgrad: bool
+    cautious: bool
+    pulled: bool  # coupled L2 or a subgradient of L1, in some group
+    shrunk: bool  # proximal L1, in some group
+    projection: str  # "none"; "rows": in the tile; "partial": its first half
+    master: bool
+    average: bool
+    at_random: bool  # the parameter is bf16
+    parameter: Any  # dtypes: of the parameter, its gradient and its moments
+    gradient: Any
+    moment: Any
+    compute: Any  # fp32, or fp64; that of masters and averages too
+    width: int  # a power of 2 that a row fits into ("rows")
+    block: int
+    vector: int  # elements of the narrowest of these types in 16 bytes
+
+
+class Projection(NamedTuple):
+    """What ``project`` is compiled for: as in ``Plan``."""
+
+    master: bool
+    average: bool
+    parameter: Any
+    compute: Any
+    block: int
+    vector: int
 
 
 @triton.jit(do_not_specialize=["tensors"])
@@ -159,12 +195,12 @@ def advance(
     tl.store(row + GAIN, gain, mask=inside)
     tl.store(row + COUPLED, tl.load(group + L2), mask=inside)
     tl.store(row + SUBGRADIENT, tl.load(group + L1_SUBGRADIENT), mask=inside)
-    tl.store(row + SIZE, size, mask=inside)
+    tl.store(row + STEP_SIZE, size, mask=inside)
     with_schedule = tl.where(lr_0 == 0.0, lr, lr / tl.where(lr_0 == 0.0, 1.0, lr_0))
-    tl.store(row + KEEP, 1.0 - with_schedule * decay, mask=inside)
+    tl.store(row + DECAY_FACTOR, 1.0 - with_schedule * decay, mask=inside)
     tl.store(row + THRESHOLD, lr * tl.load(group + L1_PROXIMAL), mask=inside)
     tl.store(row + RADIUS, tl.where(moves, tl.load(group + MAX_NORM), float("inf")), mask=inside)
-    tl.store(row + FOLLOW, tl.where(moves, tl.load(group + EMA), 0.0), mask=inside)
+    tl.store(row + AVERAGE_SHARE, tl.where(moves, tl.load(group + EMA), 0.0), mask=inside)
     tl.store(row + COUNT, t, mask=inside)
 
 
@@ -189,15 +225,17 @@ def _rounded_at_random(x, index, key, count, LANES: tl.constexpr):
 @triton.jit
 def _tile(
     entries_ptr, row, tensors, tensor, first, length, limit,
-    ADAM: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, AMSGRAD: tl.constexpr,
-    CAUTIOUS: tl.constexpr, PULLED: tl.constexpr, SHRUNK: tl.constexpr, PROJECTION: tl.constexpr,
-    HAS_MASTER: tl.constexpr, HAS_AVERAGE: tl.constexpr, AT_RANDOM: tl.constexpr,
-    P: tl.constexpr, G: tl.constexpr, S: tl.constexpr, COMPUTE: tl.constexpr,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
+    plan: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """One tile: BLOCK elements from ``first`` on, below ``limit``; of whole rows, where PROJECTION is "rows"."""
+    """One tile: BLOCK elements from ``first`` on, below ``limit``; of whole rows, where the projection is of rows."""
+    P: tl.constexpr = plan.parameter
+    G: tl.constexpr = plan.gradient
+    S: tl.constexpr = plan.moment
+    COMPUTE: tl.constexpr = plan.compute
+    WIDTH: tl.constexpr = plan.width
+    VECTOR: tl.constexpr = plan.vector
     LANES: tl.constexpr = 8 if ALIGNED else 1
-    if PROJECTION == "rows":
+    if plan.projection == "rows":
         if ALIGNED:  # as products, see ``elements``
             length = length // VECTOR * VECTOR
             first = first // VECTOR * VECTOR
@@ -213,77 +251,77 @@ def _tile(
 
     g = read(entry(entries_ptr, tensors, tensor, GRADIENT), element, mask, G, ALIGNED).to(COMPUTE)
     p_address = entry(entries_ptr, tensors, tensor, PARAMETER)
-    if HAS_MASTER:
+    if plan.master:
         master_address = entry(entries_ptr, tensors, tensor, MASTER)
         p = read(master_address, element, mask, COMPUTE, ALIGNED)
     else:
         p = read(p_address, element, mask, P, ALIGNED)
-    if MOMENTUM:
+    if plan.momentum:
         m_address = entry(entries_ptr, tensors, tensor, FIRST)
         m = read(m_address, element, mask, S, ALIGNED)
-    if ADAM:
+    if plan.adam:
         v_address = entry(entries_ptr, tensors, tensor, SECOND)
         v = read(v_address, element, mask, S, ALIGNED)
-    if AMSGRAD:
+    if plan.amsgrad:
         w_address = entry(entries_ptr, tensors, tensor, LARGEST)
         w = read(w_address, element, mask, S, ALIGNED)
-    if HAS_AVERAGE and PROJECTION != "partial":
+    if plan.average and plan.projection != "partial":
         average_address = entry(entries_ptr, tensors, tensor, AVERAGE)
         average = read(average_address, element, mask, COMPUTE, ALIGNED)
 
     g *= _number(row, GAIN, COMPUTE)
-    if PULLED:
+    if plan.pulled:
         pull = _number(row, SUBGRADIENT, COMPUTE)
         g += _number(row, COUPLED, COMPUTE) * p + tl.where(p > 0, pull, tl.where(p < 0, -pull, 0.0))
 
-    size = _number(row, SIZE, COMPUTE)
-    if ADAM:
+    size = _number(row, STEP_SIZE, COMPUTE)
+    if plan.adam:
         m = m * _number(row, DECAY_1, COMPUTE) + g * _number(row, GAIN_1, COMPUTE)
         v = v * _number(row, DECAY_2, COMPUTE) + g * g * _number(row, GAIN_2, COMPUTE)
         write(m_address, element, m, mask, S, ALIGNED)
         write(v_address, element, v, mask, S, ALIGNED)
-        if AMSGRAD:
+        if plan.amsgrad:
             v = tl.maximum(w, v, propagate_nan=tl.PropagateNan.ALL)
             write(w_address, element, v, mask, S, ALIGNED)
         root = sqrt(v) * _number(row, ROOT, COMPUTE)
         update = size * m * reciprocal(root + _number(row, EPS, COMPUTE))
-    elif MOMENTUM:
+    elif plan.momentum:
         decay = _number(row, DECAY_1, COMPUTE)
         # A first step takes nothing of the buffer, whatever is in there.
         m = tl.where(decay == 0.0, 0.0, m * decay) + g * _number(row, GAIN_1, COMPUTE)
         write(m_address, element, m, mask, S, ALIGNED)
-        update = size * ((g + _number(row, DECAY_2, COMPUTE) * m) if NESTEROV else m)
+        update = size * ((g + _number(row, DECAY_2, COMPUTE) * m) if plan.nesterov else m)
     else:
         update = size * g
 
-    keep = _number(row, KEEP, COMPUTE)
-    if CAUTIOUS:
+    keep = _number(row, DECAY_FACTOR, COMPUTE)
+    if plan.cautious:
         keep = tl.where(update * p >= 0.0, keep, 1.0)
     p = p * keep - update
-    if SHRUNK:
+    if plan.shrunk:
         threshold = _number(row, THRESHOLD, COMPUTE)
         p = tl.where(tl.abs(p) < threshold, 0.0, p - tl.where(p < 0, -threshold, threshold))
-    if PROJECTION != "none":
+    if plan.projection != "none":
         inside = p if mask is None else tl.where(mask, p, 0.0)
-        AXIS: tl.constexpr = 1 if PROJECTION == "rows" else 0
+        AXIS: tl.constexpr = 1 if plan.projection == "rows" else 0
         squared = tl.sum(terms(inside, inside, AXIS, VECTOR if ALIGNED else 1), AXIS)
-        if PROJECTION == "rows":
+        if plan.projection == "rows":
             radius = _number(row, RADIUS, COMPUTE)
             scale = tl.where(squared > radius * radius, radius / tl.sqrt(squared), 1.0)
             p *= scale[:, None]
     stored = p
-    if AT_RANDOM:
+    if plan.at_random:
         key = entry(entries_ptr, tensors, tensor, ORDINAL)
         stored = _rounded_at_random(p, index, key, tl.load(row + COUNT).to(tl.int64), LANES)
     stored = stored.to(P)
     write(p_address, element, stored, mask, P, ALIGNED)
-    if HAS_MASTER:
+    if plan.master:
         write(master_address, element, p, mask, COMPUTE, ALIGNED)
-    if HAS_AVERAGE and PROJECTION != "partial":
-        followed = p if HAS_MASTER else upcast(stored)
-        average += _number(row, FOLLOW, COMPUTE) * (followed - average)
+    if plan.average and plan.projection != "partial":
+        followed = p if plan.master else upcast(stored)
+        average += _number(row, AVERAGE_SHARE, COMPUTE) * (followed - average)
         write(average_address, element, average, mask, COMPUTE, ALIGNED)
-    return squared if PROJECTION == "partial" else size
+    return squared if plan.projection == "partial" else size
 
 
 @triton.jit(do_not_specialize=["tensors", "programs"])
@@ -291,72 +329,55 @@ def step(
     entries_ptr,  # int64 [11, tensors]
     chunks_ptr,  # int64 [3, programs]
     scalars_ptr,  # fp64 [tensors, SCALARS]
-    partials_ptr,  # COMPUTE [programs]: sums of squares (PROJECTION "partial"), or None
+    partials_ptr,  # COMPUTE [programs]: sums of squares (the projection is "partial"), or None
     tensors,
     programs,
-    ADAM: tl.constexpr,
-    MOMENTUM: tl.constexpr,  # there is a first moment
-    NESTEROV: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    CAUTIOUS: tl.constexpr,
-    PULLED: tl.constexpr,  # coupled L2 or a subgradient of L1, in some group
-    SHRUNK: tl.constexpr,  # proximal L1, in some group
-    PROJECTION: tl.constexpr,  # "none"; "rows": in the tile; "partial": its first half
-    HAS_MASTER: tl.constexpr,
-    HAS_AVERAGE: tl.constexpr,
-    AT_RANDOM: tl.constexpr,  # P is bf16
-    P: tl.constexpr,  # dtypes of parameters, gradients and moments
-    G: tl.constexpr,
-    S: tl.constexpr,
-    COMPUTE: tl.constexpr,  # fp32, or fp64; that of masters and averages too
-    WIDTH: tl.constexpr,  # a power of 2 that a row fits into ("rows")
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,  # elements of the narrowest of these types in 16 bytes
+    plan: tl.constexpr,
 ):
     """One tile a program. Grid: (programs,)."""
+    COMPUTE: tl.constexpr = plan.compute
+    BLOCK: tl.constexpr = plan.block
     tensor, first = chunk(chunks_ptr, programs)
     row = scalars_ptr + tensor * SCALARS
     if tl.load(row + LIVE) != 0.0:
         addresses = entry(entries_ptr, tensors, tensor, PARAMETER) | entry(
             entries_ptr, tensors, tensor, GRADIENT
         )
-        if MOMENTUM:
+        if plan.momentum:
             addresses |= entry(entries_ptr, tensors, tensor, FIRST)
-        if ADAM:
+        if plan.adam:
             addresses |= entry(entries_ptr, tensors, tensor, SECOND)
-        if AMSGRAD:
+        if plan.amsgrad:
             addresses |= entry(entries_ptr, tensors, tensor, LARGEST)
-        if HAS_MASTER:
+        if plan.master:
             addresses |= entry(entries_ptr, tensors, tensor, MASTER)
-        if HAS_AVERAGE:
+        if plan.average:
             addresses |= entry(entries_ptr, tensors, tensor, AVERAGE)
         end = chunk_end(chunks_ptr, programs)
-        wide = aligned(addresses) & (first % VECTOR == 0)
-        PIECE: tl.constexpr = BLOCK if PROJECTION == "rows" else BLOCK // 16
+        wide = aligned(addresses) & (first % plan.vector == 0)
+        PIECE: tl.constexpr = BLOCK if plan.projection == "rows" else BLOCK // 16
         length = first
-        if PROJECTION == "rows":
+        if plan.projection == "rows":
             length = entry(entries_ptr, tensors, tensor, ROW)
-            wide &= length % VECTOR == 0
+            wide &= length % plan.vector == 0
         else:
             wide &= first + BLOCK <= end
         if wide:
             squared = _tile(
                 entries_ptr, row, tensors, tensor, first, length, end,
-                ADAM, MOMENTUM, NESTEROV, AMSGRAD, CAUTIOUS, PULLED, SHRUNK, PROJECTION,
-                HAS_MASTER, HAS_AVERAGE, AT_RANDOM, P, G, S, COMPUTE, WIDTH, BLOCK, VECTOR, True,
+                plan, BLOCK, True,
             )  # fmt: skip
-            if PROJECTION == "partial":
+            if plan.projection == "partial":
                 tl.store(partials_ptr + tl.program_id(0), squared)
         else:
-            turn = length * (BLOCK // WIDTH) if PROJECTION == "rows" else PIECE
+            turn = length * (BLOCK // plan.width) if plan.projection == "rows" else PIECE
             squared = tl.zeros([], COMPUTE)
             for start in range(0, bound((end - first).to(tl.int32)), bound(turn)):
                 squared += _tile(
                     entries_ptr, row, tensors, tensor, first + start, length, end,
-                    ADAM, MOMENTUM, NESTEROV, AMSGRAD, CAUTIOUS, PULLED, SHRUNK, PROJECTION,
-                    HAS_MASTER, HAS_AVERAGE, AT_RANDOM, P, G, S, COMPUTE, WIDTH, PIECE, VECTOR, False,
+                    plan, PIECE, False,
                 )  # fmt: skip
-            if PROJECTION == "partial":
+            if plan.projection == "partial":
                 tl.store(partials_ptr + tl.program_id(0), squared)
 
 
@@ -427,13 +448,14 @@ def fold(
 @triton.jit
 def _project_tile(
     entries_ptr, row, tensors, tensor, first, limit, scale,
-    HAS_MASTER: tl.constexpr, HAS_AVERAGE: tl.constexpr, P: tl.constexpr, COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
+    plan: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    element = elements(first, BLOCK, VECTOR, ALIGNED)
+    P: tl.constexpr = plan.parameter
+    COMPUTE: tl.constexpr = plan.compute
+    element = elements(first, BLOCK, plan.vector, ALIGNED)
     mask = None if ALIGNED else element < limit
     p_address = entry(entries_ptr, tensors, tensor, PARAMETER)
-    if HAS_MASTER:
+    if plan.master:
         master_address = entry(entries_ptr, tensors, tensor, MASTER)
         p = read(master_address, element, mask, COMPUTE, ALIGNED)
     else:
@@ -442,13 +464,13 @@ def _project_tile(
     stored = p.to(P)
     if scale != 1.0:
         write(p_address, element, stored, mask, P, ALIGNED)
-        if HAS_MASTER:
+        if plan.master:
             write(master_address, element, p, mask, COMPUTE, ALIGNED)
-    if HAS_AVERAGE:
+    if plan.average:
         average_address = entry(entries_ptr, tensors, tensor, AVERAGE)
         average = read(average_address, element, mask, COMPUTE, ALIGNED)
-        followed = p if HAS_MASTER else upcast(stored)
-        average += _number(row, FOLLOW, COMPUTE) * (followed - average)
+        followed = p if plan.master else upcast(stored)
+        average += _number(row, AVERAGE_SHARE, COMPUTE) * (followed - average)
         write(average_address, element, average, mask, COMPUTE, ALIGNED)
 
 
@@ -461,37 +483,34 @@ def project(
     squared_ptr,  # COMPUTE [units]
     tensors,
     programs,
-    HAS_MASTER: tl.constexpr,
-    HAS_AVERAGE: tl.constexpr,
-    P: tl.constexpr,
-    COMPUTE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,
+    plan: tl.constexpr,
 ):
     """The second half of a max-norm over long rows: shortens those outside of the ball. Grid: (programs,)."""
+    COMPUTE: tl.constexpr = plan.compute
+    BLOCK: tl.constexpr = plan.block
     tensor, first = chunk(chunks_ptr, programs)
     row = scalars_ptr + tensor * SCALARS
     squared = tl.load(squared_ptr + tl.load(chunk_units_ptr + tl.program_id(0)))
     radius = _number(row, RADIUS, COMPUTE)
     outside = squared > radius * radius
-    if (tl.load(row + LIVE) != 0.0) & (outside | HAS_AVERAGE):
+    if (tl.load(row + LIVE) != 0.0) & (outside | plan.average):
         scale = tl.where(outside, radius / tl.sqrt(squared), 1.0)
         end = chunk_end(chunks_ptr, programs)
         addresses = entry(entries_ptr, tensors, tensor, PARAMETER)
-        if HAS_MASTER:
+        if plan.master:
             addresses |= entry(entries_ptr, tensors, tensor, MASTER)
-        if HAS_AVERAGE:
+        if plan.average:
             addresses |= entry(entries_ptr, tensors, tensor, AVERAGE)
-        wide = aligned(addresses) & (first % VECTOR == 0) & (first + BLOCK <= end)
+        wide = aligned(addresses) & (first % plan.vector == 0) & (first + BLOCK <= end)
         if wide:
             _project_tile(
                 entries_ptr, row, tensors, tensor, first, end, scale,
-                HAS_MASTER, HAS_AVERAGE, P, COMPUTE, BLOCK, VECTOR, True,
+                plan, BLOCK, True,
             )  # fmt: skip
         else:
             PIECE: tl.constexpr = BLOCK // 16
             for start in range(0, bound((end - first).to(tl.int32)), PIECE):
                 _project_tile(
                     entries_ptr, row, tensors, tensor, first + start, end, scale,
-                    HAS_MASTER, HAS_AVERAGE, P, COMPUTE, PIECE, VECTOR, False,
+                    plan, PIECE, False,
                 )  # fmt: skip

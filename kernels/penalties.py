@@ -21,6 +21,8 @@ H100 (3 TB/s) leaves time for 36 at 4 bytes and for 108 at 12. A tail, or a tile
 done in a loop over pieces of one element a thread.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -35,36 +37,62 @@ GRADIENT = tl.constexpr(2)  # of ``penalize``: an address
 ROW = tl.constexpr(2)  # of the projections: how many elements a norm goes over
 
 
+class Plan(NamedTuple):
+    """What ``penalize`` is compiled for."""
+
+    l1: bool  # not 0
+    l2: bool
+    centred: bool  # mean is not 0
+    how: str  # the gradient: "none", "write" or "add"
+    rows: bool  # a tile ends with its row
+    parameter: Any  # dtypes of weights and gradients
+    gradient: Any
+    compute: Any  # fp32, or fp64
+    block: int
+    vector: int  # elements of the narrowest of these types in 16 bytes
+
+
+class Strengths(NamedTuple):
+    """0.5 l2 (x - mean)^2 + l1 |x - mean|, and what its gradient is multiplied with."""
+
+    l1: tl.tensor
+    l2: tl.tensor
+    mean: tl.tensor
+    gain: tl.tensor
+
+
 @triton.jit
 def _penalty_tile(
-    entries_ptr, tensors, tensor, first, limit, gain, l1, l2, mean,
-    L1: tl.constexpr, L2: tl.constexpr, CENTRED: tl.constexpr, VALUE: tl.constexpr, HOW: tl.constexpr,
-    P: tl.constexpr, G: tl.constexpr, BLOCK: tl.constexpr, VECTOR: tl.constexpr, ALIGNED: tl.constexpr,
+    entries_ptr, tensors, tensor, first, limit, strengths, VALUE: tl.constexpr,
+    plan: tl.constexpr, BLOCK: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Writes the gradient of one tile and returns its value, either if wanted."""
-    element = elements(first, BLOCK, VECTOR, ALIGNED)
+    P: tl.constexpr = plan.parameter
+    G: tl.constexpr = plan.gradient
+    l1, l2 = strengths.l1, strengths.l2
+    element = elements(first, BLOCK, plan.vector, ALIGNED)
     mask = None if ALIGNED else element < limit
     x = read(entry(entries_ptr, tensors, tensor, PARAMETER), element, mask, P, ALIGNED)
-    if CENTRED:
-        x -= mean
-    if HOW != "none":
+    if plan.centred:
+        x -= strengths.mean
+    if plan.how != "none":
         g_address = entry(entries_ptr, tensors, tensor, GRADIENT)
         slope = tl.zeros_like(x)
-        if L2:
+        if plan.l2:
             slope = l2 * x
-        if L1:
+        if plan.l1:
             slope += tl.where(x > 0, l1, tl.where(x < 0, -l1, 0.0))
-        slope *= gain
-        if HOW == "add":
+        slope *= strengths.gain
+        if plan.how == "add":
             slope += read(g_address, element, mask, G, ALIGNED)
         write(g_address, element, slope, mask, G, ALIGNED)
     value = tl.zeros([], x.dtype)
     if VALUE:
         if mask is not None:
             x = tl.where(mask, x, 0.0)
-        if L2:
+        if plan.l2:
             value = 0.5 * l2 * tl.sum(terms(x, x, 0), 0)
-        if L1:
+        if plan.l1:
             value += l1 * tl.sum(tl.abs(x), 0)
     return value
 
@@ -80,35 +108,28 @@ def penalize(
     mean: tl.float64,
     tensors,
     programs,
-    L1: tl.constexpr,  # l1 is not 0
-    L2: tl.constexpr,  # l2 is not 0
-    CENTRED: tl.constexpr,  # mean is not 0
-    HOW: tl.constexpr,  # the gradient: "none", "write" or "add"
-    ROWS: tl.constexpr,  # a tile ends with its row
-    P: tl.constexpr,  # dtypes of weights and gradients
-    G: tl.constexpr,
-    COMPUTE: tl.constexpr,  # fp32, or fp64
-    BLOCK: tl.constexpr,
-    VECTOR: tl.constexpr,  # elements of the narrowest of these types in 16 bytes
+    plan: tl.constexpr,
 ):
     """Value, gradient or both. Grid: (programs,)."""
+    COMPUTE: tl.constexpr = plan.compute
+    BLOCK: tl.constexpr = plan.block
     VALUE: tl.constexpr = partials_ptr is not None
     tensor, first = chunk(chunks_ptr, programs)
     limit = entry(entries_ptr, tensors, tensor, NUMEL)
-    if ROWS:
+    if plan.rows:
         length = entry(entries_ptr, tensors, tensor, ROW)
         limit = first - first % length + length
     addresses = entry(entries_ptr, tensors, tensor, PARAMETER)
-    if HOW != "none":
+    if plan.how != "none":
         addresses |= entry(entries_ptr, tensors, tensor, GRADIENT)
-    l1 = tl.full([], l1, COMPUTE)  # they came as fp64
-    l2 = tl.full([], l2, COMPUTE)
-    mean = tl.full([], mean, COMPUTE)
     gain = tl.full([], 1.0, COMPUTE) if gain_ptr is None else tl.load(gain_ptr).to(COMPUTE)
-    if aligned(addresses) & (first % VECTOR == 0) & (first + BLOCK <= limit):
+    # Numbers came as fp64.
+    strengths = Strengths(
+        tl.full([], l1, COMPUTE), tl.full([], l2, COMPUTE), tl.full([], mean, COMPUTE), gain
+    )
+    if aligned(addresses) & (first % plan.vector == 0) & (first + BLOCK <= limit):
         value = _penalty_tile(
-            entries_ptr, tensors, tensor, first, limit, gain, l1, l2, mean,
-            L1, L2, CENTRED, VALUE, HOW, P, G, BLOCK, VECTOR, True,
+            entries_ptr, tensors, tensor, first, limit, strengths, VALUE, plan, BLOCK, True,
         )  # fmt: skip
         if VALUE:
             tl.store(partials_ptr + tl.program_id(0), value.to(tl.float64))
@@ -118,8 +139,7 @@ def penalize(
         count = tl.minimum(first + BLOCK, limit) - first
         for start in range(0, bound(count.to(tl.int32)), PIECE):
             value += _penalty_tile(
-                entries_ptr, tensors, tensor, first + start, limit, gain, l1, l2, mean,
-                L1, L2, CENTRED, VALUE, HOW, P, G, PIECE, VECTOR, False,
+                entries_ptr, tensors, tensor, first + start, limit, strengths, VALUE, plan, PIECE, False,
             )  # fmt: skip
         if VALUE:
             tl.store(partials_ptr + tl.program_id(0), value.to(tl.float64))

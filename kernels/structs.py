@@ -5,6 +5,6 @@ import triton
 
 @triton.constexpr_function
 def of_constants(struct, kind):
-    """``struct`` as a ``kind``, with plain values: between functions, Triton may hand it on as a tuple of its
-    own, without ``_replace``, and its fields as constants of its own."""
+    """``struct`` as a ``kind``, with plain values: Triton may hand it to a function of constants as a tuple of its
+    own or of Python, without names, and its fields as constants of its own."""
     return kind(*(getattr(value, "value", value) for value in struct))

@@ -361,9 +361,9 @@ def test_wide_indices_give_the_same_result(device):
             (launch,) = ops.forward_launches(x, bias, None, y, Stream(3), form)
             back, *_ = ops.backward_launches(x, None, None, dx, Stream(3), form, bias)
             for each in (launch, back):
-                each.arguments["WIDE"] = wide
+                each.arguments["plan"] = each.arguments["plan"]._replace(wide=wide)
                 each.run(device)
-            results.append((y, dx, back.arguments["partial_ptr"]))
+            results.append((y, dx, back.arguments["tensors"].partial))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True) if a is not None)
 
 

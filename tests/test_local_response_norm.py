@@ -230,7 +230,7 @@ def test_wide_indices_give_the_same_result(device):
             form = ops.Form(2, 0.5, 0.75, 1.0)
             launches = ops.forward_launches(x, None, y, form)
             for launch in launches + ops.backward_launches(x, x, None, dx, None, form):
-                launch.arguments["WIDE"] = wide
+                launch.arguments["plan"] = launch.arguments["plan"]._replace(wide=wide)
                 launch.run(device)
             results.append((y, dx))
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -90,11 +90,11 @@ def test_tiles_of_large_tensors_give_the_same_noise(device):
     """4,096 elements a tile from 2^20 elements on, and 64-bit indices from 2^31 on."""
     x = torch.randn(5001, dtype=torch.bfloat16, device=device)
     results = []
-    for changes in ({}, {"BLOCK": 4096}, {"WIDE": True}):
+    for changes in ({}, {"block": 4096}, {"wide": True}):
         y = torch.empty_like(x)
         (launch,) = ops.launches(x, y, Stream(-3, 4), ops.Form(0.5, True))
-        launch.arguments.update(changes)
-        grid = (-(-5001 // launch.arguments["BLOCK"]),)
+        plan = launch.arguments["plan"] = launch.arguments["plan"]._replace(**changes)
+        grid = (-(-5001 // plan.block),)
         launch._replace(grid=grid).run(device)
         results.append(y)
     assert torch.equal(results[0], results[1])
@@ -111,10 +111,10 @@ def test_the_launch_follows_the_size():
         pytest.skip("needs Triton")
     small, large, huge = arguments(1029), arguments(1 << 20), arguments(1 << 16, 1 << 15)
     assert (small.grid, small.arguments["vectors"], small.arguments["tail"]) == ((1,), 128, 5)
-    assert (small.arguments["RAGGED"], large.arguments["RAGGED"]) == (True, False)
-    assert (large.grid, large.arguments["BLOCK"], large.arguments["WIDE"]) == ((256,), 4096, False)
-    assert huge.arguments["WIDE"]
-    assert [arguments(8, dtype=dtype).arguments["VECTOR"] for dtype in DTYPES] == [4, 4, 8, 8]
+    assert (small.leaves["plan.ragged"], large.leaves["plan.ragged"]) == (True, False)
+    assert (large.grid, large.leaves["plan.block"], large.leaves["plan.wide"]) == ((256,), 4096, False)
+    assert huge.leaves["plan.wide"]
+    assert [arguments(8, dtype=dtype).leaves["plan.vector"] for dtype in DTYPES] == [4, 4, 8, 8]
 
 
 LAYOUTS = {

@@ -194,34 +194,31 @@ def check_wide(a: dict, numel: int) -> None:
 
 
 def check_dropout(launch: backend.Launch) -> None:
-    a = launch.arguments
-    numel = elements(a, "x_ptr", "dy_ptr")
-    vector, rows = a["VECTOR"], a["rows"] or 1
-    whole, tail = a["vectors"] * vector, a.get("tail", 0)
+    a, view, plan = launch.arguments, launch.arguments["view"], launch.arguments["plan"]
+    numel = (a["tensors"].y if launch.kernel is dropout.forward else a["tensors"].dx).numel()
+    rows, whole, tail = view.rows or 1, view.vectors * plan.vector, a.get("tail", 0)
     assert rows * (whole + tail) == numel
-    assert tail < vector
-    assert a.get("RAGGED", False) == (tail > 0)
-    assert tail == 0 or a["rows"] is None  # only one row has an end that is taken care of
-    assert a["BLOCK_COLUMNS"] % vector == 0
-    row_blocks, column_blocks = -(-rows // a["BLOCK_ROWS"]), max(1, -(-whole // a["BLOCK_COLUMNS"]))
+    assert tail < plan.vector
+    assert plan.ragged == (tail > 0)
+    assert tail == 0 or view.rows is None  # only one row has an end that is taken care of
+    assert plan.columns % plan.vector == 0
+    row_blocks, column_blocks = -(-rows // plan.rows), max(1, -(-whole // plan.columns))
     if launch.kernel is dropout.backward_bias_columns:
         assert launch.grid[0] == column_blocks
         assert launch.grid[1] <= row_blocks
+        assert plan.bias == "columns"
     else:
         assert launch.grid == (row_blocks * column_blocks,)
-    check_covered(rows, row_blocks, a["BLOCK_ROWS"], masked=not a["EVEN"])
-    check_covered(whole, column_blocks, a["BLOCK_COLUMNS"], masked=not a["EVEN"])
-    assert rows % a["mask_repeat"] == 0
-    if a.get("BIAS") == "rows":
-        assert rows % (a["bias_repeat"] * a["bias_size"]) == 0  # read without a mask
-    partial = a.get("partial_ptr")
+    check_covered(rows, row_blocks, plan.rows, masked=not plan.even)
+    check_covered(whole, column_blocks, plan.columns, masked=not plan.even)
+    assert rows % view.mask_repeat == 0
+    if plan.bias == "rows":
+        assert rows % (view.bias_repeat * view.bias_size) == 0  # read without a mask
+    partial = getattr(a["tensors"], "partial", None)
     if partial is not None:
-        bias_rows = rows if launch.kernel is dropout.backward else launch.grid[1]
-        assert partial.shape == (
-            bias_rows,
-            column_blocks if launch.kernel is dropout.backward else whole,
-        )
-    check_wide(a, numel)
+        by_rows = launch.kernel is dropout.backward
+        assert partial.shape == ((rows, column_blocks) if by_rows else (launch.grid[1], whole))
+    assert plan.wide or numel < INT32
 
 
 def check_layer_norm(launch: backend.Launch) -> None:
@@ -255,35 +252,34 @@ def check_sum_partials(launch: backend.Launch) -> None:
 
 
 def check_local_response_norm(launch: backend.Launch) -> None:
-    a = launch.arguments
-    vector, last = a["VECTOR"], a["LAST"]
-    channels = a["channel_vectors"] * (vector if last else 1)
-    inner = 1 if last else a["inner_vectors"] * vector
-    numel = elements(a, "x_ptr")
-    assert a["samples"] * channels * inner == numel
-    blocks = -(-channels // a["CHANNELS"])
-    assert power_of_2(a["ROWS"])
-    if last:
-        assert a["CHANNELS"] % vector == 0
-        check_covered(a["samples"] * blocks, *launch.grid, a["ROWS"], masked=True)
+    view, plan = launch.arguments["view"], launch.arguments["plan"]
+    channels = view.channel_vectors * (plan.vector if plan.last else 1)
+    inner = 1 if plan.last else view.inner_vectors * plan.vector
+    numel = launch.arguments["tensors"].x.numel()
+    assert view.samples * channels * inner == numel
+    blocks = -(-channels // plan.channels)
+    assert power_of_2(plan.rows)
+    if plan.last:
+        assert plan.channels % plan.vector == 0
+        check_covered(view.samples * blocks, *launch.grid, plan.rows, masked=True)
     else:
         assert launch.grid[0] % blocks == 0
-        check_covered(a["samples"] * a["inner_vectors"], launch.grid[0] // blocks, a["ROWS"], masked=True)
-    check_wide(a, numel)
+        check_covered(view.samples * view.inner_vectors, launch.grid[0] // blocks, plan.rows, masked=True)
+    assert plan.wide or numel < INT32
 
 
 # --- one row ----------------------------------------------------------------------------------------------
 
 
 def check_noise(launch: backend.Launch) -> None:
-    a = launch.arguments
-    whole = a["vectors"] * a["VECTOR"]
-    assert whole + a["tail"] == elements(a, "x_ptr")
-    assert 0 <= a["tail"] < a["VECTOR"]
-    assert a["RAGGED"] == (a["tail"] > 0)
-    assert a["BLOCK"] % a["VECTOR"] == 0
-    check_covered(whole, *launch.grid, a["BLOCK"], masked=True)
-    check_wide(a, whole + a["tail"])
+    a, plan = launch.arguments, launch.arguments["plan"]
+    whole, tail = a["vectors"] * plan.vector, a["tail"]
+    assert whole + tail == a["x_ptr"].numel()
+    assert 0 <= tail < plan.vector
+    assert plan.ragged == (tail > 0)
+    assert plan.block % plan.vector == 0
+    check_covered(whole, *launch.grid, plan.block, masked=True)
+    assert plan.wide or whole + tail < INT32
 
 
 def check_average(launch: backend.Launch) -> None:
@@ -382,14 +378,16 @@ def check_two_products(launch: backend.Launch) -> None:
 
 def check_chunks(launch: backend.Launch) -> None:
     """Each tensor of the table is cut into chunks, each of them one program's; those of rows end with their row."""
-    a, kernel = launch.arguments, launch.kernel
+    a, kernel = launch.leaves, launch.kernel
+    block = a["BLOCK"] if "BLOCK" in a else a["plan.block"]
+    width = a.get("WIDTH", a.get("plan.width"))
     entries, chunks = a["entries_ptr"].numpy(), a["chunks_ptr"].numpy()
     assert launch.grid == (chunks.shape[1],) == (a["programs"],)
     assert entries.shape[1] == a["tensors"]
-    rows = a.get("ROWS", False) or kernel in (penalties.project_rows, penalties.shorten)
+    rows = a.get("plan.rows", False) or kernel in (penalties.project_rows, penalties.shorten)
     lengths = None
     if kernel.fn.__module__ == optimizers.__name__:
-        rows = a.get("PROJECTION") == "rows" or "chunk_units_ptr" in a
+        rows = a.get("plan.projection") == "rows" or "chunk_units_ptr" in a
         lengths = entries[optimizers.ROW.value]
     else:
         numel = entries[penalties.NUMEL.value]
@@ -403,30 +401,30 @@ def check_chunks(launch: backend.Launch) -> None:
         if len(chunks) == 3:
             end = chunks[2][mine]
         else:
-            end = np.minimum(first + a["BLOCK"], numel[tensor])
-            if a.get("WIDTH"):
-                end = np.minimum(first + row * (a["BLOCK"] // a["WIDTH"]), numel[tensor])
+            end = np.minimum(first + block, numel[tensor])
+            if width:
+                end = np.minimum(first + row * (block // width), numel[tensor])
             elif rows:
                 end = np.minimum(end, first - first % row + row)
         assert first[0] == 0
         assert (end[:-1] == first[1:]).all()
         assert end[-1] == (sizes_of(launch)[tensor] if len(chunks) == 3 else numel[tensor])
-        if a.get("WIDTH", 1) > 1:  # whole rows, each in a row of the tile
-            assert power_of_2(a["WIDTH"])
-            assert row <= a["WIDTH"] <= a["BLOCK"]
+        if (width or 1) > 1:  # whole rows, each in a row of the tile
+            assert power_of_2(width)
+            assert row <= width <= block
             assert (first % row == 0).all()
             assert ((end - first) % row == 0).all()
-            assert ((end - first) // row <= a["BLOCK"] // a["WIDTH"]).all()
+            assert ((end - first) // row <= block // width).all()
         else:
-            assert (end - first <= a["BLOCK"]).all()
+            assert (end - first <= block).all()
         if "chunk_units_ptr" in a:
             row = row or int(end[-1])
             assert (a["chunk_units_ptr"].numpy()[mine] == units + first // row).all()
             assert (first // row == (end - 1) // row).all()
             units += int(end[-1]) // row
     if kernel in (averages.follow, averages.copy_if):  # a full tile is taken for one that begins on 16 bytes
-        assert a["BLOCK"] % 16 == 0
-        assert (chunks[1] % a["BLOCK"] == 0).all()
+        assert block % 16 == 0
+        assert (chunks[1] % block == 0).all()
 
 
 tensors_at: dict[int, torch.Tensor] = {}  # by address: those of the test, for ``sizes_of``

@@ -130,21 +130,21 @@ def _arguments(tiles: Tiling, blocks: tuple[int, int, int], stream: Stream, form
         "offset": stream.offset,
         "threshold": form.threshold,
         "scale": form.scale,
-        "rows": tiles.rows,
-        "vectors": tiles.columns // vector,
+        "view": kernels.View(
+            tiles.rows, tiles.columns // vector, tiles.mask_repeat, tiles.bias_repeat, tiles.bias_size
+        ),
         "tail": tail,
-        "mask_repeat": tiles.mask_repeat,
-        "bias_repeat": tiles.bias_repeat,
-        "bias_size": tiles.bias_size,
-        "MASK": tiles.mask if form.threshold else None,
-        "BIAS": tiles.bias,
-        "ACTIVATION": form.activation,
-        "RAGGED": tail > 0,
-        "EVEN": whole > 0 and whole % columns == 0 and (tiles.rows or 1) % rows == 0,
-        "BLOCK_ROWS": rows,
-        "BLOCK_COLUMNS": columns,
-        "VECTOR": vector,
-        "WIDE": (tiles.rows or 1) * tiles.columns >= 1 << 31,
+        "plan": kernels.Plan(
+            mask=tiles.mask if form.threshold else None,
+            bias=tiles.bias,
+            activation=form.activation,
+            rows=rows,
+            columns=columns,
+            vector=vector,
+            even=whole > 0 and whole % columns == 0 and (tiles.rows or 1) % rows == 0,
+            wide=(tiles.rows or 1) * tiles.columns >= 1 << 31,
+            ragged=tail > 0,
+        ),
         "num_warps": 4,
         "maxnreg": 128,  # without it the assembler may spill to fit more programs, which memory does not need
     }
@@ -163,14 +163,14 @@ def forward_launches(
     """x, residual, y: dense, with one layout that can be tiled."""
     tiles = _tiles(x, form)
     blocks = _blocks(x, tiles)
-    tensors = {"x_ptr": x, "bias_ptr": bias, "residual_ptr": residual, "y_ptr": y}
-    constants = {
+    arguments = _arguments(tiles, blocks, stream, form)
+    arguments |= {
+        "tensors": kernels.Forward(x, bias, residual, y),
         "kept_shift": form.kept_shift or 0.0,
         "dropped_value": form.dropped_value or 0.0,
-        "SHIFTED": form.kept_shift is not None,
+        "plan": arguments["plan"]._replace(shifted=form.kept_shift is not None),
     }
-    grid = (math.prod(_block_counts(tiles, blocks)),)
-    return [Launch(kernels.forward, grid, tensors | constants | _arguments(tiles, blocks, stream, form))]
+    return [Launch(kernels.forward, (math.prod(_block_counts(tiles, blocks)),), arguments)]
 
 
 @planned
@@ -188,13 +188,12 @@ def backward_launches(
     tiles = _tiles(dx, form)
     blocks = _blocks(dx, tiles)
     row_blocks, column_blocks = _block_counts(tiles, blocks)
-    tensors: dict[str, Any] = {"dy_ptr": dy, "x_ptr": x, "bias_ptr": bias, "dx_ptr": dx, "partial_ptr": None}
     sums: dict[str, Any] = {"dtype": sum_dtype(dx.dtype), "device": dx.device}
     if dbias is None or tiles.bias == "rows":
-        if dbias is not None:
-            tensors["partial_ptr"] = torch.empty(tiles.rows or 1, column_blocks, **sums)
+        partial = None if dbias is None else torch.empty(tiles.rows or 1, column_blocks, **sums)
         arguments = _arguments(tiles, blocks, stream, form)
-        return [Launch(kernels.backward, (row_blocks * column_blocks,), tensors | arguments)]
+        arguments["tensors"] = kernels.Backward(dy, x, bias, dx, partial)
+        return [Launch(kernels.backward, (row_blocks * column_blocks,), arguments)]
 
     # Four rows at a time, and as few warps as span the columns: a thread then sums its own columns.
     _, columns, vector = blocks
@@ -206,12 +205,10 @@ def backward_launches(
     most = 32 // warps * backend.multiprocessors(dx.device) // column_blocks
     programs = min(ceil_div(row_blocks, 8), max(1, most))
     partial = torch.empty(1, programs, tiles.columns, **sums)
-    tensors["partial_ptr"] = partial[0]
     arguments = _arguments(tiles, blocks, stream, form)
-    for name in ("tail", "RAGGED", "BIAS", "bias_repeat"):
-        del arguments[name]  # rows of whole vectors, and the bias along the columns
-    arguments["num_warps"] = warps
-    launch = Launch(kernels.backward_bias_columns, (column_blocks, programs), tensors | arguments)
+    del arguments["tail"]  # rows of whole vectors
+    arguments |= {"tensors": kernels.Backward(dy, x, bias, dx, partial[0]), "num_warps": warps}
+    launch = Launch(kernels.backward_bias_columns, (column_blocks, programs), arguments)
     return [launch, sum_launch(partial, dbias)]
 
 

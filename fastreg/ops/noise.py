@@ -68,11 +68,13 @@ def launches(x: Tensor, y: Tensor, stream: Stream, form: Form) -> list[Launch]:
         "std": form.std,
         "vectors": vectors,
         "tail": tail,
-        "MULTIPLICATIVE": form.multiplicative,
-        "RAGGED": tail > 0,
-        "BLOCK": block,
-        "VECTOR": vector,
-        "WIDE": x.numel() >= 1 << 31,
+        "plan": kernels.Plan(
+            multiplicative=form.multiplicative,
+            ragged=tail > 0,
+            block=block,
+            vector=vector,
+            wide=x.numel() >= 1 << 31,
+        ),
         "num_warps": 4,
     }
     return [Launch(kernels.add_noise, (max(1, ceil_div(vectors * vector, block)),), arguments)]

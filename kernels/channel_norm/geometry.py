@@ -229,6 +229,7 @@ def store(ptr, at, x):
 @triton.constexpr_function
 def summed_at_once(tile):
     """How many neighbours along a line are."""
+    tile = of_constants(tile, Tile)
     return 1 if tile.last else tile.vector
 
 

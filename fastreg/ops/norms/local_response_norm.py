@@ -5,8 +5,10 @@ function (CPU, ``torch.func`` transforms, second derivatives). Neither saves mor
 activation needs it, the residual.
 """
 
+import itertools
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -38,9 +40,15 @@ class Form(NamedTuple):
     activation: str | None = None
 
 
+def _is_viewable_in_one(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether neighbouring dimensions lie in memory like a single one."""
+    several = [(n, s) for n, s in zip(shape, stride, strict=True) if n != 1]
+    return all(s == n_next * s_next for (_, s), (n_next, s_next) in itertools.pairwise(several))
+
+
 def _definition(x: Tensor, residual: Tensor | None, form: Form) -> Tensor:
-    if x.dim() > 4:
-        x = x.contiguous()  # torch views it in a shape that channels last do not have
+    if not _is_viewable_in_one(x.shape[3:], x.stride()[3:]):
+        x = x.contiguous()  # torch views these dimensions as one, and raises where it cannot
     return activated(F.local_response_norm(x, *form[:4]), form.activation, residual)
 
 
@@ -70,8 +78,8 @@ def _runs_kernels(x: Tensor, residual: Tensor | None, form: Form) -> bool:
     )
 
 
-def _launch(kernel, tensors: dict[str, Tensor | None], x: Tensor, form: Form) -> Launch:
-    """x, tensors: dense, with one layout."""
+def _launch(kernel, tensors: Any, x: Tensor, form: Form) -> Launch:
+    """tensors: the kernel's, like x dense, with one layout."""
     channels = x.shape[1]
     inner = x.stride(1) if channels > 1 else x.numel()
     last = inner == 1
@@ -97,23 +105,25 @@ def _launch(kernel, tensors: dict[str, Tensor | None], x: Tensor, form: Form) ->
     return Launch(
         kernel,
         (ceil_div(samples * blocks, rows) if last else ceil_div(vectors, rows) * blocks,),
-        tensors
-        | {
+        {
+            "tensors": tensors,
             "scale": form.alpha / form.size,
             "beta": float(form.beta),
             "k": float(form.k),
-            "samples": samples,
-            "channel_vectors": channels // vector if last else channels,
-            "inner_vectors": 1 if last else inner // vector,
-            "BEFORE": before,
-            "AFTER": after,
-            "THREE_QUARTERS": form.beta == 0.75,
-            "ACTIVATION": form.activation,
-            "CHANNELS": block,
-            "ROWS": rows,
-            "VECTOR": vector,
-            "LAST": last,
-            "WIDE": x.numel() >= 1 << 31,
+            "view": kernels.View(
+                samples, channels // vector if last else channels, 1 if last else inner // vector
+            ),
+            "plan": kernels.Plan(
+                before=before,
+                after=after,
+                three_quarters=form.beta == 0.75,
+                activation=form.activation,
+                channels=block,
+                rows=rows,
+                vector=vector,
+                last=last,
+                wide=x.numel() >= 1 << 31,
+            ),
             "num_warps": warps,
         },
     )
@@ -121,15 +131,14 @@ def _launch(kernel, tensors: dict[str, Tensor | None], x: Tensor, form: Form) ->
 
 @planned
 def forward_launches(x: Tensor, residual: Tensor | None, y: Tensor, form: Form) -> list[Launch]:
-    return [_launch(kernels.forward, {"x_ptr": x, "residual_ptr": residual, "y_ptr": y}, x, form)]
+    return [_launch(kernels.forward, kernels.Forward(x, residual, y), x, form)]
 
 
 @planned
 def backward_launches(
     dy: Tensor, x: Tensor, residual: Tensor | None, dx: Tensor, dresidual: Tensor | None, form: Form
 ) -> list[Launch]:
-    tensors = {"dy_ptr": dy, "x_ptr": x, "residual_ptr": residual, "dx_ptr": dx, "dresidual_ptr": dresidual}
-    return [_launch(kernels.backward, tensors, x, form)]
+    return [_launch(kernels.backward, kernels.Backward(dy, x, residual, dx, dresidual), x, form)]
 
 
 # --- operators, on tensors of any layout ------------------------------------------------------------------
