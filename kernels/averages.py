@@ -10,6 +10,9 @@ a program reads that and ends. It copies bytes, so that tensors of every dtype g
 Arithmetic (sm_90) is 12 instructions a weight, where the memory of an H100 (3 TB/s) leaves time for 108 at 12 bytes. A
 program takes one tile of one tensor; a tail, or a tile that 16-byte accesses do not reach, is done in a loop over
 pieces of one element a thread.
+
+The plain twin is plain/averages.py, with a launch for each tensor. Here one launch takes all tensors of a model, by a
+table of addresses.
 """
 
 import triton

@@ -28,6 +28,13 @@ through ``forward_long`` and ``backward_long`` in chunks, twice: the second read
 rows that are in flight (132 programs x 1 MiB would no longer fit, and cost an access more). ``backward`` is a bounded
 number of programs that walk down the rows and keep the sums of dw and db in registers: they leave as one fp32 row a
 program, which ``sum_partials`` adds in a fixed order. So no result depends on the order in which programs run.
+
+The plain twin is plain/layer_norm.py. What this one does otherwise:
+- Sums for dw and db stay in registers over many rows. The plain one writes a row of each for every row, in fp32, and
+  torch reads them again: 8 accesses more where activations have 16 bits.
+- Dropout, addition, activation and residual in the same pass: at least two accesses less for each.
+- Short rows share a program, long ones go through it in chunks; the next rows load while these are computed.
+- Pairs of elements in one instruction on Blackwell, conversions of bf16 in one instead of one and a half.
 """
 
 from typing import NamedTuple

@@ -32,6 +32,13 @@ of n - 1 channels more than it owns. Together about 13 to 17 instructions forwar
 
 Accuracy (fp32): d^-3/4 is r sqrt(r), r = d^-1/2, with a relative error of 3e-7 for every d. Another beta is
 exp2(-beta log2 d): 2e-7 beta max(1, |log2 d|).
+
+The plain twin is plain/local_response_norm.py. What this one does otherwise:
+- A program walks over the channels of a block and keeps the window in registers: n reads an element become one, and
+  backward n windows of n channels become one.
+- Sums over neighbours are shared: log2 n additions a window, not n - 1.
+- Channels last, where the window lies within a thread's vectors.
+- beta = 3/4 by two reciprocal square roots and no logarithm.
 """
 
 from typing import NamedTuple

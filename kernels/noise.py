@@ -14,6 +14,9 @@ element and for 76 in fp32, so that memory is the bound. A B200 (7 TB/s) leaves 
 
 Accesses are 16 bytes wide, and the normals are born in the thread that loads their elements: one group of four
 for a vector of fp32, two for one of 16 bits. No shuffle, no shared memory (fp64 alone takes some).
+
+The plain twin is plain/noise.py. What this one does otherwise: accesses of 16 bytes, and four normals of each call of
+Philox, where the plain one makes a call for every element.
 """
 
 from typing import NamedTuple

@@ -19,6 +19,9 @@ A program takes one tile of one tensor. Its sum is one fp64 number in memory, wh
 ``optimizers.fold`` adds up: no atomics. Arithmetic (sm_90) is 9 to 21 instructions a weight, where the memory of an
 H100 (3 TB/s) leaves time for 36 at 4 bytes and for 108 at 12. A tail, or a tile that 16-byte accesses do not reach, is
 done in a loop over pieces of one element a thread.
+
+The plain twin is plain/penalties.py, with a launch for each tensor; here one takes all of a model, by a table of
+addresses, and adds to a gradient that is there already: two accesses less than a gradient that is added afterwards.
 """
 
 from typing import Any, NamedTuple

@@ -21,6 +21,13 @@ value of v, which it was applied to: relu and leaky_relu keep one bit an element
 again. Without a residual the backward pass computes v from x. Nothing else is saved but a mean and a variance a unit.
 
 Predicted for an A100, an H100 and a B200: instructions take less time than memory in every form that is inspected.
+
+The plain twin is ../plain/channel_norm.py. What this one does otherwise:
+- A unit stays in registers: x is read once and not three times forward, x and dy once and not twice backward.
+- Split units: one program a channel leaves a GPU of 132 multiprocessors idle where a network has 64 channels.
+- Channels last without a copy, which would be four accesses more.
+- Activation and residual in the same pass, and one bit an element for the sign: at least two accesses less for each.
+- Running statistics in the same launch.
 """
 
 from .elementwise import Backward, Forward, Gradients, Means, Sums
