@@ -227,10 +227,11 @@ class _Variant:
     def __init__(self, compiled: Any, step: _Step):
         self._compiled, self._kernel = compiled, step.launch.kernel
         self._grid = (*step.launch.grid, 1, 1)[:3]
-        names, self._values = [], []  # of the leaves: a struct that holds no constants is given as its fields
-        self._places: list[int | slice] = []  # of each argument among them
+        names: list[str] = []  # of the leaves: a struct that holds no constants is given as its fields
+        self._values: list[Any] = []
+        self._places: list[int | slice] = []  # of each argument among the leaves
         for parameter in self._kernel.params:
-            value = step.launch.arguments.get(parameter.name)
+            value: Any = step.launch.arguments.get(parameter.name)
             if is_struct(value) and not parameter.is_constexpr:
                 self._places.append(slice(len(names), len(names) + len(value)))
                 names += [f"{parameter.name}.{field}" for field in value._fields]
