@@ -10,6 +10,8 @@ not memory, sets its time, and dropout takes 13 of them; so each function is wri
 instructions and at most two special-function results (8 slots each) an element.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -91,7 +93,7 @@ def _gelu_backward(g, v, STORED: tl.constexpr):
     if v.dtype == tl.float64:
         cumulative = 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
     else:
-        _, tail = _normal_tail(v, STORED)
+        tail = _normal_tail(v, STORED)[1]
         cumulative = tl.where(v > 0, 1.0 - tail, tail)
     return mul(g, fma(v, density, cumulative))
 
@@ -127,13 +129,20 @@ def _expm1_negative(v, STORED: tl.constexpr):
         return tl.where(v > -0.02, v + 0.5 * v * v, far)
 
 
+class Mish(NamedTuple):
+    w: tl.tensor
+    e: tl.tensor
+    n: tl.tensor
+    r: tl.tensor
+
+
 @triton.jit
 def _mish_terms(v):
-    """w = min(v, 20), e^w, n = e^w (e^w + 2) and 1 / (n + 2): tanh(softplus(v)) = n / (n + 2), 1 already at v = 20."""
+    """w = min(v, 20), e^w, n = e^w (e^w + 2) and r = 1 / (n + 2): tanh(softplus(v)) = n r, 1 already at v = 20."""
     w = tl.minimum(v, 20.0, propagate_nan=tl.PropagateNan.ALL)
     e = _exp(w)
     n = e * (e + 2.0)
-    return w, e, n, reciprocal(n + 2.0)
+    return Mish(w, e, n, reciprocal(n + 2.0))
 
 
 @triton.jit
@@ -155,8 +164,8 @@ def forward(v, NAME: tl.constexpr, STORED: tl.constexpr):
     elif NAME == "elu":
         return tl.where(v > 0, v, _expm1_negative(v, STORED))
     elif NAME == "mish":
-        _, _, n, r = _mish_terms(v)
-        return v * (n * r)
+        mish = _mish_terms(v)
+        return v * (mish.n * mish.r)
     elif NAME == "hardswish":
         return v * (tl.minimum(tl.maximum(v + 3.0, 0.0), 6.0) * 0.16666666666666666)
     elif NAME == "relu6":
@@ -201,9 +210,9 @@ def backward(g, v, NAME: tl.constexpr, STORED: tl.constexpr):
     elif NAME == "elu":
         return tl.where(v > 0, g, g * _exp(v))
     elif NAME == "mish":
-        w, e, n, r = _mish_terms(v)
+        m = _mish_terms(v)
         # w and not v, with which the term would grow again behind 20.
-        return g * r * (n + w * (4.0 * (e * (e + 1.0)) * r))
+        return g * m.r * (m.n + m.w * (4.0 * (m.e * (m.e + 1.0)) * m.r))
     elif NAME == "hardswish":
         return tl.where(v <= -3.0, 0.0, tl.where(v >= 3.0, g, g * (v * 0.3333333333333333 + 0.5)))
     elif NAME == "relu6" or NAME == "relu6_of_output":

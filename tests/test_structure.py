@@ -200,6 +200,35 @@ def test_no_modules_need_each_other():
         visit(module, ())
 
 
+def kernel_functions() -> Iterator[tuple[str, ast.FunctionDef]]:
+    """Each function of ``kernels/`` but the plain ones, which take their arguments one by one."""
+    for path in sorted((ROOT / "kernels").rglob("*.py")):
+        if path.parent.name != "plain":
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.FunctionDef):
+                    yield f"{path.stem}.{node.name}", node
+
+
+def test_no_function_of_a_kernel_takes_more_than_12_arguments():
+    assert {name: n for name, node in kernel_functions() if (n := len(node.args.args)) > 12} == {}
+
+
+def test_no_tuple_of_a_kernel_is_taken_apart_by_position():
+    """A place that is not wanted shows that the rest should have names."""
+    names = [
+        (name, target.id)
+        for name, function in kernel_functions()
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign)
+        for tuple_ in node.targets
+        if isinstance(tuple_, ast.Tuple)
+        for target in tuple_.elts
+        if isinstance(target, ast.Name)
+    ]
+    assert names
+    assert [name for name, target in names if target == "_"] == []
+
+
 def test_kernels_import_nothing_but_triton():
     found = {
         other.module.partition(".")[0]

@@ -87,6 +87,13 @@ class Place(NamedTuple):
     block: tl.tensor  # how many
 
 
+class Lines(NamedTuple):
+    """The lines of a program [lines]."""
+
+    number: tl.tensor
+    exist: tl.tensor
+
+
 class Elements(NamedTuple):
     """The elements of a tile: addresses are lane + base."""
 
@@ -172,9 +179,8 @@ def part_of(place, number: tl.constexpr, parts: tl.constexpr, tile: tl.constexpr
 
 @triton.jit
 def lines_of(place, lines, LINES: tl.constexpr):
-    """The lines of a program [LINES], and which of them exist."""
     line = tl.arange(0, LINES)
-    return place.first_line + line, (line < place.block) & (place.first_line + line < lines)
+    return Lines(place.first_line + line, (line < place.block) & (place.first_line + line < lines))
 
 
 @triton.jit

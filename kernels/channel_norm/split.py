@@ -81,7 +81,7 @@ def merge_statistics(
 ):
     """From partial moments to those of units. Grid: (blocks of whole units,)."""
     place = Place(0, tl.program_id(0) * merged.block, merged.block)
-    _, lines_exist = lines_of(place, merged.lines, merge.lines)
+    lines_exist = lines_of(place, merged.lines, merge.lines).exist
     mean, var, count = merged_splits(partials, place, merged.lines, merged.splits, merge.lines, merge.splits)
     mean, var = merged_lines(mean, var, lines_exist, merged.width, units)
     unit, exists = units_of(place, merged.lines, merged.width, units, merge.lines)
@@ -135,7 +135,7 @@ def gradient_sums(
     g_sums, g_products = gradient_sums_of_tiles(
         tensors, gradients, values, place, split, splits, shape, activation, tile
     )
-    _, exists = lines_of(place, shape.lines, tile.lines)
+    exists = lines_of(place, shape.lines, tile.lines).exist
     index = split * (batches * shape.lines) + place.batch * shape.lines + place.first_line
     index += tl.arange(0, tile.lines)
     tl.store(sums.dbias + index, line_sum(g_sums, tile), mask=exists)

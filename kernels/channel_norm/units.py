@@ -48,6 +48,11 @@ class Affine(NamedTuple):
     bias: tl.tensor
 
 
+class Runs(NamedTuple):
+    unit: tl.tensor  # of the first line of a run
+    in_first: tl.tensor  # which lines of a run are of that unit, and not of the next [runs, run]
+
+
 class Values(NamedTuple):
     """Of each unit or line, with which v = (x - mean) scale + bias."""
 
@@ -107,10 +112,9 @@ def units_of(place, lines, width, units: tl.constexpr, LINES: tl.constexpr):
 
 @triton.jit
 def _runs(width, run: tl.constexpr, LINES: tl.constexpr):
-    """Of each run: the unit of its first line, and which of its lines are of that, not of the next [runs, run]."""
     first = tl.arange(0, LINES // run) * run
     unit = first // width
-    return unit, first[:, None] + tl.arange(0, run)[None, :] < ((unit + 1) * width)[:, None]
+    return Runs(unit, first[:, None] + tl.arange(0, run)[None, :] < ((unit + 1) * width)[:, None])
 
 
 @triton.jit
@@ -120,14 +124,14 @@ def at_lines(v, width, units: tl.constexpr, LINES: tl.constexpr):
         return v
     else:
         RUN: tl.constexpr = units.run
-        unit, in_first = _runs(width, RUN, LINES)
+        runs = _runs(width, RUN, LINES)
         if RUN == 1:
-            return tl.gather(v, tl.minimum(unit, units.slots - 1), 0)
+            return tl.gather(v, tl.minimum(runs.unit, units.slots - 1), 0)
         else:
-            both = tl.minimum(unit[:, None] + tl.arange(0, 2)[None, :], units.slots - 1)
+            both = tl.minimum(runs.unit[:, None] + tl.arange(0, 2)[None, :], units.slots - 1)
             found = tl.gather(v, tl.reshape(both, [LINES // RUN * 2]), 0)
             first, second = tl.split(tl.reshape(found, [LINES // RUN, 2]))
-            return tl.reshape(tl.where(in_first, first[:, None], second[:, None]), [LINES])
+            return tl.reshape(tl.where(runs.in_first, first[:, None], second[:, None]), [LINES])
 
 
 # --- from lines to units ----------------------------------------------------------------------------------
@@ -146,7 +150,7 @@ def _sums_over_runs(x, width, units: tl.constexpr):
     if RUN == 1:
         sums = x
     else:
-        _, in_first = _runs(width, RUN, LINES)
+        in_first = _runs(width, RUN, LINES).in_first
         in_first = in_first[None, :, :]
         x = tl.reshape(x, [ALONG, RUNS, RUN])
         sums = tl.join(tl.sum(tl.where(in_first, x, 0.0), axis=2), tl.sum(tl.where(in_first, 0.0, x), axis=2))

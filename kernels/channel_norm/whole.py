@@ -131,7 +131,7 @@ def whole_forward(
             mean, var, count = line_moments(tensors.x, of_part, 0, unknown_one(), shape, tile)
             means, variances = means + (mean,), variances + (var,)  # noqa: RUF005
         mean, var = merged_parts(means, variances, PARTS)
-        _, lines_exist = lines_of(part_of(place, 0, PARTS, tile), shape.lines, tile.lines)
+        lines_exist = lines_of(part_of(place, 0, PARTS, tile), shape.lines, tile.lines).exist
         mean, var = merged_lines(mean, var, lines_exist, shape.width // PARTS, units)
     tl.store(moments.mean + unit, mean, mask=exists)
     tl.store(moments.var + unit, var, mask=exists)
