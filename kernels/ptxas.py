@@ -4,7 +4,9 @@ A reader of an algorithm may take each for its first argument and read on. They 
 what stays in registers, and sometimes decide badly: they see neither that a value is needed once more much later, nor
 that a thread has no room for it.
 
-COUNTS
+Each docstring says what was counted without it, in the 35 forms of whole-unit normalization that ``fastreg inspect``
+compiles (Triton 3.9, sm_90 and sm_100). A spill is a value that goes to memory and back, which our budgets forbid.
+
 The interpreter, which has no assembler, returns the value itself.
 """
 
@@ -22,6 +24,7 @@ def force_evaluated(x, nonneg):
 
     ptxas puts off long sums, and keeps their terms in registers until then. So the sum is used at once, by a store
     whose predicate is never true. nonneg: any runtime int >= 0, which makes it false in a way that ptxas cannot prove.
+    Without it: ``whole_backward`` of 7 x 7 planes with relu in bf16 spills 48 bytes a thread on sm_90, 32 on sm_100.
     """
     if INTERPRETED or x.dtype != tl.float32 or not comes_in(x, 8):
         return x
@@ -41,6 +44,7 @@ def pack_16bit(x, like, nonneg):
 
     LLVM would convert each element into a register of its own, and ptxas would put that off to the last moment and keep
     fp32 until then. So eight are converted together and used at once, as in ``force_evaluated``.
+    Without it: the same form spills 48 bytes a thread on sm_90 and 16 on sm_100; groups of 10 with silu 8 on sm_100.
     """
     if INTERPRETED or x.dtype != tl.float32 or like.dtype.primitive_bitwidth > 16 or not comes_in(x, 8):
         return x.to(like.dtype)
@@ -60,6 +64,8 @@ def opaque(x):
     """``x`` behind a move that costs nothing, which hides it from common-subexpression elimination.
 
     What was computed from ``x`` before is computed again from the result, and need not be kept until then.
+    Without it: 3.5 % fewer instructions in the 15 forms that it changes, but 4 of them spill 8 or 16 bytes on sm_90,
+    and one on sm_100.
     """
     if INTERPRETED or x.dtype == tl.float64:
         return x
@@ -79,6 +85,7 @@ def to_vector_register(x):
 
     ptxas for sm_100 keeps it in the warp's, which fp32 arithmetic cannot read, and moves it before every use. (Bit 31
     of the mask of lower lanes is 0 in every lane, which ptxas does not know.)
+    Without it: up to 12.5 % more instructions on sm_100, 3.1 % on average in the 11 forms that it changes.
     """
     if INTERPRETED or x.dtype != tl.float32 or not has_capability(100):
         return x
@@ -95,7 +102,7 @@ def to_vector_register(x):
 @triton.jit
 def unknown_one():
     """1, in a launch of two dimensions. With a constant step, LLVM would know a loop's trips, and write unrolled copies
-    and a remainder."""
+    and a remainder. Without it: 5 % more written instructions in the 4 forms that it changes, at most 10 %."""
     return tl.num_programs(2)
 
 

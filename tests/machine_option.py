@@ -142,15 +142,25 @@ def _variant(program) -> str:
     """layer_norm.forward:1f2e3d4c: the kernel, and a name of its code."""
     kernel = program.kernel
     stem = kernel.blocks[0][0].source.partition(".")[0]
+    stem = kernel_files().get(stem, stem)
     code = "".join(instruction.text for instruction in kernel.instructions())
     return f"{stem}.{kernel.name}:{hashlib.sha1(code.encode()).hexdigest()[:8]}"
+
+
+@functools.cache
+def kernel_files() -> dict[str, str]:
+    """The family of each file of tuned kernels: the file itself, or the folder that it is in."""
+    root = Path(kernels.__file__).parent
+    paths = [path.relative_to(root) for path in root.rglob("*.py")]
+    return {path.stem: Path(path.parts[0]).stem for path in paths if path.parts[0] != "plain"}
 
 
 @functools.cache
 def all_kernels() -> set[str]:
     """layer_norm.forward and its like: public functions of Triton's in ``kernels/`` that no other one calls."""
     defined, called = set(), set()
-    for path in Path(kernels.__file__).parent.glob("*.py"):
+    root = Path(kernels.__file__).parent
+    for path in [*root.glob("*.py"), *root.glob("channel_norm/*.py")]:
         tree = ast.parse(path.read_text())
         names = {}  # what is imported from where
         for node in ast.walk(tree):
@@ -164,7 +174,7 @@ def all_kernels() -> set[str]:
             elif isinstance(node, ast.Call):
                 module, _, name = ast.unparse(node.func).rpartition(".")
                 called.add((module, name) if module else names.get(name, (path.stem, name)))
-    return {f"{module}.{name}" for module, name in defined - called}
+    return {f"{kernel_files()[module]}.{name}" for module, name in defined - called}
 
 
 def pytest_sessionfinish(session) -> None:

@@ -155,7 +155,8 @@ def launched(operations: Iterable[Operation]) -> dict[str, Kernel]:
 
     def record(launch: backend.Launch, device: torch.device) -> None:
         function = launch.kernel.fn
-        name = f"{function.__module__.rsplit('.', 1)[1]}.{function.__name__}"
+        family = function.__module__.split(".")[2]  # fastreg.kernels.FAMILY
+        name = f"{family}.{function.__name__}"
         kernel = Kernel.of(name, launch, 1, 1)
         found.setdefault(f"{name} {kernel.arguments} {kernel.constants} {kernel.divisible_by_16}", kernel)
 
@@ -199,7 +200,7 @@ def _is_short(value: str) -> bool:
 
 
 # Random numbers are fp32, and step counters, as torch has them; signs are 1 and -1.
-MEANT = {f"{name}: computed" for name in ("noise._tile", "advance", "channel_norm._load_signs")}
+MEANT = {f"{name}: computed" for name in ("noise._tile", "advance", "channel_norm.signs.load_signs")}
 
 
 # -----------------------------------------------------------------------------------------------------------

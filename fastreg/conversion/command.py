@@ -121,6 +121,6 @@ def _tensor(shape: str | None) -> Any:
     if shape is None:
         return None
     try:
-        return torch.zeros([int(size) for size in shape.split("x")])
+        return torch.zeros([int(size) for size in shape.split("x")], dtype=torch.float32)
     except ValueError:
         raise SpecError(f"cannot read the shape {shape!r}: expected sizes with x between them") from None
