@@ -205,8 +205,8 @@ def variants(dtype, size, p, activation=None, note="", headline=False):
     def trips(launch):
         """Tiles of columns, and the examples of a lane, four at a time; then the repair of what is NaN, which is not
         counted. sm_100 also waits for its tensor cores."""
-        loops = (launch.arguments["trips"], 4, 0, 0)
-        waits = 12 if launch.arguments["THREE"] else 4
+        loops = (launch.leaves["shape.trips"], 4, 0, 0)
+        waits = 12 if launch.leaves["plan.three"] else 4
         return {80: loops, 90: loops, 100: (1, *loops, *[1] * waits)}
 
     before = z if needs_argument(activation) else None
@@ -248,10 +248,10 @@ def shared_variants(dtype, examples, group_size):
     backward = ops.product_launches(z, weight, None, v, None, stream, form, True, wide)[0]
     for name, launch in (("forward", forward), ("input gradient", backward)):
         repair = (0, 0) if wide else ()
-        yield kernel(name, launch, (launch.arguments["trips"], *repair), 6 if wide else 2, limits[0])
+        yield kernel(name, launch, (launch.leaves["shape.trips"], *repair), 6 if wide else 2, limits[0])
     if not wide:  # ATen's product and a pass of masking, for one group
         (launch,) = ops.weight_gradient_launches(z, v, weight, stream, form, wide)
-        chunks = -(-group_size // launch.arguments["BLOCK_EXAMPLES"])
+        chunks = -(-group_size // launch.leaves["plan.examples"])
         loops = (chunks,) if group_size == examples else (examples // group_size, chunks)
         yield kernel("weight gradient", launch, loops, 2, limits[1])
 

@@ -70,7 +70,7 @@ def variants(dtype, size, name, activation=None, note="", headline=False):
     moved = e * (weights + 2 * v.numel() + z.numel() * (1 if kept is None else 2)) + (
         0 if root is None else 4 * z.numel()
     )
-    yield of_a_product("forward", forward, inputs // forward.arguments["BLOCK_COLUMNS"], moved)
+    yield of_a_product("forward", forward, inputs // forward.arguments["plan"].columns, moved)
     saved = None if activation is None else z  # what its derivative needs, the output or its argument
     dweight = None if kind == ops.FACTORISED else weight
     slope, backward, _, *of_weight = ops.backward_launches(
@@ -78,11 +78,11 @@ def variants(dtype, size, name, activation=None, note="", headline=False):
     )
     squared = v if kind == ops.GAUSSIAN else None
     moved = e * (weights + 2 * z.numel() + v.numel() * (1 + (squared is not None)))
-    yield of_a_product("input gradient", backward, outputs // backward.arguments["BLOCK_COLUMNS"], moved)
+    yield of_a_product("input gradient", backward, outputs // backward.arguments["plan"].columns, moved)
     for gradient in of_weight:
         reads = weight.numel() if kind == ops.GAUSSIAN else 0
         moved = e * (weight.numel() + reads + 2 * z.numel() + 2 * v.numel())
-        trips = examples // gradient.arguments["BLOCK_EXAMPLES"]
+        trips = examples // gradient.arguments["plan"].examples
         yield of_a_product("weight gradient", gradient, trips, moved)
     # Normals change threads on the way to 16-byte accesses. A B200 moves bytes faster than it makes them.
     # The root is fp32 beside bf16: its lanes ask for every other 16 bytes.

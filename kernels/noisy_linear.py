@@ -1,20 +1,20 @@
-"""Isotropic noise on the weights of a linear layer, for every example its own, behind a dense product.
+"""Isotropic noise on the weights of a linear layer, separate for every example, added after a dense product.
 
     (W + sigma E) v = W v + sigma |v| eps         E, eps independent standard normals
 
-is exact in distribution (Kingma et al. 2015), so that no noisy W is made:
+This is exact in distribution (Kingma et al. 2015), so no noisy W is made:
 
     z[b, n]  = x[b, n] + deviation[b] eps[b, n]       y = f(z)       ``row_noise``
     dd[b]    = sum_n dz[b, n] eps[b, n]               dz = dy f'(z)  ``row_noise_backward``; dx is dz
 
-with an activation f, or none: then dx is dy itself, and the backward pass writes no more than dd.
+f is an activation or the identity. With the identity dx is dy, and the backward pass writes only dd.
 
-Cost: forward x read and y written, 2 accesses; backward dy read once. With an activation 3 backward, for f' reads y,
-and dx is written; gelu and others whose derivative does not follow from y have z written forward, 3, and read
-backward. At 4 normals a call of Philox an element takes 28 instructions (fp32) to 31 (16 bits, whose normals change
-threads on the way to 16-byte accesses) forward, and 23 to 25 backward. On an H100 that is predicted to stay below the
-time of the bytes, but for the backward pass in 16 bits. One program has 1,024 columns of a row forward, and a whole
-row backward: its sum is of fixed order.
+Cost. Forward reads x and writes y, 2 accesses; backward reads dy once. With an activation backward takes 3, because
+f' reads y and dx is written. If the derivative does not follow from y (gelu and others), forward also writes z, 3
+accesses, and backward reads z in place of y. With 4 normals a call of Philox, an element takes 28 (fp32) to 31
+instructions (16 bits, where normals change threads to make 16-byte accesses) forward, and 23 to 25 backward. On an
+H100 that is predicted to take less time than the bytes, except for the backward pass in 16 bits. Forward, a program
+has 1,024 columns of a row; backward it has a whole row, because the order of its sum is fixed.
 """
 
 import triton
@@ -32,7 +32,7 @@ def row_noise(
     x_ptr,  # [rows, columns]
     deviation_ptr,  # fp32 [rows]
     y_ptr,  # [rows, columns]
-    before_ptr,  # [rows, columns], is given what stands before the activation; or None
+    before_ptr,  # [rows, columns], receives the argument of the activation; or None
     seed_ptr,  # int64 [1], or None: then ``seed``
     seed: tl.int64,
     offset: tl.int64,
@@ -41,6 +41,7 @@ def row_noise(
     ACTIVATION: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    """Grid: rows times blocks of columns."""
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
     row = tl.program_id(0) // blocks + tl.arange(0, 1)
@@ -61,13 +62,13 @@ def row_noise(
 def row_noise_backward(
     dy_ptr,  # [rows, columns]
     kept_ptr,  # [rows, columns]: what the derivative of the activation needs; or None
-    dx_ptr,  # [rows, columns], is given dy f'; or None, where it would be dy
+    dx_ptr,  # [rows, columns], receives dy f'; or None, where it equals dy
     ddeviation_ptr,  # fp32 [rows], or None
     seed_ptr,
     seed: tl.int64,
     offset: tl.int64,
     columns,
-    DERIVATIVE: tl.constexpr,  # of the activation, from what is kept
+    DERIVATIVE: tl.constexpr,  # of the activation, as a function of ``kept``
     BLOCK: tl.constexpr,
 ):
     """One program a row."""

@@ -8,37 +8,38 @@ from .fastmath import INTERPRETED, upcast
 
 @triton.jit
 def block_of_program(first_blocks):
-    """Which block of the first axis and of the second this program has, of a grid that is both axes in one dimension:
-    CUDA's second dimension ends at 65,535."""
+    """The block of the first axis and the block of the second axis that this program takes.
+
+    The grid has both axes in one dimension, because CUDA's second dimension ends at 65,535.
+    """
     second = tl.program_id(0) // first_blocks
     return tl.program_id(0) - second * first_blocks, second
 
 
 @triton.jit
-def weight_tile(
-    w_ptr, first_row, first_column, rows, columns,
-    TRANSPOSED: tl.constexpr, EVEN: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """The tile [ROWS, COLUMNS] of w [rows, columns], or TRANSPOSED [COLUMNS, ROWS] of w [columns, rows].
+def weight_tile(w_ptr, first_row, first_column, shape, plan: tl.constexpr):
+    """The tile [plan.rows, plan.columns] of w [shape.rows, shape.columns].
 
-    EVEN: the tiles cover w exactly, and no mask is needed.
+    plan.transposed: the tile [plan.columns, plan.rows] of w [shape.columns, shape.rows].
+    plan.even: the tiles cover w exactly, and no mask is needed.
     """
-    row = first_row + tl.arange(0, ROWS)
-    column = first_column + tl.arange(0, COLUMNS)
-    if TRANSPOSED:
-        place = column.to(tl.int64)[:, None] * rows + row[None, :]
-        inside = (column < columns)[:, None] & (row < rows)[None, :]
+    row = first_row + tl.arange(0, plan.rows)
+    column = first_column + tl.arange(0, plan.columns)
+    if plan.transposed:
+        place = column.to(tl.int64)[:, None] * shape.rows + row[None, :]
+        inside = (column < shape.columns)[:, None] & (row < shape.rows)[None, :]
     else:
-        place = row.to(tl.int64)[:, None] * columns + column[None, :]
-        inside = (row < rows)[:, None] & (column < columns)[None, :]
-    return tl.load(w_ptr + place) if EVEN else tl.load(w_ptr + place, mask=inside, other=0.0)
+        place = row.to(tl.int64)[:, None] * shape.columns + column[None, :]
+        inside = (row < shape.rows)[:, None] & (column < shape.columns)[None, :]
+    return tl.load(w_ptr + place) if plan.even else tl.load(w_ptr + place, mask=inside, other=0.0)
 
 
 @triton.jit
 def plus_product(z, a, b, PRECISION: tl.constexpr):
-    """z + a b, on the tensor cores. PRECISION: "tf32" or "tf32x3", of fp32; 16 bits are exact in both.
+    """z + a b, on the tensor cores.
 
-    Interpreted, it is what they compute: of "tf32" they take no more than 10 bits behind the first.
+    PRECISION: "tf32" or "tf32x3", for fp32; 16-bit numbers are exact in both. With "tf32" the tensor cores read 10 bits
+    after the leading one, and so does the interpreted product.
     """
     if INTERPRETED:
         a, b = upcast(a), upcast(b)

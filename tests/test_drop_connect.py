@@ -162,8 +162,9 @@ def test_groups_that_fill_a_tile_have_it_for_themselves():
         (300, True, 128),
     ):
         form = ops.Form(1, 1, group_size, 2.0)
-        arguments = ops.product_launches(v, weight, None, z, None, Stream(1), form, False, True)[0].arguments
-        assert (arguments["SHARED"], arguments["BLOCK_EXAMPLES"]) == (shared, tile)
+        launch = ops.product_launches(v, weight, None, z, None, Stream(1), form, False, True)[0]
+        plan = launch.arguments["plan"]
+        assert (plan.shared, plan.examples) == (shared, tile)
         gradient = ops.weight_gradient_launches(z, v, weight, Stream(1), form, True)[0].kernel
         assert gradient is (ops.kernels.shared_weight_gradient if shared else ops.kernels.weight_gradient)
 

@@ -288,8 +288,8 @@ def test_tiles_are_large_where_there_are_enough_of_them():
         rest = Stream(1), ops.Form(ops.FLIPOUT), "tf32x3"
         return ops.forward_launches(v, weight, None, None, None, None, z, None, None, *rest)[1]
 
-    assert launch(256, 4096).arguments["BLOCK_ROWS"] == 128
-    assert launch(128, 1024).arguments["BLOCK_ROWS"] == 64
-    assert launch(256, 4096, torch.float32).arguments["BLOCK_ROWS"] == 64
-    assert launch(3, 1024).arguments["BLOCK_EXAMPLES"] == 16
+    assert launch(256, 4096).arguments["plan"].rows == 128
+    assert launch(128, 1024).arguments["plan"].rows == 64
+    assert launch(256, 4096, torch.float32).arguments["plan"].rows == 64
+    assert launch(3, 1024).arguments["plan"].examples == 16
     assert launch(1 << 22, 64).grid == (1 << 16,)

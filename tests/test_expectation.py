@@ -221,7 +221,7 @@ def test_one_launch_and_no_copies(device, monkeypatch):
     monkeypatch.setattr(ops.Launch, "run", lambda launch, device: launches.append(launch))
     ops.average(mean, deviation, "tanh", 1000, seed=SEED)
     (launch,) = launches
-    tensors = [t for t in launch.arguments.values() if isinstance(t, torch.Tensor)]
+    tensors = [t for t in launch.leaves.values() if isinstance(t, torch.Tensor)]
     assert sum(t.numel() for t in tensors) == 3 * mean.numel()
 
 

@@ -10,7 +10,6 @@ them, their launches are recorded, and of each it is shown that
 """
 
 import contextlib
-import math
 import sys
 from typing import NamedTuple
 from unittest import mock
@@ -283,10 +282,10 @@ def check_noise(launch: backend.Launch) -> None:
 
 
 def check_average(launch: backend.Launch) -> None:
-    a = launch.arguments
-    assert a["elements"] == elements(a, "mean_ptr")
-    check_covered(a["elements"], *launch.grid, a["BLOCK"], masked=True)
-    check_wide(a, a["elements"])
+    a, plan = launch.arguments, launch.arguments["plan"]
+    assert a["elements"] == a["tensors"].mean.numel()
+    check_covered(a["elements"], *launch.grid, plan.block, masked=True)
+    assert plan.wide or a["elements"] < INT32
 
 
 # --- rows of a matrix, and matrix products ----------------------------------------------------------------
@@ -294,38 +293,40 @@ def check_average(launch: backend.Launch) -> None:
 
 def check_rows(launch: backend.Launch) -> None:
     """A program a block of a row, or a whole row."""
-    a = launch.arguments
-    rows, columns = next(a[name] for name in ("x_ptr", "dy_ptr") if name in a).shape
+    a = launch.leaves
+    rows, columns = next(a[name] for name in ("x_ptr", "dy_ptr", "tensors.x") if name in a).shape
     assert a["columns"] == columns
     blocks = a.get("blocks", 1)
+    block = next(a[name] for name in ("BLOCK", "plan.block") if name in a)
     assert launch.grid == (rows * blocks,)
     if "blocks" in a:
-        check_covered(columns, blocks, a["BLOCK"], masked=True)
-    assert a["BLOCK"] % 8 == 0
-    assert columns + a["BLOCK"] <= INT32
+        check_covered(columns, blocks, block, masked=True)
+    assert block % 8 == 0
+    assert columns + block <= INT32
 
 
 def check_masked_product(launch: backend.Launch) -> None:
-    a = launch.arguments
-    examples, rows, columns = a["examples"], a["rows"], a["columns"]
-    assert a["u_ptr"].shape == (examples, columns)
-    assert a["w_ptr"].shape == ((columns, rows) if a["TRANSPOSED"] else (rows, columns))
+    operands, shape, plan = (launch.arguments[name] for name in ("operands", "shape", "plan"))
+    examples, rows, columns = shape.examples, shape.rows, shape.columns
+    assert operands.u.shape == (examples, columns)
+    assert operands.w.shape == ((columns, rows) if plan.transposed else (rows, columns))
     programs, splits = launch.grid
-    row_blocks = -(-rows // a["BLOCK_ROWS"])
+    row_blocks = -(-rows // plan.rows)
     assert programs % row_blocks == 0
     programs //= row_blocks
-    check_covered(rows, row_blocks, a["BLOCK_ROWS"], masked=not a["EVEN"])
-    check_covered(columns, splits * a["trips"], a["BLOCK_COLUMNS"], masked=not a["EVEN"])
-    assert a["SPLIT"] == (splits > 1)
+    check_covered(rows, row_blocks, plan.rows, masked=not plan.even)
+    check_covered(columns, splits * shape.trips, plan.columns, masked=not plan.even)
+    assert plan.split == (splits > 1)
     if splits > 1:
-        assert a["z_ptr"].shape == (splits, examples, rows)
-    span = a["group_size"] * (1 if a["SHARED"] else 16)
-    assert programs % a["chunks"] == 0
-    check_no_idle(examples, programs // a["chunks"], span)
-    check_covered(min(span, examples), a["chunks"], a["BLOCK_EXAMPLES"], masked=True)
-    if not a["SHARED"] and a["group_size"] == 1:
-        assert a["BLOCK_EXAMPLES"] == 16
-    assert a["BLOCK_COLUMNS"] % 8 == a["BLOCK_ROWS"] % 8 == 0  # whole calls of Philox
+        assert launch.arguments["epilogue"].z.shape == (splits, examples, rows)
+    span = shape.group_size * (1 if plan.shared else 16)
+    assert programs % shape.chunks == 0
+    check_no_idle(examples, programs // shape.chunks, span)
+    check_covered(min(span, examples), shape.chunks, plan.examples, masked=True)
+    assert plan.own == (not plan.shared and shape.group_size == 1)
+    if plan.own:
+        assert plan.examples == 16
+    assert plan.columns % 8 == plan.rows % 8 == 0  # whole calls of Philox
 
 
 def check_merged_product(launch: backend.Launch) -> None:
@@ -335,42 +336,41 @@ def check_merged_product(launch: backend.Launch) -> None:
     check_covered(a["rows"], launch.grid[1], a["BLOCK"], masked=True)
 
 
-def check_weight_blocks(launch: backend.Launch) -> None:
+def check_weight_blocks(launch: backend.Launch, outputs: int, inputs: int) -> None:
     """Blocks of outputs times blocks of inputs."""
-    a = launch.arguments
-    blocks = [-(-a[f"{name}puts"] // a[f"BLOCK_{name.upper()}PUTS"]) for name in ("out", "in")]
-    assert launch.grid == (math.prod(blocks),)
+    plan = launch.arguments["plan"]
+    assert launch.grid == (-(-outputs // plan.rows) * -(-inputs // plan.columns),)
+    assert plan.columns % 8 == 0
 
 
 def check_weight_gradient(launch: backend.Launch) -> None:
-    a = launch.arguments
-    assert a["dz_ptr"].shape == (a["examples"], a["outputs"])
-    assert a["v_ptr"].shape == (a["examples"], a["inputs"])
-    check_weight_blocks(launch)
-    assert a["BLOCK_INPUTS"] % 8 == 0
-    if "words" in a:
-        check_covered(a["examples"], a["words"], 16 * a["group_size"], masked=True)
-    if "groups" in a:
-        check_no_idle(a["examples"], a["groups"], a["group_size"])
+    a, tensors, shape = launch.arguments, launch.arguments["tensors"], launch.arguments["shape"]
+    assert tensors.dz.shape == (shape.examples, shape.outputs)
+    assert tensors.v.shape == (shape.examples, shape.inputs)
+    check_weight_blocks(launch, shape.outputs, shape.inputs)
+    if launch.kernel is drop_connect.weight_gradient:
+        assert a["plan"].own == (shape.group_size == 1)
+        check_covered(shape.examples, a["words"], 16 * shape.group_size, masked=True)
+    if launch.kernel is drop_connect.shared_weight_gradient:
+        check_no_idle(shape.examples, a["groups"], shape.group_size)
 
 
 def check_masked_weights(launch: backend.Launch) -> None:
     a = launch.arguments
     assert a["w_ptr"].shape == a["masked_ptr"].shape == (a["outputs"], a["inputs"])
-    check_weight_blocks(launch)
-    assert a["BLOCK_INPUTS"] % 8 == 0
+    check_weight_blocks(launch, a["outputs"], a["inputs"])
 
 
 def check_two_products(launch: backend.Launch) -> None:
-    a = launch.arguments
-    examples, rows, columns = a["examples"], a["rows"], a["columns"]
-    assert a["u_ptr"].shape == a["u2_ptr"].shape == (examples, columns)
-    assert a["w_ptr"].shape == ((columns, rows) if a["TRANSPOSED"] else (rows, columns))
-    row_blocks = -(-rows // a["BLOCK_ROWS"])
-    assert launch.grid == (-(-examples // a["BLOCK_EXAMPLES"]) * row_blocks,)
-    check_covered(rows, row_blocks, a["BLOCK_ROWS"], masked=not a["EVEN"])
-    check_covered(columns, -(-columns // a["BLOCK_COLUMNS"]), a["BLOCK_COLUMNS"], masked=not a["EVEN"])
-    assert a["BLOCK_COLUMNS"] % 8 == a["BLOCK_ROWS"] % 8 == 0
+    operands, shape, plan = (launch.arguments[name] for name in ("operands", "shape", "plan"))
+    assert operands.u.shape == operands.u2.shape == (shape.examples, shape.columns)
+    size = shape.rows, shape.columns
+    assert operands.w.shape == (size[::-1] if plan.transposed else size)
+    row_blocks = -(-shape.rows // plan.rows)
+    assert launch.grid == (-(-shape.examples // plan.examples) * row_blocks,)
+    check_covered(shape.rows, row_blocks, plan.rows, masked=not plan.even)
+    check_covered(shape.columns, -(-shape.columns // plan.columns), plan.columns, masked=not plan.even)
+    assert plan.columns % 8 == plan.rows % 8 == 0
 
 
 # --- tables of many tensors -------------------------------------------------------------------------------

@@ -175,8 +175,6 @@ def _stream_arguments(stream: Stream, form: Form) -> dict:
         **number("seed", stream.seed, 0),
         "offset": stream.offset,
         "keep": form.keep,
-        "scale": form.scale,
-        "DIGITS": form.digits,
     }
 
 
@@ -230,30 +228,30 @@ def product_launches(
     splits = ceil_div(tiles, trips)
     partial = z if splits == 1 else torch.empty(splits, examples, rows, dtype=torch.float32, device=u.device)
     activation = None if transposed else form.activation
-    epilogue = {"bias_ptr": bias, "before_ptr": before, "scale": form.scale, "ACTIVATION": activation}
+    shape = kernels.Shape(examples, rows, columns, form.group_size, chunks, trips)
+    plan = kernels.Plan(
+        rows=BLOCK_ROWS,
+        columns=block_columns,
+        digits=form.digits,
+        examples=block_examples,
+        transposed=transposed,
+        even=rows % BLOCK_ROWS == 0 and columns % (block_columns * trips) == 0,
+        shared=shared,
+        own=not shared and form.group_size == 1,
+        three=three,
+        split=splits > 1,
+        activation=activation,
+    )
     main = Launch(
         kernels.product,
         (parts * chunks * row_blocks, splits),
         {
-            "u_ptr": u,
-            "w_ptr": weight,
-            "z_ptr": partial,
+            "operands": kernels.Operands(u, weight),
+            "epilogue": kernels.Epilogue(bias, partial, before),
             **_stream_arguments(stream, form),
-            **epilogue,
-            "examples": examples,
-            "rows": rows,
-            "columns": columns,
-            "group_size": form.group_size,
-            "chunks": chunks,
-            "trips": trips,
-            "SPLIT": splits > 1,
-            "TRANSPOSED": transposed,
-            "SHARED": shared,
-            "THREE": three,
-            "EVEN": rows % BLOCK_ROWS == 0 and columns % (block_columns * trips) == 0,
-            "BLOCK_ROWS": BLOCK_ROWS,
-            "BLOCK_COLUMNS": block_columns,
-            "BLOCK_EXAMPLES": block_examples,
+            "scale": form.scale,
+            "shape": shape,
+            "plan": plan,
             "num_warps": 4,
             # Without a limit the assembler may spill to fit more programs.
             "maxnreg": 128 if block_examples <= 32 else 255,
@@ -263,13 +261,15 @@ def product_launches(
         return [main]
     merge = {
         "partial_ptr": partial,
-        "z_ptr": z,
+        "epilogue": kernels.Epilogue(bias, z, before),
+        "scale": form.scale,
         "examples": examples,
         "rows": rows,
         "splits": splits,
+        "ACTIVATION": activation,
         "BLOCK": 1024,
     }
-    return [main, Launch(kernels.merge, (examples, ceil_div(rows, 1024)), merge | epilogue)]
+    return [main, Launch(kernels.merge, (examples, ceil_div(rows, 1024)), merge)]
 
 
 def _takes_three(x: Tensor) -> bool:
@@ -283,30 +283,26 @@ def weight_gradient_launches(
 ) -> list[Launch]:
     (examples, outputs), inputs = dz.shape, v.shape[1]
     form = form.for_batch(examples)
+    shared = form.fills_tiles(examples)
+    blocks = BLOCK_SHARED_GRADIENT if shared else BLOCK_GRADIENT
+    plan = kernels.Plan(*blocks, form.digits, shared=shared, own=form.group_size == 1, three=three)
     arguments = {
-        "dz_ptr": dz,
-        "v_ptr": v,
-        "dw_ptr": dweight,
+        "tensors": kernels.GradientTensors(dz, v, dweight),
         **_stream_arguments(stream, form),
-        "examples": examples,
-        "outputs": outputs,
-        "inputs": inputs,
-        "group_size": form.group_size,
+        "scale": form.scale,
+        "shape": kernels.GradientShape(examples, outputs, inputs, form.group_size),
     }
-    if form.fills_tiles(examples):
-        kernel, blocks = kernels.shared_weight_gradient, BLOCK_SHARED_GRADIENT
-        arguments |= {
-            "groups": form.groups(examples),
-            "PRECISION": "tf32x3" if three else "tf32",
-            "BLOCK_EXAMPLES": _power_of_2(form.group_size, EXAMPLES_PER_LANE, 64 if v.itemsize == 2 else 32),
-            "num_warps": 8,
-        }
+    if shared:
+        kernel = kernels.shared_weight_gradient
+        count = _power_of_2(form.group_size, EXAMPLES_PER_LANE, 64 if v.itemsize == 2 else 32)
+        plan = plan._replace(examples=count)
+        arguments |= {"groups": form.groups(examples), "num_warps": 8}
     else:
-        kernel, blocks = kernels.weight_gradient, BLOCK_GRADIENT
+        kernel = kernels.weight_gradient
         registers = 168 if v.itemsize == 2 else 255  # for three programs a multiprocessor, or two
         arguments |= {"words": form.words(examples), "num_warps": 4, "maxnreg": registers}
     grid = (ceil_div(outputs, blocks[0]) * ceil_div(inputs, blocks[1]),)
-    return [Launch(kernel, grid, arguments | {"BLOCK_OUTPUTS": blocks[0], "BLOCK_INPUTS": blocks[1]})]
+    return [Launch(kernel, grid, arguments | {"plan": plan})]
 
 
 @planned
@@ -320,11 +316,9 @@ def mask_launches(weight: Tensor, masked: Tensor, group: int, stream: Stream, fo
         "outputs": outputs,
         "inputs": inputs,
         "group": group,
-        "BLOCK_OUTPUTS": BLOCK_MASK[0],
-        "BLOCK_INPUTS": BLOCK_MASK[1],
+        "plan": kernels.Plan(*BLOCK_MASK, form.digits),
         "num_warps": 4,
     }
-    del arguments["scale"]
     grid = (ceil_div(outputs, BLOCK_MASK[0]) * ceil_div(inputs, BLOCK_MASK[1]),)
     return [Launch(kernels.mask_weights, grid, arguments)]
 

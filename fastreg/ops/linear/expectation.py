@@ -6,6 +6,7 @@ over draws. That is one launch of ``kernels/expectation.py`` (CUDA), or a loop i
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,21 +142,16 @@ def _definition(
     return total
 
 
-def _launch(
-    kernels_: tuple, mean: Tensor, tensors: dict, stream: Stream, activation: str, samples: int
-) -> Launch:
+def _launch(kernels_: tuple, tensors: Any, stream: Stream, activation: str, samples: int) -> Launch:
     """kernels_: by nodes, and by draws."""
-    elements = mean.numel()
-    block = 128  # an element a thread: bytes hardly count, and a small layer has programs to fill a GPU too
-    arguments = tensors | {
-        "elements": elements,
-        "ACTIVATION": activation,
-        "BLOCK": block,
-        "WIDE": elements >= 1 << 31,
-        "num_warps": 4,
-    }
+    elements = tensors.mean.numel()
+    block = (
+        128  # an element a thread: memory does not matter, and a small layer still has programs to fill a GPU
+    )
+    plan = kernels.Plan(activation, block, wide=elements >= 1 << 31, tail=samples % DRAWS)
+    arguments = {"tensors": tensors, "elements": elements, "plan": plan, "num_warps": 4}
     if samples:
-        draws = {"offset": stream.offset, "quads": samples // DRAWS, "TAIL": samples % DRAWS}
+        draws = {"offset": stream.offset, "quads": samples // DRAWS}
         arguments |= number("seed", stream.seed, 0) | draws
     else:
         arguments |= {"NODES": kernels.NODES}
@@ -167,8 +163,8 @@ def average_launches(
     mean: Tensor, deviation: Tensor, y: Tensor, stream: Stream, activation: str, samples: int
 ) -> list[Launch]:
     """All contiguous, of one shape."""
-    tensors = {"mean_ptr": mean, "deviation_ptr": deviation, "y_ptr": y}
-    return [_launch((kernels.integrate, kernels.average), mean, tensors, stream, activation, samples)]
+    both = kernels.integrate, kernels.average
+    return [_launch(both, kernels.Forward(mean, deviation, y), stream, activation, samples)]
 
 
 @planned
@@ -176,16 +172,15 @@ def gradient_launches(
     dy: Tensor,
     mean: Tensor,
     deviation: Tensor,
-    dmean: Tensor | None,
-    ddeviation: Tensor | None,
+    dmean: Tensor,
+    ddeviation: Tensor,
     stream: Stream,
     activation: str,
     samples: int,
 ) -> list[Launch]:
-    tensors: dict[str, Tensor | None] = {"dy_ptr": dy, "mean_ptr": mean, "deviation_ptr": deviation}
-    tensors |= {"dmean_ptr": dmean, "ddeviation_ptr": ddeviation}
     both = kernels.integrate_backward, kernels.average_backward
-    return [_launch(both, mean, tensors, stream, activation, samples)]
+    tensors = kernels.Backward(dy, mean, deviation, dmean, ddeviation)
+    return [_launch(both, tensors, stream, activation, samples)]
 
 
 @operator("fastreg::expected_activation", writes=["y"])
