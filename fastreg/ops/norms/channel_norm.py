@@ -1,6 +1,6 @@
 """What batch, group and instance normalization share: y = f((x - mean) / sqrt(var + eps) weight + bias + residual).
 
-``normalize`` is the one function behind all of them, on the kernels of ``kernels/channel_norm.py``. What they do not
+``normalize`` is the one function behind all of them, on the kernels of ``kernels/channel_norm/``. What they do not
 take (CPU tensors, ``torch.func`` transforms, bad input) its callers give to ATen, with torch's own errors.
 """
 

@@ -1,4 +1,4 @@
-"""Tensors as lines of channels, and lines dealt to programs: the geometry of ``kernels/channel_norm.py``."""
+"""Tensors as lines of channels, and lines dealt to programs: the geometry of ``kernels/channel_norm/``."""
 
 import functools
 import itertools

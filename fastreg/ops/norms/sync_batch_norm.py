@@ -7,7 +7,7 @@ an empty batch weighs nothing. Backward, [2, C] sums are reduced. Nothing waits 
     forward     statistics -> merge_statistics -> all_gather -> merge_statistics (running statistics) -> apply
     backward    gradient_sums -> sum -> all_reduce -> merge_gradient_sums -> gradient_apply
 
-on the kernels of ``kernels/channel_norm.py``, or the same in ATen. Processes may differ in which of the two they take.
+on the kernels of ``kernels/channel_norm/``, or the same in ATen. Processes may differ in which of the two they take.
 """
 
 import torch
@@ -163,7 +163,7 @@ def _gradients_by_definition(dy, x, weight, bias, residual, mean, total, form, g
 
 
 def _aten_backward(dy, x, weight, bias, residual, mean, var, total, form, group):
-    """The same by the formula above ``_gradient`` in the kernels, whose two sums are those of all processes."""
+    """The same by the formula of ``kernels/channel_norm/elementwise.py``, whose two sums are those of all processes."""
     dims, rstd = _others(x), torch.rsqrt(var + form.eps)
     deviation = x.to(mean.dtype) - _per_channel(mean, x)
     dv = dy
